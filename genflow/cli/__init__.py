@@ -1,0 +1,61 @@
+"""The command line: genflow train | sample | info."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+
+from genflow import __version__
+from genflow.errors import UserError, nearest
+
+COMMANDS = {
+    "train": "train a model from a config, or go on with a run",
+    "sample": "draw pictures with a trained model",
+    "info": "list what there is, or explain one thing",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0, 2 for a person's mistake, 130 when interrupted."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    warnings.showwarning = _one_line  # type: ignore[assignment]
+    try:
+        return _dispatch(arguments)
+    except UserError as error:
+        print(f"genflow: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("genflow: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _dispatch(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print("genflow: train flows of images and draw with them\n")
+        for name, summary in COMMANDS.items():
+            print(f"  genflow {name:8}{summary}")
+        print("\ngenflow COMMAND --help tells more.")
+        return 0
+    if arguments[0] == "--version":
+        print(f"genflow {__version__}")
+        return 0
+    name = arguments[0]
+    if name not in COMMANDS:
+        raise UserError(f"no command {name!r}.{nearest(name, COMMANDS)}")
+    module = importlib.import_module(f"genflow.cli.{name}")
+    parser = argparse.ArgumentParser(prog=f"genflow {name}", description=COMMANDS[name])
+    module.add_arguments(parser)
+    return module.run(parser.parse_args(arguments[1:]))
+
+
+def _one_line(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:
+    """Warnings as a person reads them: ours in one line, deprecations of libraries not at all."""
+    if issubclass(category, UserWarning):
+        print(f"genflow: {message}", file=sys.stderr)

@@ -1,0 +1,86 @@
+"""genflow sample RUN --prompt "..." """
+
+from __future__ import annotations
+
+import argparse
+import re
+from pathlib import Path
+
+from genflow.errors import UserError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", help="a run's folder, one of its checkpoints, or a model folder")
+    what = parser.add_argument_group("what to draw (each may be given several times)")
+    what.add_argument("--prompt", action="append", default=[], metavar="TEXT", help='"" draws without a prompt')
+    what.add_argument("--prompt-file", action="append", default=[], metavar="FILE", help="one prompt a line")
+    what.add_argument("--class", action="append", default=[], dest="classes", metavar="NAME", help="a class, by name or number")
+    how = parser.add_argument_group("how (defaults: the run's own)")
+    how.add_argument("-n", type=int, default=1, metavar="N", help="pictures per prompt (1)")
+    how.add_argument("--sampler", metavar="NAME", help="see: genflow info sampler")
+    how.add_argument("--steps", type=int)
+    how.add_argument("--guidance", type=float, help="1 = none")
+    how.add_argument("--interval", type=float, nargs=2, metavar=("LO", "HI"), help="the times t, 0 to 1, in which guidance acts")
+    how.add_argument("--shift", type=float, help="of the time grid; 1 = none")
+    how.add_argument("--size", type=int, nargs="+", metavar="PX", help="height and width (default: as trained)")
+    how.add_argument("--seed", type=int, default=0, help="of the first picture; the next have the next seeds (0)")
+    how.add_argument("--batch", type=int, default=64, help="pictures drawn at once; does not change them (64)")
+    how.add_argument("--no-ema", action="store_true", help="the last weights instead of their average")
+    how.add_argument("--device", help="cpu, cuda, mps (default: the best there is)")
+    parser.add_argument("--out", default="samples", metavar="FOLDER", help="where PNGs and grid.png go (./samples)")
+
+
+def run(args: argparse.Namespace) -> int:
+    prompts = _prompts(args)
+    if args.n < 1 or args.batch < 1:
+        raise UserError(f"-n and --batch must be 1 or more, not {args.n} and {args.batch}")
+
+    import torch
+    from tqdm import tqdm
+
+    from genflow.data.pictures import caption_grid, to_picture
+    from genflow.flows.store import load
+
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    flow = load(args.run, ema=not args.no_ema, device=device)
+    settings = dict((flow.recipe or {}).get("sample", {}))
+    asked = {"sampler": args.sampler, "steps": args.steps, "guidance": args.guidance, "shift": args.shift}
+    settings.update({key: value for key, value in asked.items() if value is not None})
+    if args.interval is not None:
+        settings["interval"] = tuple(args.interval)
+    if args.size and len(args.size) > 2:
+        raise UserError(f"--size takes one or two numbers, not {len(args.size)}")
+    size = (args.size[0], args.size[-1]) if args.size else None
+    wanted = [(prompt, args.seed + i) for i, prompt in enumerate(p for p in prompts for _ in range(args.n))]
+
+    images, nfe, out = [], 0, Path(args.out)
+    with tqdm(total=0, unit="step", dynamic_ncols=True, disable=None) as bar:
+        batches = [wanted[i : i + args.batch] for i in range(0, len(wanted), args.batch)]
+        bar.reset(total=len(batches) * settings.get("steps", 20))
+        for batch in batches:
+            texts, seeds = [p for p, _ in batch], [s for _, s in batch]
+            solution = flow.sample(texts, seeds=seeds, size=size, progress=lambda *_: bar.update(1), **settings)
+            nfe = solution.nfe
+            images.append(solution.x.cpu())
+    x = torch.cat(images)
+    model = {"model": str(args.run), "ema": not args.no_ema, **settings, "nfe": nfe}
+    for i, ((prompt, seed), image) in enumerate(zip(wanted, x, strict=True)):
+        name = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:40] or "empty"
+        to_picture(image, {"prompt": prompt, "seed": seed, **model}).save_atomic(out / f"{i:04d}-{name}-{seed}.png")
+    grid = caption_grid(x, [p for p, _ in wanted], settings={"prompts": [p for p, _ in wanted], "seed": args.seed, **model})
+    grid.save_atomic(out / "grid.png")
+    print(f"{len(wanted)} pictures and grid.png in {out} ({nfe} network evaluations each)")
+    return 0
+
+
+def _prompts(args: argparse.Namespace) -> list[str]:
+    prompts = list(args.prompt) + list(args.classes)
+    for name in args.prompt_file:
+        try:
+            lines = Path(name).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"--prompt-file {name}: {getattr(error, 'strerror', None) or 'not UTF-8 text'}") from error
+        prompts += [line for line in lines if line.strip()]
+    if not prompts:
+        raise UserError('nothing to draw: give --prompt "...", --prompt-file FILE or --class NAME')
+    return prompts

@@ -1,0 +1,25 @@
+"""genflow train CONFIG [key=value ...]"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", help="a YAML file, for example configs/quickstart.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example train.steps=500 model.depth=8")
+
+
+def run(args: argparse.Namespace) -> int:
+    from genflow.training.loop import Interrupted
+    from genflow.training.run import train
+
+    try:
+        folder = train(args.config, args.overrides)
+    except Interrupted:
+        again = " ".join(["genflow train", args.config, *args.overrides])
+        print(f"stopped and saved; to go on: {again}", file=sys.stderr)
+        return 130
+    print(f'trained: {folder}; to draw: genflow sample {folder} --prompt "..."', file=sys.stderr)
+    return 0

@@ -1,0 +1,272 @@
+"""Typed configs: YAML and `key=value` overrides to dataclasses, with errors that name the line and the nearest key."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import MISSING, dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import yaml
+
+from genflow.errors import UserError, nearest
+from genflow.registry import names, resolve, tag_of
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Marks a field that takes any dataclass registered under `kind`: a mapping with `name:` and its fields, or a name."""
+
+    kind: str
+
+
+@dataclass(frozen=True)
+class Named:
+    """Marks a string that must be a registered name of `kind`."""
+
+    kind: str
+
+
+@dataclass
+class _Node:
+    """A YAML value that remembers where it was written. value: scalar, list of _Node or dict of str to _Node."""
+
+    value: Any
+    where: str
+
+    def describe(self) -> str:
+        if isinstance(self.value, dict):
+            return "a section"
+        return "a list" if isinstance(self.value, list) else repr(self.value)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 without its surprise that 1e-4 is a string."""
+
+
+_Loader.yaml_implicit_resolvers = {k: list(v) for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+for _first in "-+0123456789.":
+    _Loader.yaml_implicit_resolvers.setdefault(_first, []).append(
+        (
+            "tag:yaml.org,2002:float",
+            re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"),
+        )
+    )
+
+
+def _parse(text: str, where: str, *, line_numbers: bool = True) -> _Node:
+    """YAML text to nodes. Raises UserError for text that is not YAML, and for a key given twice."""
+    loader = _Loader(text)
+    try:
+        root = loader.get_single_node()
+        return _convert(loader, root, where, line_numbers) if root is not None else _Node({}, where)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f"{where}:{mark.line + 1}" if mark and line_numbers else where
+        raise UserError(f"{place}: not YAML: {getattr(error, 'problem', None) or error}") from error
+    finally:
+        loader.dispose()
+
+
+def _convert(loader: _Loader, node: yaml.Node, where: str, line_numbers: bool) -> _Node:
+    place = f"{where}:{node.start_mark.line + 1}" if line_numbers else where
+    if isinstance(node, yaml.MappingNode):
+        result: dict[str, _Node] = {}
+        for key_node, value_node in node.value:
+            key = str(loader.construct_object(key_node))
+            here = f"{where}:{key_node.start_mark.line + 1}" if line_numbers else where
+            if key in result:
+                raise UserError(f"{here}: key {key!r} is given twice")
+            child = _convert(loader, value_node, where, line_numbers)
+            result[key] = dataclasses.replace(child, where=here)
+        return _Node(result, place)
+    if isinstance(node, yaml.SequenceNode):
+        return _Node([_convert(loader, child, where, line_numbers) for child in node.value], place)
+    return _Node(loader.construct_object(node), place)
+
+
+def _wrap(value: Any, where: str) -> _Node:
+    """Plain Python data as nodes."""
+    if isinstance(value, dict):
+        return _Node({str(k): _wrap(v, where) for k, v in value.items()}, where)
+    if isinstance(value, list | tuple):
+        return _Node([_wrap(v, where) for v in value], where)
+    return _Node(value, where)
+
+
+def load(path: str | Path, overrides: Sequence[str] = (), *, schema: type) -> Any:
+    """Read a YAML file, lay `a.b=value` overrides over it, and build the dataclass `schema`.
+
+    Raises UserError with file and line for what is unknown, ill-typed, given twice or missing.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        near = nearest(path.name, [p.name for p in path.parent.glob("*.y*ml")]) if path.parent.is_dir() else ""
+        reason = getattr(error, "strerror", None) or "not UTF-8 text"
+        raise UserError(f"cannot read config {path}: {reason}.{near if 'mean' in near else ''}") from error
+    root = _parse(text, str(path))
+    if not isinstance(root.value, dict):
+        raise UserError(f"{root.where}: a config is a mapping of sections, not {root.describe()}")
+    for override in overrides:
+        _override(root, override)
+    return _build(schema, root, "")
+
+
+def _override(root: _Node, text: str) -> None:
+    key, equals, value = text.partition("=")
+    where = f"override {text!r}"
+    if not equals or not key:
+        raise UserError(f"{where}: write key=value, for example train.steps=500")
+    node = root
+    *parents, last = key.split(".")
+    for part in parents:
+        child = node.value.get(part)
+        if child is None or not isinstance(child.value, dict):
+            # A choice given as a bare name becomes a section, so that its fields can be set.
+            child = _Node({} if child is None else {"name": child}, where)
+            node.value[part] = child
+        node = child
+    new = _parse(value, where, line_numbers=False) if value.strip() else _Node("", where)
+    old = node.value.get(last)
+    if old is not None and isinstance(old.value, dict) and isinstance(new.value, str):
+        new = _Node({"name": new}, where)  # another choice: its fields start from their defaults
+    node.value[last] = new
+
+
+def from_dict(schema: Any, mapping: Any, where: str = "config") -> Any:
+    """Build a dataclass, or an Annotated Choice, from plain Python data. Raises UserError like load()."""
+    return _build(schema, _wrap(mapping, where), "")
+
+
+def _build(kind: Any, node: _Node, path: str) -> Any:
+    """A value of type `kind` from a node; `path` is its dotted key, for errors."""
+    origin, args = get_origin(kind), get_args(kind)
+    if origin is Annotated:
+        marker = next((m for m in args[1:] if isinstance(m, Choice | Named)), None)
+        if isinstance(marker, Choice):
+            return _build_choice(marker.kind, node, path)
+        if isinstance(marker, Named):
+            name = _build(str, node, path)
+            if name not in names(marker.kind):
+                raise UserError(f"{node.where}: {path}: no {marker.kind} is named {name!r}.{nearest(name, names(marker.kind))}")
+            return name
+        return _build(args[0], node, path)
+    if is_dataclass(kind):
+        return _build_dataclass(kind, node, path)
+    if origin in (Union, types.UnionType):
+        if node.value is None and type(None) in args:
+            return None
+        rest = [a for a in args if a is not type(None)]
+        for each in rest[:-1]:
+            try:
+                return _build(each, node, path)
+            except UserError:
+                continue
+        return _build(rest[-1], node, path)
+    if origin is Literal:
+        if node.value not in args:
+            raise UserError(f"{node.where}: {path} is {node.describe()}.{nearest(str(node.value), map(str, args))}")
+        return node.value
+    if origin in (tuple, list):
+        return _build_sequence(kind, node, path)
+    return _build_scalar(kind, node, path)
+
+
+def _build_scalar(kind: Any, node: _Node, path: str) -> Any:
+    value = node.value
+    if kind is Any:
+        return value
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if kind is Path and isinstance(value, str):
+        return Path(value)
+    if kind is str and isinstance(value, int | float) and not isinstance(value, bool):
+        return str(value)
+    if isinstance(kind, type) and isinstance(value, kind) and not (kind is not bool and isinstance(value, bool)):
+        return value
+    raise UserError(f"{node.where}: {path} must be {_type_name(kind)}, not {node.describe()}")
+
+
+def _build_sequence(kind: Any, node: _Node, path: str) -> Any:
+    origin, args = get_origin(kind), get_args(kind)
+    if not isinstance(node.value, list):
+        raise UserError(f"{node.where}: {path} must be {_type_name(kind)}, not {node.describe()}")
+    if origin is list or (len(args) == 2 and args[1] is ...):
+        types_ = [args[0]] * len(node.value)
+    elif len(args) != len(node.value):
+        raise UserError(f"{node.where}: {path} must have {len(args)} values, not {len(node.value)}")
+    else:
+        types_ = list(args)
+    return origin(_build(t, n, f"{path}[{i}]") for i, (t, n) in enumerate(zip(types_, node.value, strict=True)))
+
+
+def _build_dataclass(schema: Any, node: _Node, path: str) -> Any:
+    if isinstance(node.value, dict):
+        given = node.value
+    elif node.value is None:
+        given = {}
+    else:
+        raise UserError(f"{node.where}: {path or 'the config'} must be a section of keys, not {node.describe()}")
+    hints = typing.get_type_hints(schema, include_extras=True)
+    known = {f.name: f for f in fields(schema) if f.init}
+    prefix = f"{path}." if path else ""
+    for key, child in given.items():
+        if key not in known:
+            place = f" in {path}" if path else ""
+            raise UserError(f"{child.where}: unknown key {key!r}{place}.{nearest(key, known)}")
+    values = {key: _build(hints[key], child, prefix + key) for key, child in given.items()}
+    for name, field in known.items():
+        if name not in values and field.default is MISSING and field.default_factory is MISSING:
+            raise UserError(f"{node.where}: {prefix}{name} is missing")
+    try:
+        return schema(**values)
+    except UserError as error:
+        raise UserError(f"{node.where}: {path}: {error}") from error
+
+
+def _build_choice(kind: str, node: _Node, path: str) -> Any:
+    value = node.value
+    if is_dataclass(value) and not isinstance(value, type):
+        return value
+    if isinstance(value, str):
+        name, rest = value, {}
+    elif isinstance(value, dict) and "name" in value:
+        name = _build(str, value["name"], f"{path}.name")
+        rest = {k: v for k, v in value.items() if k != "name"}
+    else:
+        options = ", ".join(names(kind))
+        raise UserError(f"{node.where}: {path} needs a `name`, one of: {options}")
+    if name not in names(kind):
+        raise UserError(f"{node.where}: {path}: no {kind} is named {name!r}.{nearest(name, names(kind))}")
+    return _build_dataclass(resolve(kind, name), _Node(rest, node.where), path)
+
+
+def _type_name(kind: Any) -> str:
+    plain = {int: "a whole number", float: "a number", str: "text", bool: "true or false", Path: "a path"}
+    if kind in plain:
+        return plain[kind]
+    if get_origin(kind) in (tuple, list):
+        return "a list"
+    return str(kind)
+
+
+def to_dict(config: Any) -> Any:
+    """Plain data (dicts, lists, scalars) of a config; registered dataclasses carry their `name`."""
+    if is_dataclass(config) and not isinstance(config, type):
+        tag = tag_of(type(config))
+        head = {"name": tag.names[0]} if tag is not None else {}
+        return head | {f.name: to_dict(getattr(config, f.name)) for f in fields(config) if f.init}
+    if isinstance(config, list | tuple):
+        return [to_dict(v) for v in config]
+    return str(config) if isinstance(config, Path) else config
+
+
+def dump(config: Any, path: str | Path) -> None:
+    """Write a config as YAML; load() of it gives the same config."""
+    Path(path).write_text(yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True), encoding="utf-8")

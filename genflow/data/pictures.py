@@ -1,0 +1,95 @@
+"""Pictures for people: PNG files that say how they were made, and captioned grids."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
+from torch import Tensor
+
+from genflow.errors import UserError
+from genflow.registry import api_export
+
+METADATA = "genflow"  # the PNG text field
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A PIL image and the settings that made it."""
+
+    image: Image.Image
+    settings: Mapping[str, object]
+
+    def save_atomic(self, path: Path) -> None:
+        """Write a PNG, whole or not at all. Raises UserError where the disk refuses."""
+        info = PngInfo()
+        if self.settings:
+            info.add_itxt(METADATA, json.dumps(self.settings, ensure_ascii=False))
+        temporary = None
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".partial", delete=False) as file:
+                temporary = Path(file.name)
+                self.image.save(file, "PNG", pnginfo=info)
+            temporary.chmod(0o644)
+            os.replace(temporary, path)
+        except OSError as error:
+            if temporary is not None:
+                temporary.unlink(missing_ok=True)
+            raise UserError(f"could not write {path}: {error.strerror or error}") from error
+
+
+@api_export("to_picture")
+def to_picture(x: Tensor, settings: Mapping[str, object] | None = None) -> Picture:
+    """x: C x H x W in [-1, 1], C = 1 or 3. Returns an 8-bit picture."""
+    pixels = ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu()
+    if pixels.shape[0] == 1:
+        pixels = pixels.expand(3, -1, -1)
+    return Picture(Image.fromarray(pixels.permute(1, 2, 0).numpy()), settings or {})
+
+
+@api_export("read_settings")
+def read_settings(path: str | Path) -> dict[str, object]:
+    """The settings written into a PNG by genflow. Raises UserError where there are none."""
+    with Image.open(path) as image:
+        text = getattr(image, "text", {}).get(METADATA)
+    if text is None:
+        raise UserError(f"{path}: this picture carries no genflow settings")
+    return json.loads(text)
+
+
+@api_export("caption_grid")
+def caption_grid(
+    images: Tensor,
+    captions: Sequence[str],
+    *,
+    columns: int | None = None,
+    cell: int = 96,
+    settings: Mapping[str, object] | None = None,
+) -> Picture:
+    """A grid of pictures, each over its caption. images: B x C x H x W in [-1, 1]; small ones are enlarged to `cell`."""
+    columns = columns or min(8, max(1, round(len(images) ** 0.5)))
+    height, width = images.shape[-2:]
+    zoom = max(1, cell // max(height, width))
+    w, h, font = width * zoom, height * zoom, ImageFont.load_default(11)
+    chars, line = max(w // 6, 4), 13
+    lines = [textwrap.wrap(c.replace("\0", " "), chars, max_lines=2, placeholder="…") for c in captions]
+    text_height = line * max((len(each) for each in lines), default=0) + 4
+    rows = -(-len(images) // columns)
+    pad = 6
+    sheet = Image.new("RGB", (columns * (w + pad) + pad, rows * (h + text_height + pad) + pad), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, (x, caption) in enumerate(zip(images, lines, strict=True)):
+        left, top = pad + i % columns * (w + pad), pad + i // columns * (h + text_height + pad)
+        sheet.paste(to_picture(x).image.resize((w, h), Image.Resampling.NEAREST), (left, top))
+        for j, part in enumerate(caption):
+            draw.text((left + w / 2, top + h + 2 + j * line), part, fill="black", font=font, anchor="ma")
+    return Picture(sheet, settings or {})

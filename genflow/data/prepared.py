@@ -1,0 +1,75 @@
+"""The captions of a data set, encoded once."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from genflow.cachedir import cache_folder
+from genflow.conditions import Condition
+from genflow.data.images import ImageDataset
+from genflow.errors import UserError
+from genflow.registry import api_export
+from genflow.text import TextEncoder
+
+CHUNK = 4096  # captions encoded at a time
+MEMORY = 2**30  # bytes of one of a table's tensors; beyond them it lies on disk
+
+
+@api_export("PreparedConditions")
+@dataclass(frozen=True)
+class PreparedConditions:
+    """Every caption of a data set, encoded once: rows of distinct captions and, for each sample, its row."""
+
+    table: Condition
+    row: Tensor
+
+    @staticmethod
+    def prepare(dataset: ImageDataset, text: TextEncoder) -> PreparedConditions:
+        """Encode a data set's captions, on the CPU. Raises UserError for those that the encoder refuses."""
+        distinct = list(dict.fromkeys(dataset.captions))
+        where = {caption: i for i, caption in enumerate(distinct)}
+        return PreparedConditions(_encode(distinct, text), torch.tensor([where[c] for c in dataset.captions]))
+
+    def __getitem__(self, index: Tensor) -> Condition:
+        """The conditions of the samples of those numbers."""
+        return self.table[self.row[index]]
+
+
+def _encode(captions: Sequence[str], text: TextEncoder) -> Condition:
+    """Chunk by chunk, so that only the result needs room, on disk if it is large."""
+    first = text.encode(captions[:CHUNK])
+    if len(captions) <= CHUNK:
+        return first
+    table = Condition(*(_room(len(captions), a) for a in (first.tokens, first.mask, first.pooled)))
+    for start in tqdm(range(0, len(captions), CHUNK), desc="captions", leave=False, disable=None):
+        part = first if start == 0 else text.encode(captions[start : start + CHUNK])
+        rows = slice(start, start + CHUNK)
+        table.tokens[rows], table.mask[rows], table.pooled[rows] = part.tokens, part.mask, part.pooled
+    return table
+
+
+def _room(rows: int, like: Tensor) -> Tensor:
+    """An empty tensor of so many rows: in memory, or, where it is large, mapped from a file that has no name any more."""
+    shape = (rows, *like.shape[1:])
+    numel = rows * like[0].numel()
+    size = numel * like.element_size()
+    if size <= MEMORY:
+        return torch.empty(shape, dtype=like.dtype)
+    try:
+        cache_folder().mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=cache_folder(), prefix="captions-") as file:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, size)  # a full disk is found now, not by a fault later
+            else:
+                file.truncate(size)
+            return torch.from_file(file.name, shared=True, size=numel, dtype=like.dtype).view(shape)
+    except OSError as error:
+        gib = size / 2**30
+        raise UserError(f"no room for {gib:.1f} GiB of encoded captions in {cache_folder()}: {error.strerror}") from error

@@ -1,0 +1,137 @@
+"""Parquet files, WebDataset shards and hub data sets, through the `datasets` library."""
+
+from __future__ import annotations
+
+import glob as globbing
+from dataclasses import dataclass
+from typing import Any
+
+from genflow.data.folders import CAPTION_KEYS, column, existing
+from genflow.data.images import ImageDataset
+from genflow.errors import UserError, nearest
+from genflow.registry import dataset_export
+
+IMAGE_KEYS = ("image", "img", "jpg", "png", "webp", "jpeg")
+
+
+def _open(kind: str, where: str, split: str, **options: Any) -> Any:
+    """A map-style split. Raises UserError in one line where the library cannot serve it."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity_error()
+    try:
+        return datasets.load_dataset(kind, split=split, **options)
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"data {where}: cannot be loaded ({type(error).__name__}: {reason})") from error
+
+
+def _captioned(table: Any, where: str, image: str | None, caption: str | None) -> ImageDataset:
+    """Choose the picture and caption columns; decode pictures ourselves, so that a bad one is only skipped."""
+    import datasets
+
+    names = {name: None for name in table.column_names}
+    for asked in (image, caption):
+        if asked is not None and asked not in names:
+            raise UserError(f"data {where}: no column {asked!r}.{nearest(asked, names)}")
+    image = image or column(f"data {where}", names, IMAGE_KEYS, "image")
+    caption = caption or column(f"data {where}", names, (*CAPTION_KEYS, "txt", "json"), "caption")
+    if isinstance(table.features[image], datasets.Image):
+        table = table.cast_column(image, datasets.Image(decode=False))
+    labels = table.features[caption]
+    if isinstance(labels, datasets.ClassLabel):
+        captions = [labels.int2str(i) if i >= 0 else "" for i in table[caption]]
+    else:
+        captions = [_text(value) for value in table[caption]]
+
+    def read(i: int) -> Any:
+        value = table[i][image]
+        if isinstance(value, dict):
+            return value["bytes"] if value.get("bytes") is not None else existing(value["path"] or "?", f"data {where}")
+        return value
+
+    return ImageDataset(captions, [f"{where}[{i}]" for i in range(len(table))], read)
+
+
+def _text(value: Any) -> str:
+    """A caption out of a cell: text, bytes, the first of several, or the caption in a JSON sidecar."""
+    if isinstance(value, bytes):
+        return value.decode("utf-8", errors="replace")
+    if isinstance(value, list):
+        return _text(value[0]) if value else ""
+    if isinstance(value, dict):
+        return next((str(value[key]) for key in CAPTION_KEYS if value.get(key)), "")
+    return "" if value is None else str(value)
+
+
+def _files(pattern: str, where: str) -> list[str]:
+    files = sorted(globbing.glob(pattern, recursive=True)) if any(c in pattern for c in "*?[") else []
+    if not files:
+        path = existing(pattern, f"data {where}")
+        files = sorted(str(p) for p in path.glob(f"*.{'tar' if where == 'webdataset' else 'parquet'}")) if path.is_dir() else [str(path)]
+    if not files:
+        raise UserError(f"data {where}: no such files in {pattern}")
+    return files
+
+
+@dataset_export("parquet")
+@dataclass(frozen=True)
+class ParquetConfig:
+    """Parquet files with a column of encoded pictures and one of captions. path: a file, a folder or a glob."""
+
+    path: str
+    image: str | None = None
+    caption: str | None = None
+    size: int = 64
+    flip: bool = False
+    channels: int = 3
+    split_column: str | None = None  # rows whose value there is the split
+
+    def build(self, split: str = "train") -> ImageDataset:
+        table = _open("parquet", "parquet", "train", data_files=_files(self.path, "parquet"))
+        if self.split_column is not None:
+            if self.split_column not in table.column_names:
+                raise UserError(f"data parquet: no column {self.split_column!r}.{nearest(self.split_column, table.column_names)}")
+            values = table[self.split_column]
+            rows = [i for i, value in enumerate(values) if value == split]
+            if not rows:
+                raise UserError(f"data parquet: no row is of split {split!r}.{nearest(split, set(map(str, values)))}")
+            table = table.select(rows)
+        return _captioned(table, "parquet", self.image, self.caption)
+
+
+@dataset_export("webdataset")
+@dataclass(frozen=True)
+class WebDatasetConfig:
+    """WebDataset shards: tar files of pictures with .txt or .json captions. path: a file, a folder or a glob."""
+
+    path: str
+    image: str | None = None
+    caption: str | None = None
+    size: int = 64
+    flip: bool = False
+    channels: int = 3
+
+    def build(self, split: str = "train") -> ImageDataset:
+        if split != "train":
+            raise UserError(f"data webdataset: shards have no split {split!r}; give its shards as another data set")
+        table = _open("webdataset", "webdataset", "train", data_files=_files(self.path, "webdataset"))
+        return _captioned(table, "webdataset", self.image, self.caption)
+
+
+@dataset_export("hub")
+@dataclass(frozen=True)
+class HubConfig:
+    """A data set of the Hugging Face hub, or a local folder in its layout. repo: "owner/name"."""
+
+    repo: str
+    subset: str | None = None
+    image: str | None = None
+    caption: str | None = None
+    size: int = 64
+    flip: bool = False
+    channels: int = 3
+
+    def build(self, split: str = "train") -> ImageDataset:
+        return _captioned(_open(self.repo, self.repo, split, name=self.subset), self.repo, self.image, self.caption)

@@ -1,0 +1,17 @@
+"""Errors that a person can put right."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """A person's mistake, told in one line: what was wrong, where, the nearest right thing. The CLI exits with 2."""
+
+
+def nearest(name: str, options: Iterable[str]) -> str:
+    """The end of an error about an unknown name: the nearest right one, or all there are."""
+    options = sorted(options)
+    close = difflib.get_close_matches(name, options, n=1) or [o for o in options if name and o.startswith(name)]
+    return f" Did you mean {close[0]!r}?" if close else f" Choose from: {', '.join(options) or 'nothing'}."

@@ -1,0 +1,173 @@
+"""Pure maths on tensors: the straight path between data and noise, its time shift, and counter-based randomness.
+
+Time runs from t = 0, data, to t = 1, noise: z_t = (1 - t) x + t eps, v = dz/dt = eps - x (Esser et al. 2024, arXiv
+2403.03206). Wherever a time t meets a picture it may be a number, a tensor of B times, or anything that broadcasts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from genflow.errors import UserError
+from genflow.registry import api_export
+
+Time = float | Tensor
+T = TypeVar("T", float, Tensor)
+
+# ---------------------------------------------------------------------------------------------------- the straight path
+
+
+def _like(t: Time, x: Tensor) -> Time:
+    """B times as B x 1 x ... x 1, so that they broadcast over x; numbers as they are."""
+    return t.view(-1, *[1] * (x.dim() - 1)) if isinstance(t, Tensor) and t.dim() == 1 else t
+
+
+@api_export("interpolate")
+def interpolate(x: Tensor, noise: Tensor, t: Time) -> Tensor:
+    """The point at time t of the straight path: z_t = (1 - t) x + t noise."""
+    t = _like(t, x)
+    return (1 - t) * x + t * noise
+
+
+@api_export("path_velocity")
+def path_velocity(x: Tensor, noise: Tensor) -> Tensor:
+    """The velocity of the straight path, the same at every time: v = noise - x."""
+    return noise - x
+
+
+@api_export("x_from_velocity")
+def x_from_velocity(z: Tensor, v: Tensor, t: Time) -> Tensor:
+    """The data end of the straight line through z_t with velocity v: x = z - t v."""
+    return z - _like(t, z) * v
+
+
+@api_export("noise_from_velocity")
+def noise_from_velocity(z: Tensor, v: Tensor, t: Time) -> Tensor:
+    """The noise end of the straight line through z_t with velocity v: eps = z + (1 - t) v."""
+    return z + (1 - _like(t, z)) * v
+
+
+@api_export("velocity_from_x")
+def velocity_from_x(z: Tensor, x: Tensor, t: Time, t_min: float = 0.0) -> Tensor:
+    """The velocity at z_t that leads to x: v = (z - x) / max(t, t_min) (JiT, arXiv 2511.13720, time turned)."""
+    t = _like(t, z)
+    return (z - x) / (t.clamp(min=t_min) if isinstance(t, Tensor) else max(t, t_min))
+
+
+@api_export("velocity_from_noise")
+def velocity_from_noise(z: Tensor, noise: Tensor, t: Time) -> Tensor:
+    """The velocity at z_t that comes from noise: v = (eps - z) / (1 - t), for t < 1."""
+    return (noise - z) / (1 - _like(t, z))
+
+
+@api_export("score_from_velocity")
+def score_from_velocity(z: Tensor, v: Tensor, t: Time) -> Tensor:
+    """grad log p_t(z) = -eps / t = -(z + (1 - t) v) / t, for t > 0."""
+    return -noise_from_velocity(z, v, t) / _like(t, z)
+
+
+@api_export("log_snr")
+def log_snr(t: T) -> T:
+    """The log of the signal-to-noise ratio of amplitudes, log((1 - t) / t); infinite at the ends."""
+    if isinstance(t, Tensor):
+        return -torch.logit(t)
+    return math.log1p(-t) - math.log(t)
+
+
+# ----------------------------------------------------------------------------------------------------------- time shift
+
+
+@api_export("shift_time")
+def shift_time(t: T, shift: float) -> T:
+    """shift t / (1 + (shift - 1) t) (SD3, eq. 23): moves log_snr by -log(shift), above 1 towards noise."""
+    return shift * t / (1 + (shift - 1) * t)
+
+
+@api_export("resolution_shift")
+def resolution_shift(tokens: int, *, base: int = 256, top: int = 4096, low: float = 0.5, high: float = 1.15) -> float:
+    """The shift for a picture of that many image tokens: exp(mu), mu linear from low at base tokens to high at top.
+
+    FLUX's rule (black-forest-labs/flux, sampling.py); tokens are patches, after packing. mu is held at `high` beyond
+    `top`, where FLUX goes on to shifts for which it was never trained.
+    """
+    mu = low + (high - low) * (tokens - base) / (top - base)
+    return math.exp(min(mu, high))
+
+
+# ----------------------------------------------------------------------------------------------------------- randomness
+
+_GAMMA = 0x9E3779B97F4A7C15  # 2^64 / golden ratio
+_MASK = 2**64 - 1
+
+
+def _signed(value: int) -> int:
+    return value - 2**64 if value >= 2**63 else value
+
+
+def _shift_right(x: Tensor, bits: int) -> Tensor:
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _mix(x: Tensor) -> Tensor:
+    """The finaliser of splitmix64 (Steele et al. 2014), on int64 taken as unsigned: a bijection."""
+    x = (x ^ _shift_right(x, 30)) * _signed(0xBF58476D1CE4E5B9)
+    x = (x ^ _shift_right(x, 27)) * _signed(0x94D049BB133111EB)
+    return x ^ _shift_right(x, 31)
+
+
+@api_export("Rng")
+@dataclass(frozen=True)
+class Rng:
+    """Counter-based randomness: row i is a function of (seed, step, stream, index[i]) and of nothing else.
+
+    So a sample does not depend on its batch mates, on the number of workers or of ranks, nor on what was drawn before.
+    seed: 0 .. 2^63 - 1; step: any counter; stream: the name of what is drawn ("t", "noise", ...).
+    """
+
+    seed: int
+    step: int = 0
+
+    def bits(self, stream: str, index: Tensor) -> Tensor:
+        """64 random bits for each index. index: B int64, on any device -> B int64 on the CPU."""
+        name = f"{self.seed}/{self.step}/{stream}".encode()
+        key = _signed(int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "little"))
+        counter = index.to("cpu", torch.int64) * _signed(_GAMMA)
+        return _mix(_mix(counter + key) ^ key)
+
+    def uniform(self, stream: str, index: Tensor) -> Tensor:
+        """Uniform numbers inside (0, 1), the ends excluded. index: B int64 -> B float64 on the CPU."""
+        return (_shift_right(self.bits(stream, index), 12).double() + 0.5) * 2.0**-52
+
+    def normal(self, stream: str, index: Tensor, shape: Sequence[int]) -> Tensor:
+        """Standard normal numbers. index: B int64 -> B x *shape float32 on the CPU.
+
+        Each row has a generator of its own. NumPy's, since torch's on the CPU keeps only 32 bits of a seed.
+        """
+        rows = [
+            np.random.Generator(np.random.PCG64(seed & _MASK)).standard_normal(tuple(shape), dtype=np.float32)
+            for seed in self.bits(stream, index).tolist()
+        ]
+        return torch.from_numpy(np.stack(rows)) if rows else torch.empty(0, *shape)
+
+
+@api_export("noise_from_seeds")
+def noise_from_seeds(seeds: Sequence[int], shape: Sequence[int]) -> Tensor:
+    """The starting noise of each seed's picture: B x *shape float32, row i a function of seeds[i] and shape only.
+
+    Raises UserError for a seed that is not a whole number in 0 .. 2^63 - 1.
+    """
+    for seed in seeds:
+        if isinstance(seed, bool) or not isinstance(seed, int):
+            raise UserError(f"seed {seed!r} is not a whole number")
+        if not 0 <= seed < 2**63:
+            raise UserError(f"seed {seed} is out of range; the nearest valid one is {min(max(seed, 0), 2**63 - 1)}")
+    zero = torch.zeros(1, dtype=torch.int64)
+    return torch.cat([torch.empty(0, *shape), *(Rng(seed).normal("noise", zero, shape) for seed in seeds)])

@@ -1,0 +1,225 @@
+"""MM-DiT: the multimodal diffusion transformer of Stable Diffusion 3 (Esser et al. 2024, arXiv 2403.03206, fig. 2)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from genflow.attention import attention
+from genflow.errors import UserError
+from genflow.layers.embeddings import MLPEmbedder, PatchEmbed, sincos_2d, sinusoidal, unpatchify
+from genflow.layers.modulation import MLP, Modulation, RMSNorm, gated_residual, modulated_norm
+from genflow.registry import api_export, network_export
+
+
+@network_export("mmdit")
+@dataclass(frozen=True)
+class MMDiTConfig:
+    """An MM-DiT of `depth` blocks; depth d alone gives SD3's shape: hidden 64 d, d heads of 64.
+
+    in_channels, context_dim and pooled_dim may be left out where a run's data and text encoder tell them. The position
+    grid has pos_embed_max_size tokens a side (default: sample_size), of which the training picture takes sample_size
+    (default: from the run's picture size).
+    """
+
+    depth: int = 6
+    hidden: int | None = None
+    heads: int | None = None
+    mlp_ratio: int = 4
+    patch_size: int = 2
+    in_channels: int | None = None
+    context_dim: int | None = None
+    pooled_dim: int | None = None
+    qk_norm: bool = True
+    dual_attention_layers: tuple[int, ...] = ()
+    sample_size: int | None = None
+    pos_embed_max_size: int | None = None
+    attention: str = "auto"
+
+    def build(self) -> MMDiT:
+        """The network, freshly initialised. Raises UserError where the numbers do not fit each other."""
+        return MMDiT(self)
+
+
+@api_export("MMDiT")
+class MMDiT(nn.Module):
+    """A velocity (or picture) predictor of two token streams, picture and text, that attend to each other."""
+
+    def __init__(self, config: MMDiTConfig) -> None:
+        super().__init__()
+        for name in ("in_channels", "context_dim", "pooled_dim", "sample_size"):
+            if getattr(config, name) is None:
+                raise UserError(f"mmdit: {name} is not set, and no data set or text encoder is there to tell it")
+        hidden = config.hidden or 64 * config.depth
+        heads = config.heads or hidden // 64
+        if hidden % heads or hidden % 4:
+            raise UserError(f"mmdit: hidden = {hidden} must be a multiple of 4 and of heads = {heads}")
+        if wrong := [i for i in config.dual_attention_layers if not 0 <= i < config.depth]:
+            raise UserError(f"mmdit: dual_attention_layers names block {wrong[0]}, but depth is {config.depth}")
+        self.config = config
+        self.hidden = hidden
+        self.patch = PatchEmbed(config.in_channels, hidden, config.patch_size)
+        self.time_embed = MLPEmbedder(256, hidden)
+        self.pooled_embed = MLPEmbedder(config.pooled_dim, hidden)
+        self.context_embed = nn.Linear(config.context_dim, hidden)
+        self.blocks = nn.ModuleList(
+            JointBlock(
+                hidden,
+                heads,
+                mlp_ratio=config.mlp_ratio,
+                qk_norm=config.qk_norm,
+                dual=i in config.dual_attention_layers,
+                context_pre_only=i == config.depth - 1,
+                backend=config.attention,
+            )
+            for i in range(config.depth)
+        )
+        self.final_modulation = Modulation(hidden, 2)
+        self.final = nn.Linear(hidden, config.patch_size**2 * config.in_channels)
+        # A checkpoint's own table, P^2 x hidden, where it is not what sincos_2d gives; else computed.
+        self.register_buffer("position_table", None)
+        self._positions: dict[tuple, Tensor] = {}
+        self.reset_parameters()
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
+        if (table := state_dict.get(prefix + "position_table")) is not None and self.position_table is None:
+            self.position_table = torch.empty_like(table, device=self.final.weight.device)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def reset_parameters(self) -> None:
+        """DiT's initialisation: Xavier linears, N(0, 0.02) embedders, zeros for every modulation and the output."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.xavier_uniform_(self.patch.weight.view(self.hidden, -1))
+        for embed in (self.time_embed, self.pooled_embed):
+            nn.init.normal_(embed.fc1.weight, std=0.02)
+            nn.init.normal_(embed.fc2.weight, std=0.02)
+        for module in self.modules():
+            if isinstance(module, Modulation):
+                nn.init.zeros_(module.weight)
+        nn.init.zeros_(self.final.weight)
+
+    def positions(self, height: int, width: int, like: Tensor) -> Tensor:
+        """Positions of a height x width crop (in patches) from the middle of the grid: 1 x height*width x hidden."""
+        config = self.config
+        if self.position_table is not None:
+            side = int(self.position_table.shape[0] ** 0.5)
+            if max(height, width) > side:
+                raise UserError(f"mmdit: {height} x {width} patches, but this model's position table has {side} a side")
+            top, left = (side - height) // 2, (side - width) // 2
+            table = self.position_table.view(side, side, -1)[top : top + height, left : left + width]
+            return table.reshape(1, height * width, -1).to(like.dtype)
+        key = (height, width, like.device, like.dtype)
+        if key not in self._positions:
+            table = sincos_2d(
+                height, width, self.hidden, sample_size=config.sample_size, max_size=config.pos_embed_max_size
+            )
+            self._positions[key] = table[None].to(like.device, like.dtype)
+        return self._positions[key]
+
+    def forward(
+        self, x: Tensor, t: Tensor, context: Tensor, pooled: Tensor, *, context_mask: Tensor | None = None
+    ) -> Tensor:
+        """Velocity at time t.
+
+        x: B x C x H x W, H and W multiples of the patch size; t: B in [0, 1], 0 = data, 1 = noise; context: B x L x
+        context_dim; pooled: B x pooled_dim; context_mask: B x L bool, True = attend (None, as SD3 was trained: all).
+        Returns B x C x H x W. Raises UserError for a picture size that the patches do not divide.
+        """
+        p, (height, width) = self.config.patch_size, x.shape[-2:]
+        if height % p or width % p:
+            near = f"{max(round(height / p), 1) * p} x {max(round(width / p), 1) * p}"
+            raise UserError(f"mmdit: a picture of {height} x {width} does not divide into patches of {p}; try {near}")
+        h, w = height // p, width // p
+        dtype = self.final.weight.dtype
+        key_mask = None
+        if context_mask is not None:
+            key_mask = torch.cat([context_mask.new_ones(len(x), h * w), context_mask], dim=1)
+
+        x = self.patch(x)
+        x = x + self.positions(h, w, x)
+        c = F.silu(self.time_embed(sinusoidal(t, 256).to(dtype)) + self.pooled_embed(pooled))
+        context = self.context_embed(context)
+        for block in self.blocks:
+            x, context = block(x, context, c, key_mask)
+        shift, scale = self.final_modulation(c)
+        x = self.final(modulated_norm(x, shift, scale))
+        return unpatchify(x, h, w, p)
+
+
+class JointBlock(nn.Module):
+    """One block: each stream is modulated and projected, both attend to both, each goes on through its own MLP."""
+
+    def __init__(
+        self,
+        hidden: int,
+        heads: int,
+        *,
+        mlp_ratio: int,
+        qk_norm: bool,
+        dual: bool,
+        context_pre_only: bool,
+        backend: str,
+    ) -> None:
+        super().__init__()
+        self.context_pre_only = context_pre_only
+        self.dual = dual
+        self.backend = backend
+        self.image_modulation = Modulation(hidden, 9 if dual else 6)
+        self.image_attention = SelfAttention(hidden, heads, qk_norm=qk_norm)
+        self.image_attention2 = SelfAttention(hidden, heads, qk_norm=qk_norm) if dual else None
+        self.image_mlp = MLP(hidden, mlp_ratio * hidden)
+        self.context_modulation = Modulation(hidden, 2 if context_pre_only else 6)
+        self.context_attention = SelfAttention(hidden, heads, qk_norm=qk_norm, project=not context_pre_only)
+        self.context_mlp = None if context_pre_only else MLP(hidden, mlp_ratio * hidden)
+
+    def forward(self, x: Tensor, context: Tensor, c: Tensor, key_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """x: B x Lx x hidden; context: B x Lc x hidden; c: B x hidden; key_mask: B x (Lx + Lc). Returns both streams."""
+        x_mod, context_mod = self.image_modulation(c), self.context_modulation(c)
+        x_qkv = self.image_attention.qkv_heads(modulated_norm(x, x_mod[0], x_mod[1]))
+        context_qkv = self.context_attention.qkv_heads(modulated_norm(context, context_mod[0], context_mod[1]))
+        q, k, v = (torch.cat(pair, dim=2) for pair in zip(x_qkv, context_qkv, strict=True))
+        attended = attention(q, k, v, key_mask=key_mask, backend=self.backend)
+        x_out, context_out = attended.split([x.shape[1], context.shape[1]], dim=2)
+
+        if self.image_attention2 is not None:
+            own = self.image_attention2.qkv_heads(modulated_norm(x, x_mod[6], x_mod[7]))
+            own_out = attention(*own, backend=self.backend)
+            x = gated_residual(x, x_mod[2], self.image_attention.project_heads(x_out))
+            x = gated_residual(x, x_mod[8], self.image_attention2.project_heads(own_out))
+        else:
+            x = gated_residual(x, x_mod[2], self.image_attention.project_heads(x_out))
+        x = gated_residual(x, x_mod[5], self.image_mlp(modulated_norm(x, x_mod[3], x_mod[4])))
+        if self.context_mlp is not None:
+            context = gated_residual(context, context_mod[2], self.context_attention.project_heads(context_out))
+            mlp_in = modulated_norm(context, context_mod[3], context_mod[4])
+            context = gated_residual(context, context_mod[5], self.context_mlp(mlp_in))
+        return x, context
+
+
+class SelfAttention(nn.Module):
+    """The projections around one stream's attention: q, k and v from one product, optional RMS norms of q and k."""
+
+    def __init__(self, hidden: int, heads: int, *, qk_norm: bool, project: bool = True) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(hidden, 3 * hidden)
+        self.q_norm = RMSNorm(hidden // heads) if qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(hidden // heads) if qk_norm else nn.Identity()
+        self.proj = nn.Linear(hidden, hidden) if project else None
+
+    def qkv_heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x: B x L x hidden -> q, k, v, each B x heads x L x head_dim."""
+        q, k, v = self.qkv(x).view(*x.shape[:2], 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        return self.q_norm(q), self.k_norm(k), v
+
+    def project_heads(self, o: Tensor) -> Tensor:
+        """o: B x heads x L x head_dim -> B x L x hidden."""
+        assert self.proj is not None
+        return self.proj(o.transpose(1, 2).flatten(2))

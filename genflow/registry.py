@@ -1,0 +1,178 @@
+"""One public name per thing, the same in Python, YAML and the CLI.
+
+A decorator tags an object with its kind and name and returns it unchanged. `public.json` beside this file lists all of
+genflow's: it is the index by which names resolve without importing everything, and the golden file of the public API.
+`python -m genflow.registry --update` writes it anew.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import json
+import pkgutil
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cache, partial
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any, TypeVar
+
+from genflow.errors import UserError, nearest
+
+T = TypeVar("T")
+INDEX = Path(__file__).with_name("public.json")
+PLUGINS = "genflow.plugins"  # the entry point group of third parties; each names a module that exports by decorators
+
+
+@dataclass(frozen=True)
+class Tag:
+    """What a decorator wrote on an object. names[0] is canonical, the others are aliases."""
+
+    kind: str
+    names: tuple[str, ...]
+    place: str  # module:line
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+
+_live: dict[tuple[str, str], Any] = {}
+
+
+def tag_of(obj: Any) -> Tag | None:
+    """The tag of an object itself; a subclass does not inherit its parent's."""
+    return getattr(obj, "__dict__", {}).get("__genflow__")
+
+
+def genflow_export(*names: str, kind: str, **metadata: Any) -> Callable[[T], T]:
+    """Give an object its public name. Raises UserError, naming both places, where another thing has it."""
+
+    def decorate(obj: T) -> T:
+        inner = inspect.unwrap(obj) if callable(obj) else obj
+        code = getattr(inner, "__code__", None)
+        line = code.co_firstlineno if code else inspect.getsourcelines(inner)[1]  # type: ignore[arg-type]
+        module = getattr(obj, "__module__", "?")
+        tag = Tag(kind, names, f"{module}:{line}", metadata)
+        for name in names:
+            other = _live.get((kind, name))
+            before = tag_of(other) if other is not None else None
+            if before is not None and not _same(other, obj):
+                raise UserError(f"two things are called {kind} {name!r}: {before.place} and {tag.place}")
+        obj.__genflow__ = tag  # type: ignore[attr-defined]
+        for name in names:
+            _live[kind, name] = obj
+        return obj
+
+    return decorate
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether b is a, perhaps from its module's reload."""
+    return (a.__module__, a.__qualname__) == (b.__module__, b.__qualname__)
+
+
+api_export = partial(genflow_export, kind="api")
+network_export = partial(genflow_export, kind="network")
+flow_export = partial(genflow_export, kind="flow")
+density_export = partial(genflow_export, kind="density")
+sampler_export = partial(genflow_export, kind="sampler")
+grid_export = partial(genflow_export, kind="grid")
+guidance_export = partial(genflow_export, kind="guidance")
+attention_export = partial(genflow_export, kind="attention")
+text_export = partial(genflow_export, kind="text")
+dataset_export = partial(genflow_export, kind="dataset")
+optimizer_export = partial(genflow_export, kind="optimizer")
+
+
+@cache
+def index() -> dict[str, dict[str, dict[str, Any]]]:
+    """public.json: kind -> name -> {module, attr, signature, summary}."""
+    return json.loads(INDEX.read_text(encoding="utf-8"))
+
+
+@cache
+def _load_plugins() -> None:
+    for entry in entry_points(group=PLUGINS):
+        try:
+            entry.load()
+        except Exception as error:
+            print(f"genflow: plugin {entry.name} ({entry.value}) does not load: {error}", file=sys.stderr)
+
+
+def names(kind: str) -> list[str]:
+    """Every name of a kind: genflow's own, those exported since, and plugins'."""
+    _load_plugins()
+    return sorted({*index().get(kind, {}), *(name for k, name in _live if k == kind)})
+
+
+def resolve(kind: str, name: str) -> Any:
+    """The object of that kind and name. Raises UserError with the nearest name where there is none."""
+    if (kind, name) not in _live:
+        if entry := index().get(kind, {}).get(name):
+            importlib.import_module(entry["module"])
+        else:
+            _load_plugins()
+    if (kind, name) not in _live:
+        raise UserError(f"no {kind} is named {name!r}.{nearest(name, names(kind))}")
+    return _live[kind, name]
+
+
+def _signature(obj: Any) -> str:
+    """The signature as text: names, defaults and annotations as written, the same on every Python."""
+    try:
+        signature = inspect.signature(obj)
+    except (TypeError, ValueError):
+        return ""
+    parts, starred = [], False
+    for p in signature.parameters.values():
+        if p.kind is p.KEYWORD_ONLY and not starred:
+            parts.append("*")
+            starred = True
+        star = {p.VAR_POSITIONAL: "*", p.VAR_KEYWORD: "**"}.get(p.kind, "")
+        starred = starred or p.kind is p.VAR_POSITIONAL
+        default = "" if p.default is p.empty else f" = {_default(p.default)}"
+        parts.append(f"{star}{p.name}{default}")
+    return f"({', '.join(parts)})"
+
+
+def _default(value: Any) -> str:
+    plain = isinstance(value, str | int | float | bool | tuple | list | frozenset | type(None))
+    return repr(value) if plain else "..."
+
+
+def describe() -> dict[str, dict[str, dict[str, Any]]]:
+    """What public.json should hold, from importing every module of genflow."""
+    import genflow
+
+    for module in pkgutil.walk_packages(genflow.__path__, "genflow."):
+        if not module.name.endswith("__main__"):
+            importlib.import_module(module.name)
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for (kind, name), obj in sorted(_live.items(), key=lambda item: item[0]):
+        if not obj.__module__.startswith("genflow."):
+            continue
+        tag = tag_of(obj)
+        assert tag is not None
+        found.setdefault(kind, {})[name] = {
+            "module": obj.__module__,
+            "attr": obj.__qualname__,
+            "signature": _signature(obj),
+            "summary": (inspect.getdoc(obj) or "").partition("\n")[0],
+            **tag.metadata,
+        }
+    return found
+
+
+def main() -> None:
+    """Write public.json (with --update) or say whether it is as the code has it."""
+    current = json.dumps(describe(), indent=1, ensure_ascii=False) + "\n"
+    if "--update" in sys.argv:
+        INDEX.write_text(current, encoding="utf-8")
+    elif current != INDEX.read_text(encoding="utf-8"):
+        sys.exit("genflow/public.json is not what the code exports: python -m genflow.registry --update")
+
+
+if __name__ == "__main__":
+    from genflow.registry import main as _main  # the imported module, which holds the registrations
+
+    _main()

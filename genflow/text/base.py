@@ -1,0 +1,45 @@
+"""The interface of text encoders."""
+
+from __future__ import annotations
+
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+from torch import nn
+
+from genflow.conditions import Condition
+from genflow.registry import api_export
+
+
+@api_export("TextEncoder")
+class TextEncoder(nn.Module, ABC):
+    """Prompts to conditions, in two steps: `encode` prepares (and may cache), the forward embeds.
+
+    A frozen encoder prepares embeddings and its forward is the identity; one that is trained prepares token ids and embeds
+    them in its forward, with gradients. Every condition has max_tokens tokens, so that any two fit into one batch.
+    """
+
+    context_dim: int  # of a token's embedding
+    pooled_dim: int
+    max_tokens: int
+    trainable: bool
+
+    @abstractmethod
+    def encode(self, prompts: Sequence[str]) -> Condition:
+        """Prepared conditions, one per prompt, on the CPU. A prompt that is too long is cut, with a warning."""
+
+    @abstractmethod
+    def forward(self, condition: Condition) -> Condition:
+        """Prepared to embedded: tokens B x max_tokens x context_dim, pooled B x pooled_dim."""
+
+    def null(self) -> Condition:
+        """The prepared condition of guidance's other branch and of dropped captions: the empty prompt. One row."""
+        return self.encode([""])
+
+
+def warn_cut(cut: Sequence[str], limit: str) -> None:
+    """One line for all the prompts of a call that were too long."""
+    if cut:
+        which = f"prompt cut to {limit}" if len(cut) == 1 else f"{len(cut)} prompts cut to {limit}, the first"
+        warnings.warn(f"{which}: {cut[0][:40]!r}...", stacklevel=3)

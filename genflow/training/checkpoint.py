@@ -1,0 +1,88 @@
+"""Atomic checkpoints: all the files of a step, then a guard file; a half-written one is recognised and passed over."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from genflow.errors import UserError
+from genflow.flows.store import checkpoints, finish_checkpoint, normalise_keys
+from genflow.training.ema import EMA
+
+
+def named_optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
+    """The optimiser's tensors under the names of the parameters they belong to: "<parameter>/<key>"."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    return {
+        f"{names[id(p)]}/{key}": value
+        for p, state in optimizer.state.items()
+        for key, value in state.items()
+        if isinstance(value, Tensor)
+    }
+
+
+def load_named_optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module, state: dict[str, Tensor]) -> None:
+    """The reverse of named_optimizer_state, in place."""
+    params = {name: p for name, p in model.named_parameters()}
+    for full, value in normalise_keys(state).items():
+        name, _, key = full.rpartition("/")
+        p = params[name]
+        optimizer.state[p][key] = value if key == "step" else value.to(p.device)
+
+
+def save_checkpoint(
+    run: Path,
+    step: int,
+    *,
+    config: dict,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    ema: EMA | None,
+    state: dict,
+    keep: int,
+) -> Path:
+    """Write checkpoints/step-XXXXXXXX of the run and drop all but the newest `keep` whole ones.
+
+    Raises UserError where the disk refuses; what had been saved before is untouched.
+    """
+    final = run / "checkpoints" / f"step-{step:08d}"
+    temporary = final.with_name(f".{final.name}.partial")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        (temporary / "config.json").write_text(json.dumps(config, indent=2))
+        (temporary / "state.json").write_text(json.dumps({"step": step, **state}))
+        tensors = {"model": model.state_dict(), "optimizer": named_optimizer_state(optimizer, model)}
+        if ema is not None:
+            tensors["ema"] = ema.state_dict()
+        for name, values in tensors.items():
+            values = {key: value.detach().contiguous().cpu() for key, value in normalise_keys(values).items()}
+            save_file(values, temporary / f"{name}.safetensors")
+        finish_checkpoint(temporary)
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(temporary, final)
+    except Exception as error:  # safetensors reports a full disk with an exception of its own
+        shutil.rmtree(temporary, ignore_errors=True)
+        last = checkpoints(run)
+        kept = f"the last good checkpoint is {last[-1].name}" if last else "no checkpoint had been written yet"
+        raise UserError(f"could not save step {step} under {run} ({error}); {kept}. Free some space and run again") from error
+    for old in checkpoints(run)[:-keep]:
+        shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+def load_checkpoint(
+    folder: Path, *, model: nn.Module, optimizer: torch.optim.Optimizer, ema: EMA | None
+) -> dict:
+    """Put a whole checkpoint back in place; returns its state (step and the running sums of the log)."""
+    model.load_state_dict(load_file(folder / "model.safetensors"))
+    load_named_optimizer_state(optimizer, model, load_file(folder / "optimizer.safetensors"))
+    if ema is not None:
+        ema.load_state_dict(load_file(folder / "ema.safetensors"))
+    return json.loads((folder / "state.json").read_text())

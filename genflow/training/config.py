@@ -1,0 +1,63 @@
+"""What a training run is made of, as typed sections of one YAML file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+from genflow.config import Choice, Named
+from genflow.flows.rectified import RectifiedFlowConfig
+from genflow.training.optimizers import AdamWConfig
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How to train. All counts of steps are optimiser steps; `batch_size` is the global batch of one such step."""
+
+    steps: int = 1000
+    batch_size: int = 64
+    accumulation: int = 1  # micro-batches per step and process
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    optimizer: Annotated[Any, Choice("optimizer")] = field(default_factory=AdamWConfig)
+    warmup: int = 100  # steps of linear warm-up
+    decay: float = 0.0  # the last part of the run, 0 to 1, over which the learning rate falls linearly to zero
+    clip: float = 1.0  # global gradient norm; 0 turns clipping off
+    ema: float = 0.05  # relative width of the power-function EMA profile (training/ema.py); 0 turns it off
+    compile: bool = False  # torch.compile each block
+    checkpointing: bool = False  # recompute each block in the backward
+    workers: int = 0  # data-loading processes
+    log_every: int = 20
+    save_every: int = 500
+    keep: int = 2  # checkpoints kept
+    preview_every: int = 500  # sample grids; 0 turns them off
+    preview_prompts: tuple[str, ...] = ()  # default: captions of the data set
+    validate_every: int = 0  # 0 turns it off
+    validation_split: str = "test"
+    validation_images: int = 256
+    max_bad: float = 0.05  # part of the data set that may turn out unreadable before the run is stopped
+    trackers: tuple[str, ...] = ("tensorboard",)  # of accelerate's; metrics.jsonl is always written
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """How a run samples unless told otherwise."""
+
+    sampler: Annotated[str, Named("sampler")] = "heun"
+    steps: int = 20
+    guidance: float = 2.0
+    interval: tuple[float, float] = (0.0, 1.0)  # the times t in which guidance acts
+    shift: float = 1.0
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One run: data, text, model, flow, training, sampling."""
+
+    data: Annotated[Any, Choice("dataset")]
+    text: Annotated[Any, Choice("text")]
+    model: Annotated[Any, Choice("network")]
+    flow: Annotated[Any, Choice("flow")] = field(default_factory=RectifiedFlowConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    sample: SampleConfig = field(default_factory=SampleConfig)
+    seed: int = 0
+    out: str | None = None  # the run's folder; default: runs/<name of the config file>

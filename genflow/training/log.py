@@ -1,0 +1,106 @@
+"""What a run tells: a progress bar, metrics.jsonl, trackers, loss by time."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from tqdm import tqdm
+
+T_BINS = 8
+
+
+class LossByTime:
+    """Sums of the per-sample loss in equal bins of t, since the last line of the log."""
+
+    def __init__(self, sums: list[list[float]] | None = None) -> None:
+        self.sums = torch.tensor(sums, dtype=torch.float64) if sums else torch.zeros(2, T_BINS, dtype=torch.float64)
+
+    def add(self, per_sample: Tensor, t: Tensor) -> None:
+        """per_sample, t: B."""
+        bins = (t.double().cpu() * T_BINS).long().clamp(0, T_BINS - 1)
+        self.sums[0].index_add_(0, bins, per_sample.double().cpu())
+        self.sums[1].index_add_(0, bins, torch.ones_like(bins, dtype=torch.float64))
+
+    def reduced(self, accelerator: Accelerator) -> Tensor:
+        """The sums of all ranks: 2 x T_BINS (loss, count)."""
+        if accelerator.num_processes == 1:
+            return self.sums
+        total = accelerator.reduce(self.sums.to(accelerator.device, torch.float32), reduction="sum")
+        assert isinstance(total, Tensor)
+        return total.double().cpu()
+
+
+class Log:
+    """metrics.jsonl, the trackers and the terminal of the main process; silent on the others."""
+
+    def __init__(self, run: Path, accelerator: Accelerator, *, steps: int, start: int, batch_size: int) -> None:
+        self.accelerator = accelerator
+        self.path = run / "metrics.jsonl"
+        self.main = accelerator.is_main_process
+        self.batch_size = batch_size
+        self.bar = tqdm(
+            total=steps,
+            initial=start,
+            unit="step",
+            disable=not (self.main and sys.stderr.isatty()),
+            dynamic_ncols=True,
+        )
+        self.steps, self.begun, self.start = steps, time.monotonic(), start
+        self.mark = (time.monotonic(), start)
+        if self.main:
+            self._cut_after(start)
+
+    def _cut_after(self, step: int) -> None:
+        """Drop the lines of steps that the run is about to do again."""
+        if not self.path.exists():
+            return
+        kept = []
+        for line in self.path.read_text().splitlines():
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line)
+            except (ValueError, KeyError):  # the last line of a run that was killed while writing
+                continue
+        temporary = self.path.with_suffix(".partial")
+        temporary.write_text("".join(line + "\n" for line in kept))
+        temporary.replace(self.path)
+
+    def write(self, step: int, values: dict[str, Any]) -> None:
+        """One line of metrics.jsonl and the trackers."""
+        if not self.main:
+            return
+        with self.path.open("a") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+        self.accelerator.log({k: v for k, v in values.items() if isinstance(v, int | float)}, step=step)
+
+    def advance(self) -> None:
+        self.bar.update(1)
+
+    def progress(self, step: int, loss: float) -> float:
+        """Show the state on the terminal; returns images/s since the last call."""
+        now, last = time.monotonic(), self.mark
+        rate = (step - last[1]) * self.batch_size / max(now - last[0], 1e-9)
+        self.mark = (now, step)
+        self.bar.set_postfix_str(f"loss {loss:.4f}, {rate:.0f} images/s")
+        if self.main and self.bar.disable:
+            left = (now - self.begun) / max(step - self.start, 1) * (self.steps - step)
+            self.say(f"step {step}/{self.steps}  loss {loss:.4f}  {rate:.0f} images/s  {left / 60:.1f} min left")
+        return rate
+
+    def pause(self, seconds: float) -> None:
+        """Leave out of the rate what was not training."""
+        self.mark = (self.mark[0] + seconds, self.mark[1])
+
+    def say(self, text: str) -> None:
+        if self.main:
+            tqdm.write(text, file=sys.stderr)
+
+    def close(self) -> None:
+        self.bar.close()

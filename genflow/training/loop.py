@@ -1,0 +1,315 @@
+"""The training loop: one run from its config to its last checkpoint, resumable at any step."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from genflow.config import to_dict
+from genflow.data.loading import Batch, PreparedConditions, StreamSampler, loader
+from genflow.data.pictures import caption_grid
+from genflow.errors import UserError
+from genflow.flows.store import newest_checkpoint
+from genflow.functional import Rng
+from genflow.training.apply import checkpoint_blocks, compile_blocks
+from genflow.training.checkpoint import load_checkpoint, save_checkpoint
+from genflow.training.config import RunConfig
+from genflow.training.ema import EMA
+from genflow.training.log import T_BINS, Log, LossByTime
+from genflow.training.precision import verified
+
+MAX_HALVINGS = 24  # of the fp16 loss scale for one batch, before the run is given up
+
+
+def learning_rate(step: int, *, steps: int, warmup: int, decay: float) -> float:
+    """The factor on the base learning rate for step (counted from 0): linear up, flat, linear to zero at the end."""
+    up = min(1.0, (step + 1) / max(warmup, 1))
+    down = 1.0 if decay == 0 else min(1.0, (1 - step / steps) / decay)
+    return up * down
+
+
+class Interrupted(Exception):
+    """A signal asked the run to stop; it has been saved."""
+
+
+@contextlib.contextmanager
+def stop_signal() -> Iterator[list[int]]:
+    """Collects SIGINT and SIGTERM, so that a step can finish and be saved; a second one acts at once."""
+    caught: list[int] = []
+    old = {}
+
+    def handler(number: int, _frame: Any) -> None:
+        caught.append(number)
+        for each, previous in old.items():
+            signal.signal(each, previous)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        old[number] = signal.signal(number, handler)
+    try:
+        yield caught
+    finally:
+        for number, previous in old.items():
+            signal.signal(number, previous)
+
+
+class Trainer:
+    """Everything one run holds. `run()` trains to the last step."""
+
+    def __init__(self, config: RunConfig, run: Path, accelerator: Accelerator) -> None:
+        train = config.train
+        self.run_folder, self.accelerator = run, accelerator
+        self.dataset = config.data.build("train")
+        self.text = config.text.build()
+        self.image_shape = (config.data.channels, config.data.size, config.data.size)
+        self.config = config = replace(config, model=fit_to(config.model, self.text, self.image_shape))
+        per_micro = accelerator.num_processes * train.accumulation
+        if train.batch_size % per_micro:
+            near = max(round(train.batch_size / per_micro), 1) * per_micro
+            raise UserError(
+                f"train.batch_size={train.batch_size} does not divide among {accelerator.num_processes} processes x "
+                f"{train.accumulation} micro-batches; try {near}"
+            )
+        torch.manual_seed(config.seed)
+        network = config.model.build()
+        self.flow = config.flow.build(network, self.text, image_shape=self.image_shape)
+        if train.checkpointing:
+            checkpoint_blocks(network)
+        if train.compile:
+            compile_blocks(network)
+        optimizer = train.optimizer.build(self.flow)
+        self.base_lr = [group["lr"] for group in optimizer.param_groups]
+        self.conditions = PreparedConditions.prepare(self.dataset, self.text)
+        self.flow.to(accelerator.device).initialise(self.conditions.table)
+        self.model, self.optimizer = accelerator.prepare(self.flow, optimizer)
+        self.ema = EMA(self.flow, train.ema) if train.ema else None
+        self.step, self.by_time = 0, LossByTime()
+        self.bad: dict[str, str] = {}
+        self._resume()
+        self.log = Log(run, accelerator, steps=train.steps, start=self.step, batch_size=train.batch_size)
+
+    def _resume(self) -> None:
+        folder = newest_checkpoint(self.run_folder)
+        if folder is None:
+            return
+        state = load_checkpoint(folder, model=self.flow, optimizer=self.optimizer.optimizer, ema=self.ema)
+        self.step = state["step"]
+        if self.accelerator.is_main_process:
+            self.by_time = LossByTime(state["by_time"])
+        if self.accelerator.scaler is not None and state["scaler"]:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+
+    def batches(self) -> Iterator[Batch]:
+        """The run's micro-batches from the present step on."""
+        train, accelerator = self.config.train, self.accelerator
+        sampler = StreamSampler(
+            len(self.dataset),
+            seed=self.config.seed,
+            batch_size=train.batch_size,
+            accumulation=train.accumulation,
+            rank=accelerator.process_index,
+            world=accelerator.num_processes,
+            start_step=self.step,
+            steps=train.steps,
+        )
+        data = self.config.data
+        yield from loader(
+            self.dataset,
+            self.conditions,
+            sampler,
+            size=data.size,
+            channels=data.channels,
+            flip=data.flip,
+            seed=self.config.seed,
+            workers=train.workers,
+        )
+
+    def run(self) -> None:
+        """Train to the last step. Raises Interrupted after a signal, UserError where the run cannot go on."""
+        train = self.config.train
+        batches = self.batches()
+        with stop_signal() as caught:
+            while self.step < train.steps:
+                micro = [next(batches).to(self.accelerator.device) for _ in range(train.accumulation)]
+                self._note_bad(micro)
+                loss, norm = self._optimise(micro)
+                self.step += 1
+                if self.ema is not None:
+                    self.ema.update(self.step)
+                self.log.advance()
+                if self.step % train.log_every == 0 or self.step == train.steps:
+                    self._log(loss, norm)
+                stop = bool(self._any_rank(bool(caught)))
+                if self.step % train.save_every == 0 or self.step == train.steps or stop:
+                    self._save()
+                if stop:
+                    raise Interrupted
+                if train.validate_every and (self.step % train.validate_every == 0 or self.step == train.steps):
+                    self._aside(self._validate)
+                if train.preview_every and (self.step % train.preview_every == 0 or self.step == train.steps):
+                    self._aside(self._preview)
+
+    def _optimise(self, micro: list[Batch]) -> tuple[Tensor, float]:
+        """One optimiser step over its micro-batches. Returns the mean loss and the gradient's norm before clipping."""
+        train, accelerator = self.config.train, self.accelerator
+        factor = learning_rate(self.step, steps=train.steps, warmup=train.warmup, decay=train.decay)
+        for group, lr in zip(self.optimizer.param_groups, self.base_lr, strict=True):
+            group["lr"] = lr * factor
+        rng = Rng(self.config.seed, self.step)
+        for _ in range(MAX_HALVINGS):
+            loss = torch.zeros((), device=accelerator.device)
+            parts = []
+            for i, batch in enumerate(micro):
+                last = i == len(micro) - 1
+                check = verified(self.flow, train.precision) if not hasattr(self, "checked") else contextlib.nullcontext()
+                with contextlib.nullcontext() if last else accelerator.no_sync(self.model):
+                    with check:
+                        out = self.model(batch, rng)
+                    self.checked = True
+                    accelerator.backward(out.loss / len(micro))
+                loss += out.loss.detach() / len(micro)
+                parts.append((out.per_sample, out.t))
+            norm = accelerator.clip_grad_norm_(self.flow.parameters(), train.clip or math.inf)
+            norm = float(norm) if norm is not None else math.nan
+            overflow = accelerator.scaler is not None and math.isfinite(float(loss)) and not math.isfinite(norm)
+            if not overflow:
+                self._refuse_nan(float(loss), norm, micro)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            if not overflow:  # an overflow in fp16 only halves the loss scale: the same step is done again
+                for per_sample, t in parts:
+                    self.by_time.add(per_sample, t)
+                return loss, norm
+        raise UserError(f"step {self.step}: gradients overflow fp16 at every loss scale; train with bf16 or fp32")
+
+    def _refuse_nan(self, loss: float, norm: float, micro: list[Batch]) -> None:
+        wrong = self._any_rank(not (math.isfinite(loss) and math.isfinite(norm)))
+        if not wrong:
+            return
+        mine = [name for batch in micro for name in batch.ids]
+        last = newest_checkpoint(self.run_folder)
+        raise UserError(
+            f"step {self.step + 1}: loss {loss}, gradient norm {norm}; the weights were left as they were before it. "
+            f"Samples: {', '.join(mine[:16])}{' ...' if len(mine) > 16 else ''}. "
+            + (f"Last good checkpoint: {last}" if last else "No checkpoint had been written yet")
+        )
+
+    def _any_rank(self, flag: bool) -> bool:
+        if self.accelerator.num_processes == 1:
+            return flag
+        total = self.accelerator.reduce(torch.tensor(float(flag), device=self.accelerator.device))
+        return float(total) > 0  # type: ignore[arg-type]
+
+    def _note_bad(self, micro: list[Batch]) -> None:
+        for batch in micro:
+            for name, reason in batch.bad:
+                if name not in self.bad:
+                    self.bad[name] = reason
+                    self.log.say(f"skipped {name}: {reason} ({len(self.bad)} so far)")
+        if len(self.bad) > max(self.config.train.max_bad * len(self.dataset), 1):
+            raise UserError(
+                f"{len(self.bad)} of {len(self.dataset)} pictures cannot be read, more than train.max_bad="
+                f"{self.config.train.max_bad}; the last: {next(reversed(self.bad))}"
+            )
+
+    def _log(self, loss: Tensor, norm: float) -> None:
+        if self.accelerator.num_processes > 1:
+            loss = self.accelerator.reduce(loss, reduction="mean")  # type: ignore[assignment]
+        sums = self.by_time.reduced(self.accelerator)
+        self.by_time = LossByTime()
+        rate = self.log.progress(self.step, float(loss))
+        by_time = {
+            f"loss_t{i / T_BINS:.3f}": float(total / count)
+            for i, (total, count) in enumerate(sums.T)
+            if count > 0
+        }
+        values = {"loss": float(loss), "grad_norm": norm, "lr": self.optimizer.param_groups[0]["lr"], **by_time}
+        if self.accelerator.scaler is not None:
+            values["loss_scale"] = self.accelerator.scaler.get_scale()
+        self.log.write(self.step, {**values, "images_per_s": rate, "bad_images": len(self.bad)})
+
+    def _save(self) -> None:
+        sums = self.by_time.reduced(self.accelerator)
+        if self.accelerator.is_main_process:
+            scaler = self.accelerator.scaler
+            save_checkpoint(
+                self.run_folder,
+                self.step,
+                config={**to_dict(self.config), "image_shape": list(self.image_shape)},
+                model=self.flow,
+                optimizer=self.optimizer.optimizer,
+                ema=self.ema,
+                state={"by_time": sums.tolist(), "scaler": scaler.state_dict() if scaler else None},
+                keep=self.config.train.keep,
+            )
+        self.accelerator.wait_for_everyone()
+
+    def _aside(self, work: Any) -> None:
+        """Do something that is not training, on the averaged weights, on the main process."""
+        if self.accelerator.is_main_process:
+            begun = time.monotonic()
+            with self.ema.swapped() if self.ema is not None else contextlib.nullcontext(), torch.no_grad():
+                self.flow.eval()
+                with self.accelerator.autocast():
+                    work()
+                self.flow.train()
+            self.log.pause(time.monotonic() - begun)
+        self.accelerator.wait_for_everyone()
+
+    def _validate(self) -> None:
+        train = self.config.train
+        if not hasattr(self, "validation"):
+            dataset = self.config.data.build(train.validation_split)
+            n = min(len(dataset), train.validation_images)
+            sampler = [[(i, i) for i in range(j, min(j + train.batch_size, n))] for j in range(0, n, train.batch_size)]
+            conditions = PreparedConditions.prepare(dataset, self.text)
+            self.validation = list(
+                loader(dataset, conditions, sampler, size=self.config.data.size, channels=self.config.data.channels)
+            )
+        sums: Tensor | float = 0.0
+        for batch in self.validation:
+            sums = sums + self.flow.validation_loss(batch.to(self.accelerator.device)) * len(batch.ids)
+        assert isinstance(sums, Tensor)
+        levels = sums / sum(len(batch.ids) for batch in self.validation)
+        mean = float(levels.mean())
+        self.log.say(f"step {self.step}: validation loss {mean:.4f} ({train.validation_split})")
+        by_level = {f"validation_t{(i + 0.5) / len(levels):.3f}": float(v) for i, v in enumerate(levels)}
+        self.log.write(self.step, {"validation_loss": mean, **by_level})
+
+    def _preview(self) -> None:
+        train, sample = self.config.train, self.config.sample
+        every = max(len(self.dataset) // 16, 1)
+        prompts = list(train.preview_prompts) or [self.dataset.caption(i) for i in range(0, len(self.dataset), every)][:16]
+        solution = self.flow.sample(
+            prompts,
+            seeds=list(range(len(prompts))),
+            sampler=sample.sampler,
+            steps=sample.steps,
+            guidance=sample.guidance,
+            interval=sample.interval,
+            shift=sample.shift,
+        )
+        path = self.run_folder / "previews" / f"step-{self.step:08d}.png"
+        caption_grid(solution.x, prompts).save_atomic(path)
+        self.log.say(f"step {self.step}: {path}")
+
+
+def fit_to(model: Any, text: nn.Module, image_shape: tuple[int, int, int]) -> Any:
+    """Fill in what a network's config leaves to the run: channels, the text encoder's widths, the picture's size."""
+    channels, size, _ = image_shape
+    known = {
+        "in_channels": channels,
+        "context_dim": text.context_dim,
+        "pooled_dim": text.pooled_dim,
+        "sample_size": max(size // getattr(model, "patch_size", 1), 1),
+    }
+    return replace(model, **{k: v for k, v in known.items() if getattr(model, k, 0) is None})

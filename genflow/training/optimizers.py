@@ -1,0 +1,35 @@
+"""Optimisers, each a small config that builds a torch optimiser."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from genflow.registry import optimizer_export
+
+
+def decay_groups(named: list[tuple[str, Tensor]], weight_decay: float) -> list[dict]:
+    """Matrices decay; biases, norms and embeddings' vectors do not."""
+    return [
+        {"params": [p for _, p in named if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for _, p in named if p.ndim < 2], "weight_decay": 0.0},
+    ]
+
+
+@optimizer_export("adamw")
+@dataclass(frozen=True)
+class AdamWConfig:
+    """AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101), fused."""
+
+    lr: float = 1e-4
+    betas: tuple[float, float] = (0.9, 0.99)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+
+    def build(self, model: nn.Module) -> torch.optim.Optimizer:
+        """One fused optimiser over every parameter that requires a gradient."""
+        named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+        groups = decay_groups(named, self.weight_decay)
+        return torch.optim.AdamW(groups, lr=self.lr, betas=self.betas, eps=self.eps, fused=True)

@@ -1,0 +1,132 @@
+"""From a config file to a trained run: precision, folder, resume, tracking."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration
+
+from genflow.config import load, to_dict
+from genflow.errors import UserError
+from genflow.flows.store import newest_checkpoint
+from genflow.registry import api_export
+from genflow.training.config import RunConfig
+from genflow.training.loop import Trainer
+from genflow.training.precision import resolve_precision
+
+# What may differ between a run and its continuation without making it another run.
+FREE = {
+    "out",
+    "train.steps",
+    "train.workers",
+    "train.accumulation",
+    "train.compile",
+    "train.checkpointing",
+    "train.save_every",
+    "train.keep",
+    "train.preview_every",
+    "train.preview_prompts",
+    "train.validate_every",
+    "train.max_bad",
+    "train.trackers",
+}
+
+
+@api_export("train")
+def train(config: str | Path | RunConfig, overrides: Sequence[str] = ()) -> Path:
+    """Train a run, or go on with it where its folder holds a checkpoint of the same config. Returns the folder.
+
+    config: a YAML file or a RunConfig. Raises UserError for what a person can put right.
+    """
+    if not isinstance(config, RunConfig):
+        path = Path(config)
+        config = load(path, overrides, schema=RunConfig)
+        config = replace(config, out=config.out or f"runs/{path.stem}")
+    if config.out is None:
+        raise UserError("config: `out` is not set; name the run's folder")
+    run = Path(config.out)
+    config = _as_saved(config, run)
+    device = Accelerator(cpu=not torch.cuda.is_available() and not torch.backends.mps.is_available()).device
+    precision, why = resolve_precision(config.train.precision, device)
+    config = replace(config, train=replace(config.train, precision=precision))
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the run's folder {run}: {error.strerror}") from error
+    accelerator = Accelerator(
+        mixed_precision={"fp32": "no"}.get(precision, precision),
+        cpu=device.type == "cpu",
+        log_with=list(config.train.trackers) or None,
+        project_config=ProjectConfiguration(project_dir=str(run), logging_dir=str(run)),
+    )
+    trainer = Trainer(config, run, accelerator)
+    if trainer.step >= config.train.steps:
+        trainer.log.say(f"{run} is already trained for {trainer.step} steps; set train.steps higher to go on")
+        return run
+    if accelerator.is_main_process:
+        _save_config(trainer.config, run)
+        if config.train.trackers:
+            accelerator.init_trackers("tensorboard")
+    trainer.log.say(_summary(trainer, why))
+    try:
+        trainer.run()
+    finally:
+        trainer.log.close()
+        accelerator.end_training()
+    return run
+
+
+def _as_saved(config: RunConfig, run: Path) -> RunConfig:
+    """Refuse a config that is not the run's own; take over its precision where "auto" is asked."""
+    folder = newest_checkpoint(run)
+    if folder is None:
+        return config
+    saved = json.loads((folder / "config.json").read_text())
+    if config.train.precision == "auto":
+        config = replace(config, train=replace(config.train, precision=saved["train"]["precision"]))
+    asked = to_dict(config)
+    for key, value in _leaves(saved).items():
+        mine = _leaves(asked).get(key)
+        if key not in FREE and key != "image_shape" and mine != value and mine is not None:
+            raise UserError(
+                f"{run} holds a run with {key}={value}, this config says {mine}; choose another `out`, "
+                f"or remove {run} to start afresh"
+            )
+    return config
+
+
+def _leaves(tree: dict, prefix: str = "") -> dict[str, object]:
+    flat: dict[str, object] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat.update(_leaves(value, f"{prefix}{key}."))
+        else:
+            flat[prefix + key] = list(value) if isinstance(value, tuple) else value
+    return flat
+
+
+def _save_config(config: RunConfig, run: Path) -> None:
+    from genflow.config import dump
+
+    temporary = run / "config.yaml.partial"
+    dump(config, temporary)
+    os.replace(temporary, run / "config.yaml")
+
+
+def _summary(trainer: Trainer, why: str) -> str:
+    train = trainer.config.train
+    params = sum(p.numel() for p in trainer.flow.parameters() if p.requires_grad)
+    start = f"resuming at step {trainer.step}" if trainer.step else "starting"
+    return (
+        f"{trainer.run_folder}: {start} of {train.steps}, batch {train.batch_size}, "
+        f"{len(trainer.dataset)} pictures, {params / 1e6:.1f} M parameters\n"
+        f"precision {train.precision} ({why}); weights, optimiser and EMA in fp32; "
+        f"{trainer.accelerator.num_processes} process(es) on {trainer.accelerator.device}, "
+        f"{torch.get_num_threads()} threads"
+    )

@@ -1,0 +1,8 @@
+"""The same as `genflow train`, as a file for launchers: accelerate launch scripts/train.py CONFIG [key=value ...]"""
+
+import sys
+
+from genflow.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["train", *sys.argv[1:]]))

@@ -1,0 +1,55 @@
+"""The command line, as a person meets it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from genflow.cli import main
+
+
+def test_help_lists_the_commands_without_torch():
+    code = "import sys; from genflow.cli import main; main(['--help']); sys.exit('torch' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0 and "genflow sample" in result.stdout
+
+
+def test_info_lists_everything_without_torch():
+    code = "import sys; from genflow.cli import main; main(['info']); sys.exit('torch' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    for name in ("mmdit", "heun", "emoji", "minilm", "logit_normal", "adamw", "xformers"):
+        assert f"  {name}" in result.stdout
+
+
+def test_info_explains_one_thing(capsys):
+    assert main(["info", "mmdit"]) == 0
+    out = capsys.readouterr().out
+    assert "qk_norm" in out and "= True" in out and "genflow.networks.mmdit" in out
+    assert main(["info", "MMDiT"]) == 0
+    assert "genflow.networks.mmdit.MMDiT" in capsys.readouterr().out
+
+
+def test_info_system_says_what_runs_here(capsys):
+    assert main(["info", "system"]) == 0
+    out = capsys.readouterr().out
+    assert "torch" in out and "sdpa" in out and "fp16" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["trian"], "no command 'trian'. Did you mean 'train'?"),
+        (["info", "hoin"], "nothing is called 'hoin'"),
+        (["train", "no-such.yaml"], "cannot read config no-such.yaml"),
+        (["sample", "no-such-run", "--prompt", "x"], "no-such-run does not exist"),
+        (["sample", "no-such-run"], "nothing to draw"),
+        (["sample", "x", "--prompt-file", "nothing.txt"], "--prompt-file nothing.txt"),
+    ],
+)
+def test_mistakes_cost_one_line_and_exit_code_2(arguments, message, capsys):
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.startswith("genflow: ") and error.count("\n") == 1

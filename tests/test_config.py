@@ -1,0 +1,108 @@
+"""Configs: typed, and errors that name file, line and the nearest key."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+import pytest
+
+from genflow.config import Choice, Named, dump, from_dict, load, to_dict
+from genflow.errors import UserError
+from genflow.flows.densities import LogitNormal, Mode
+
+
+@dataclass(frozen=True)
+class Inner:
+    rate: float = 0.1
+    flag: bool = False
+    kind: Literal["a", "b"] = "a"
+    pair: tuple[int, int] = (1, 2)
+    names: tuple[str, ...] = ()
+    maybe: int | None = None
+
+
+@dataclass(frozen=True)
+class Outer:
+    steps: int
+    inner: Inner = field(default_factory=Inner)
+    density: Annotated[Any, Choice("density")] = field(default_factory=LogitNormal)
+    sampler: Annotated[str, Named("sampler")] = "heun"
+
+
+def read(tmp_path, text, *overrides):
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    return load(path, overrides, schema=Outer)
+
+
+def test_values_arrive_typed(tmp_path):
+    text = "steps: 5\ninner: {rate: 1e-4, flag: true, kind: b, pair: [3, 4], names: [x, '7'], maybe: 2}\ndensity: {name: mode, scale: 1}\n"
+    got = read(tmp_path, text)
+    assert got == Outer(5, Inner(1e-4, True, "b", (3, 4), ("x", "7"), 2), Mode(1.0))
+    assert isinstance(got.density.scale, float)
+    assert read(tmp_path, "steps: 5\ndensity: mode\n").density == Mode()
+    assert read(tmp_path, "steps: 5\ninner:\n").inner == Inner()
+
+
+def test_overrides(tmp_path):
+    got = read(tmp_path, "steps: 5\n", "inner.rate=1e-3", "inner.names=[u, v]", "density=mode", "density.scale=0.5", "steps=7")
+    assert got == Outer(7, Inner(rate=1e-3, names=("u", "v")), Mode(0.5))
+    got = read(tmp_path, "steps: 5\ndensity: {name: logit_normal, mean: 1}\n", "density=mode", "inner.maybe=null")
+    assert got.density == Mode()
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "message"),
+    [
+        ("steps: 5\nstesp: 6\n", [], r"c.yaml:2: unknown key 'stesp'. Did you mean 'steps'"),
+        ("steps: 5\ninner:\n  rate: 1\n  flg: true\n", [], r"c.yaml:4: unknown key 'flg' in inner. Did you mean 'flag'"),
+        ("steps: five\n", [], r"c.yaml:1: steps must be a whole number, not 'five'"),
+        ("steps: 5.5\n", [], r"c.yaml:1: steps must be a whole number"),
+        ("steps: true\n", [], r"c.yaml:1: steps must be a whole number"),
+        ("steps: 5\ninner: {flag: 1}\n", [], r"c.yaml:2: inner.flag must be true or false"),
+        ("steps: 5\ninner: {kind: c}\n", [], r"c.yaml:2: inner.kind is 'c'. Choose from: a, b"),
+        ("steps: 5\ninner: {pair: [1]}\n", [], r"c.yaml:2: inner.pair must have 2 values"),
+        ("steps: 5\ninner: 3\n", [], r"c.yaml:2: inner must be a section"),
+        ("steps: 5\nsteps: 6\n", [], r"c.yaml:2: key 'steps' is given twice"),
+        ("inner: {}\n", [], r"steps is missing"),
+        ("- 1\n", [], r"c.yaml:1: a config is a mapping"),
+        ("steps: [1\n", [], r"c.yaml:\d: not YAML"),
+        ("steps: 5\ndensity: {name: mod}\n", [], r"c.yaml:2: density: no density is named 'mod'. Did you mean 'mode'"),
+        ("steps: 5\ndensity: {scale: 1}\n", [], r"c.yaml:2: density needs a `name`"),
+        ("steps: 5\ndensity: {name: mode, mean: 1}\n", [], r"c.yaml:2: unknown key 'mean' in density"),
+        ("steps: 5\nsampler: huen\n", [], r"c.yaml:2: sampler: no sampler is named 'huen'. Did you mean 'heun'"),
+        ("steps: 5\n", ["inner.rte=1"], r"override 'inner.rte=1': unknown key 'rte' in inner. Did you mean 'rate'"),
+        ("steps: 5\n", ["steps=x"], r"override 'steps=x': steps must be a whole number"),
+        ("steps: 5\n", ["steps"], r"override 'steps': write key=value"),
+    ],
+)
+def test_mistakes_are_named(tmp_path, text, overrides, message):
+    with pytest.raises(UserError, match=message) as caught:
+        read(tmp_path, text, *overrides)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_file_names_the_nearest(tmp_path):
+    (tmp_path / "quickstart.yaml").write_text("steps: 1")
+    with pytest.raises(UserError, match="Did you mean 'quickstart.yaml'"):
+        load(tmp_path / "quikstart.yaml", schema=Outer)
+
+
+def test_round_trip(tmp_path):
+    config = Outer(3, Inner(names=("é", "null"), maybe=None), Mode(0.25), "euler")
+    dump(config, tmp_path / "c.yaml")
+    assert load(tmp_path / "c.yaml", schema=Outer) == config
+    assert from_dict(Outer, to_dict(config)) == config
+    assert to_dict(config)["density"] == {"name": "mode", "scale": 0.25}
+
+
+def test_the_shipped_configs_load():
+    from pathlib import Path
+
+    from genflow.training.config import RunConfig
+
+    shipped = sorted(Path("configs").glob("*.yaml"))
+    assert shipped
+    for path in shipped:
+        assert from_dict(RunConfig, to_dict(load(path, schema=RunConfig))) == load(path, schema=RunConfig)

@@ -1,0 +1,119 @@
+"""The registry: one name per thing, an index that is the golden file of the public API."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import types
+
+import pytest
+
+import genflow
+from genflow import registry
+from genflow.errors import UserError, nearest
+
+
+@pytest.fixture
+def clean(monkeypatch):
+    monkeypatch.setattr(registry, "_live", dict(registry._live))
+
+
+def test_public_json_is_what_the_code_exports():
+    """On a change of the public API: python -m genflow.registry --update, and look at the diff."""
+    result = subprocess.run([sys.executable, "-m", "genflow.registry"], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+def test_the_golden_test_can_fail(tmp_path, monkeypatch):
+    golden = json.loads(registry.INDEX.read_text())
+    golden["sampler"].pop("heun")
+    (tmp_path / "public.json").write_text(json.dumps(golden, indent=1, ensure_ascii=False) + "\n")
+    monkeypatch.setattr(registry, "INDEX", tmp_path / "public.json")
+    monkeypatch.setattr(sys, "argv", ["registry"])
+    with pytest.raises(SystemExit, match="--update"):
+        registry.main()
+
+
+def test_a_decorator_tags_and_returns_the_same_object(clean):
+    def thing():
+        """A thing."""
+
+    assert registry.sampler_export("one", "other")(thing) is thing
+    assert registry.resolve("sampler", "one") is registry.resolve("sampler", "other") is thing
+    assert registry.tag_of(thing).names == ("one", "other")
+    assert {"one", "other"} <= set(registry.names("sampler"))
+
+
+def test_two_things_with_one_name_name_both_places(clean):
+    @registry.sampler_export("twice")
+    def first(): ...
+
+    with pytest.raises(UserError, match=r"test_registry:\d+ and .*test_registry:\d+"):
+
+        @registry.sampler_export("twice")
+        def second(): ...
+
+    @registry.grid_export("twice")  # another kind is another name
+    def third(): ...
+
+
+def test_a_reloaded_module_is_no_second_thing(clean):
+    source = "from genflow.registry import grid_export\n@grid_export('again')\ndef again(): ...\n"
+    module = types.ModuleType("reloaded")
+    for _ in range(2):
+        import linecache
+
+        linecache.cache["reloaded.py"] = (len(source), None, source.splitlines(True), "reloaded.py")
+        exec(compile(source, "reloaded.py", "exec"), module.__dict__)
+    assert registry.resolve("grid", "again") is module.again
+
+
+def test_a_subclass_does_not_inherit_its_parents_name():
+    from genflow import MMDiT
+
+    class Mine(MMDiT): ...
+
+    assert registry.tag_of(MMDiT) is not None and registry.tag_of(Mine) is None
+
+
+def test_unknown_names_get_the_nearest():
+    with pytest.raises(UserError, match="Did you mean 'heun'"):
+        registry.resolve("sampler", "huen")
+    assert nearest("zzz", ["a", "b"]) == " Choose from: a, b."
+
+
+def test_plugins_add_their_own(clean, monkeypatch):
+    class Entry:
+        name, value = "extra", "extra_module"
+
+        def load(self):
+            @registry.sampler_export("from_a_plugin")
+            def plugged(): ...
+
+    class Broken(Entry):
+        def load(self):
+            raise ImportError("no such thing")
+
+    monkeypatch.setattr(registry, "entry_points", lambda group: [Broken(), Entry()] if group == "genflow.plugins" else [])
+    registry._load_plugins.cache_clear()
+    try:
+        assert "from_a_plugin" in registry.names("sampler")
+        assert registry.resolve("sampler", "from_a_plugin").__name__ == "plugged"
+    finally:
+        registry._load_plugins.cache_clear()
+
+
+def test_the_package_serves_every_public_name():
+    for group in registry.index().values():
+        for entry in group.values():
+            assert hasattr(genflow, entry["attr"]), entry
+    assert {"MMDiT", "heun", "load", "RectifiedFlow"} <= set(dir(genflow))
+    with pytest.raises(AttributeError):
+        genflow.no_such_thing  # noqa: B018
+
+
+def test_every_export_is_described():
+    for kind, group in registry.index().items():
+        for name, entry in group.items():
+            assert entry["summary"], f"{kind} {name} has no docstring"

@@ -1,0 +1,415 @@
+"""Training: the same run however it was cut, shared out or loaded; and clear ends."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from genflow.cli import main
+from genflow.config import load
+from genflow.errors import UserError
+from genflow.flows.store import checkpoints, newest_checkpoint
+from genflow.training.apply import checkpoint_blocks, compile_blocks
+from genflow.training.config import RunConfig
+from genflow.training.ema import EMA, power_gamma
+from genflow.training.loop import learning_rate
+from genflow.training.precision import refusal, resolve_precision, verified
+from genflow.training.run import train
+
+CONFIG = """
+data: {name: emoji, size: 16, limit: 30, flip: true}
+text: {name: learned, dim: 16, heads: 2, layers: 1, max_tokens: 24}
+model: {name: mmdit, depth: 2, hidden: 32, heads: 2, patch_size: 8}
+flow: {name: rectified, prediction: x}
+train:
+  steps: 40
+  batch_size: 8
+  precision: fp32
+  optimizer: {name: adamw, lr: 1e-3}
+  warmup: 5
+  log_every: 5
+  save_every: 4
+  keep: 2
+  preview_every: 0
+  trackers: []
+sample: {sampler: euler, steps: 2, guidance: 1.0}
+"""
+
+
+@pytest.fixture
+def config(tmp_path):
+    path = tmp_path / "tiny.yaml"
+    path.write_text(CONFIG)
+    return path
+
+
+def run_python(code: str, *arguments: str, check: bool = True) -> subprocess.CompletedProcess:
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, env=env)
+    assert not check or result.returncode == 0, result.stderr
+    return result
+
+
+TRAIN = "import sys; from genflow.cli import main; sys.exit(main(['train', *sys.argv[1:]]))"
+# Killed without warning, after so many backward passes: in the middle of a step where there are micro-batches.
+KILLED = """
+import os, signal, sys
+import accelerate
+from genflow.cli import main
+backward, left = accelerate.Accelerator.backward, [int(sys.argv[1])]
+def counted(*arguments, **options):
+    left[0] -= 1
+    if left[0] == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    backward(*arguments, **options)
+accelerate.Accelerator.backward = counted
+main(['train', *sys.argv[2:]])
+"""
+
+
+def contents(run: Path) -> dict:
+    """All that must be equal between two runs that are the same."""
+    newest = newest_checkpoint(run)
+    assert newest is not None
+    log = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for line in log:
+        line.pop("images_per_s", None)
+    tensors = {f.name: load_file(f) for f in newest.glob("*.safetensors")}
+    return {"step": newest.name, "log": log, "tensors": tensors}
+
+
+def assert_same(a: dict, b: dict) -> None:
+    assert a["step"] == b["step"] and a["log"] == b["log"]
+    assert set(a["tensors"]) == set(b["tensors"]) == {"model.safetensors", "ema.safetensors", "optimizer.safetensors"}
+    for name, state in a["tensors"].items():
+        assert state.keys() == b["tensors"][name].keys()
+        for key, value in state.items():
+            assert torch.equal(value, b["tensors"][name][key]), f"{name}: {key}"
+
+
+@pytest.mark.parametrize(("accumulation", "killed_at", "workers"), [(1, 23, 0), (2, 54, 2)])
+def test_killed_and_resumed_is_the_same_run(config, tmp_path, accumulation, killed_at, workers):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    shared = f"train.accumulation={accumulation}"
+    run_python(TRAIN, str(config), f"out={whole}", shared)
+    died = run_python(KILLED, str(killed_at), str(config), f"out={cut}", shared, check=False)
+    assert died.returncode == -signal.SIGKILL
+    reached = newest_checkpoint(cut)
+    assert reached is not None and reached.name != "step-00000040"
+    run_python(TRAIN, str(config), f"out={cut}", shared, f"train.workers={workers}")
+    assert_same(contents(whole), contents(cut))
+
+
+def test_a_checkpoint_cut_short_is_passed_over(config, tmp_path):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    run_python(TRAIN, str(config), f"out={whole}")
+    run_python(TRAIN, str(config), f"out={cut}", "train.steps=20")
+    newest = newest_checkpoint(cut)
+    weights = newest / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
+    assert newest_checkpoint(cut).name == "step-00000016"
+    run_python(TRAIN, str(config), f"out={cut}")
+    assert_same(contents(whole), contents(cut))
+
+
+DDP = """
+import os, sys
+import torch
+import accelerate
+from genflow.cli import main
+# Every rank's gradient, after the reduction, goes into a file.
+clip, seen = accelerate.Accelerator.clip_grad_norm_, []
+def spy(self, parameters, *rest, **options):
+    parameters = list(parameters)
+    seen.append(torch.cat([p.grad.flatten() for p in parameters]).clone())
+    return clip(self, parameters, *rest, **options)
+accelerate.Accelerator.clip_grad_norm_ = spy
+torch.set_num_threads(1)
+code = main(['train', *sys.argv[2:]])
+torch.save(torch.stack(seen), f"{sys.argv[1]}.{os.environ.get('RANK', 0)}")
+sys.exit(code)
+"""
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_two_processes_are_one_process(config, tmp_path, accumulation):
+    shared = [str(config), "train.steps=20", "train.batch_size=8", f"train.accumulation={accumulation}"]
+    script = tmp_path / "ddp.py"
+    script.write_text(DDP)
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
+    one = [sys.executable, str(script), str(tmp_path / "one.grad"), *shared, f"out={tmp_path / 'one'}"]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    two = [*launch, str(script), str(tmp_path / "two.grad"), *shared, f"out={tmp_path / 'two'}"]
+    for command in (one, two):
+        result = subprocess.run(command, capture_output=True, text=True, env=env)
+        assert result.returncode == 0, result.stderr[-3000:]
+    assert "2 process(es)" in result.stderr
+    a, b = contents(tmp_path / "one"), contents(tmp_path / "two")
+    assert a["step"] == b["step"] == "step-00000020"
+    for name in ("model.safetensors", "ema.safetensors"):
+        for key, value in a["tensors"][name].items():
+            assert (value - b["tensors"][name][key]).abs().max() <= 1e-6, f"{name}: {key}"
+    ranks = [torch.load(tmp_path / f"two.grad.{r}") for r in range(2)]
+    assert torch.equal(*ranks)
+    alone = torch.load(tmp_path / "one.grad.0")
+    assert (ranks[0][0] - alone[0]).abs().max() <= 1e-6 * alone[0].abs().max().clamp(min=1)
+    for x, y in zip(a["log"], b["log"], strict=True):
+        assert x["step"] == y["step"] and math.isclose(x["loss"], y["loss"], rel_tol=1e-4)
+
+
+def test_ctrl_c_saves_and_goes_on(config, tmp_path):
+    interrupted = KILLED.replace("signal.SIGKILL", "signal.SIGINT").replace("main(['train'", "code = main(['train'") + "sys.exit(code)\n"
+    result = run_python(interrupted, "18", str(config), f"out={tmp_path / 'cut'}", check=False)
+    assert result.returncode == 130 and "to go on: genflow train" in result.stderr
+    assert newest_checkpoint(tmp_path / "cut").name == "step-00000018"
+    run_python(TRAIN, str(config), f"out={tmp_path / 'cut'}")
+    run_python(TRAIN, str(config), f"out={tmp_path / 'whole'}")
+    assert_same(contents(tmp_path / "whole"), contents(tmp_path / "cut"))
+
+
+@pytest.fixture
+def tiny(config, tmp_path):
+    def build(*overrides: str) -> RunConfig:
+        return load(config, [f"out={tmp_path / 'run'}", "train.steps=4", *overrides], schema=RunConfig)
+
+    return build
+
+
+def test_a_run_learns_and_leaves_what_it_should(tiny, tmp_path):
+    run = train(tiny("train.steps=60", "train.preview_every=30", "train.validate_every=30", "train.trackers=[tensorboard]"))
+    log = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in log if "loss" in line]
+    assert len(losses) == 12 and min(losses[-3:]) < 0.8 * losses[0]
+    assert {"loss", "grad_norm", "lr", "images_per_s"} <= set(log[0])
+    assert any(key.startswith("loss_t") for key in log[0])
+    validation = [line for line in log if "validation_loss" in line]
+    assert len(validation) == 2 and len([k for k in validation[0] if k.startswith("validation_t")]) == 8
+    assert [p.name for p in checkpoints(run)] == ["step-00000056", "step-00000060"]
+    assert sorted(p.name for p in (run / "previews").iterdir()) == ["step-00000030.png", "step-00000060.png"]
+    assert list(run.rglob("events.out.tfevents*"))
+    again = load(run / "config.yaml", schema=RunConfig)
+    assert again.train.steps == 60 and again.model.in_channels == 3 and again.model.sample_size == 2
+
+
+def test_validation_asks_the_same_questions(tiny, tmp_path):
+    from genflow.flows.store import load as load_flow
+
+    run = train(tiny("train.validate_every=4"))
+    line = [json.loads(x) for x in (run / "metrics.jsonl").read_text().splitlines() if "validation_loss" in x][-1]
+    flow = load_flow(run)
+    assert line["validation_loss"] > 0 and flow.image_shape == (3, 16, 16)
+
+
+def test_the_saved_average_is_what_is_loaded(tiny):
+    from genflow.flows.store import load as load_flow
+
+    run = train(tiny())
+    state = load_file(newest_checkpoint(run) / "ema.safetensors")
+    averaged, raw = load_flow(run).state_dict(), load_flow(run, ema=False).state_dict()
+    assert all(torch.equal(averaged[k], v) for k, v in state.items())
+    assert any(not torch.equal(averaged[k], raw[k]) for k in state)
+
+
+def test_another_config_is_refused_and_more_steps_are_not(tiny, capsys):
+    run = train(tiny())
+    with pytest.raises(UserError, match=r"holds a run with model\.depth=2, this config says 3"):
+        train(tiny("model.depth=3"))
+    train(tiny())
+    assert "already trained for 4 steps" in capsys.readouterr().err
+    train(tiny("train.steps=6"))
+    assert newest_checkpoint(run).name == "step-00000006"
+
+
+def test_nan_stops_before_it_does_harm(tiny, monkeypatch):
+    from genflow.flows.rectified import RectifiedFlow
+
+    run = train(tiny())
+    before = load_file(newest_checkpoint(run) / "model.safetensors")
+    error, calls = RectifiedFlow._error, []
+
+    def poisoned(self, *arguments):
+        calls.append(1)
+        return error(self, *arguments) * (math.nan if len(calls) == 2 else 1)
+
+    monkeypatch.setattr(RectifiedFlow, "_error", poisoned)
+    with pytest.raises(UserError, match=r"step 6: loss nan.* Samples: \w+/[\w-]+, .*Last good checkpoint: .*step-00000004"):
+        train(tiny("train.steps=8"))
+    after = load_file(newest_checkpoint(run) / "model.safetensors")
+    assert all(torch.equal(before[k], after[k]) for k in before)
+
+
+def test_a_full_disk_keeps_the_last_good_checkpoint(tiny, monkeypatch):
+    import genflow.training.checkpoint as module
+
+    run = train(tiny())
+
+    def full(_tensors, path):
+        Path(path).write_bytes(b"x" * 10)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module, "save_file", full)
+    with pytest.raises(UserError, match="could not save step 8 .*No space left.*last good checkpoint is step-00000004"):
+        train(tiny("train.steps=8"))
+    assert [p.name for p in (run / "checkpoints").iterdir()] == ["step-00000004"]
+
+
+def test_bad_pictures_are_counted_and_too_many_stop_the_run(tmp_path, config, capsys):
+    from PIL import Image
+
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for i in range(8):
+        Image.new("RGB", (16, 16), (i * 30, 0, 0)).save(folder / f"{i}.png")
+    (folder / "bad.png").write_text("not a picture")
+    more = [f"data={{name: folder, path: {folder}, size: 16}}", f"out={tmp_path / 'run'}", "train.steps=4"]
+    train(load(config, more, schema=RunConfig))
+    assert capsys.readouterr().err.count("skipped bad.png") == 1
+    for i in range(4):
+        (folder / f"{i}.png").write_bytes((folder / f"{i}.png").read_bytes()[:40])
+    with pytest.raises(UserError, match=r"pictures cannot be read, more than train\.max_bad"):
+        train(load(config, [*more, f"out={tmp_path / 'other'}", "train.steps=40"], schema=RunConfig))
+
+
+@pytest.mark.parametrize("option", ["checkpointing", "compile"])
+def test_how_a_block_runs_does_not_change_what_it_learns(tiny, tmp_path, option):
+    plain = contents(train(tiny()))["tensors"]["model.safetensors"]
+    other = contents(train(tiny(f"train.{option}=true", f"out={tmp_path / 'other'}")))["tensors"]["model.safetensors"]
+    assert plain.keys() == other.keys()
+    for key, value in plain.items():
+        assert torch.allclose(value, other[key], atol=2e-5), key
+
+
+def test_checkpointing_recomputes_and_compiling_compiles():
+    from genflow.networks.mmdit import MMDiTConfig
+
+    sizes = {"in_channels": 1, "context_dim": 4, "pooled_dim": 4, "sample_size": 2}
+    network = MMDiTConfig(depth=2, hidden=32, heads=2, **sizes).build()
+    calls = []
+    network.blocks[0].image_mlp.register_forward_hook(lambda *_: calls.append(1))
+    checkpoint_blocks(network)
+    network(torch.randn(1, 1, 4, 4), torch.rand(1), torch.randn(1, 3, 4), torch.randn(1, 4)).sum().backward()
+    assert len(calls) == 2
+    compile_blocks(network)
+    assert all(block._compiled_call_impl is not None for block in network.blocks)
+    with pytest.raises(UserError, match="has no `blocks`"):
+        checkpoint_blocks(torch.nn.Linear(1, 1))
+
+
+# ------------------------------------------------------------------------------------------------------------ precision
+
+
+def test_what_the_device_cannot_do_is_refused():
+    cpu = torch.device("cpu")
+    with pytest.raises(UserError, match=r"train\.precision=fp16: fp16 training needs a GPU"):
+        resolve_precision("fp16", cpu)
+    assert refusal("bf16", cpu) is None
+    assert resolve_precision("auto", cpu)[0] in ("fp32", "bf16")
+    assert resolve_precision("bf16", cpu) == ("bf16", "as asked")
+
+
+def test_the_precision_that_really_ran_is_checked():
+    linear, x = torch.nn.Linear(2, 2), torch.ones(1, 2)
+    with verified(linear, "fp32"):
+        linear(x)
+    with pytest.raises(UserError, match="bf16 was asked"), verified(linear, "bf16"):
+        linear(x)
+    with verified(linear, "bf16"), torch.autocast("cpu", torch.bfloat16):
+        linear(x)
+    assert not linear._forward_hooks
+
+
+def test_bf16_runs_in_bf16_with_float32_weights(tiny):
+    run = train(tiny("train.precision=bf16"))
+    for file in newest_checkpoint(run).glob("*.safetensors"):
+        assert {v.dtype for v in load_file(file).values()} == {torch.float32}
+    assert json.loads((newest_checkpoint(run) / "config.json").read_text())["train"]["precision"] == "bf16"
+
+
+# ----------------------------------------------------------------------------------------------------------- small parts
+
+
+def test_learning_rate_rises_stays_and_falls():
+    factor = [learning_rate(s, steps=100, warmup=10, decay=0.5) for s in range(100)]
+    assert factor[0] == 0.1 and factor[9:51] == [1.0] * 42
+    assert math.isclose(factor[75], 0.5) and math.isclose(factor[99], 0.02)
+    assert learning_rate(99, steps=100, warmup=0, decay=0.0) == 1.0
+
+
+def test_ema_has_the_power_profile_of_its_width():
+    # The weight of step n in the average after N steps is proportional to n^gamma; its relative std is the width asked.
+    width, steps = 0.1, 2000
+    model = torch.nn.Linear(1, steps, bias=False)
+    model.weight.data.zero_()
+    ema = EMA(model, width)
+    for step in range(1, steps + 1):
+        model.weight.data.zero_()
+        model.weight.data[step - 1] = 1
+        ema.update(step)
+    weights = ema.average[0].flatten().double()
+    n = torch.arange(1, steps + 1, dtype=torch.float64) / steps
+    assert math.isclose(float(weights.sum()), 1, rel_tol=1e-4)
+    mean = float((weights * n).sum())
+    assert math.isclose(math.sqrt(float((weights * (n - mean) ** 2).sum())), width, rel_tol=0.01)
+    assert math.isclose(mean, (power_gamma(width) + 1) / (power_gamma(width) + 2), rel_tol=1e-3)
+
+
+def test_ema_swaps_in_and_out_even_on_errors():
+    model = torch.nn.Linear(2, 2)
+    ema = EMA(model, 0.1)
+    own = model.weight.detach().clone()
+    ema.average[0].zero_()
+    with pytest.raises(RuntimeError), ema.swapped():
+        assert not model.weight.any()
+        raise RuntimeError
+    assert torch.equal(model.weight, own)
+
+
+# -------------------------------------------------------------------------------------------------------------- sampling
+
+
+def test_sample_writes_pictures_that_say_how_they_were_made(tiny, tmp_path, capsys):
+    from PIL import Image
+
+    from genflow.data.pictures import read_settings
+
+    run, out = train(tiny()), tmp_path / "out"
+    (tmp_path / "prompts.txt").write_text("owl\n\nfox 🦊\n")
+    arguments = ["sample", str(run), "--prompt", "", "--prompt-file", str(tmp_path / "prompts.txt"), "-n", "2"]
+    assert main([*arguments, "--seed", "5", "--guidance", "2", "--out", str(out)]) == 0
+    files = sorted(p.name for p in out.iterdir())
+    assert len(files) == 7 and "grid.png" in files and "0002-owl-7.png" in files
+    settings = read_settings(out / "0002-owl-7.png")
+    assert settings["prompt"] == "owl" and settings["seed"] == 7 and settings["guidance"] == 2 and settings["nfe"] == 2
+    assert main(["sample", str(run), "--prompt", "owl", "--seed", "7", "--guidance", "2", "--batch", "1", "--out", str(tmp_path / "b")]) == 0
+    pictures = [Image.open(out / "0002-owl-7.png"), Image.open(tmp_path / "b" / "0000-owl-7.png")]
+    a, b = (torch.frombuffer(bytearray(p.tobytes()), dtype=torch.uint8).int() for p in pictures)
+    assert (a - b).abs().max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--steps", "0"], "steps = 0"),
+        (["--seed", "-1"], "seed"),
+        (["--sampler", "huen"], "Did you mean 'heun'"),
+        (["--guidance", "nan"], "not a finite number"),
+        (["--size", "17"], "try 16 x 16"),
+        (["-n", "0"], "-n and --batch must be 1 or more"),
+        (["--interval", "0.9", "0.1"], "interval"),
+    ],
+)
+def test_sampling_mistakes(tiny, tmp_path, arguments, message, capsys):
+    run = train(tiny("train.steps=1"))
+    assert main(["sample", str(run), "--prompt", "x", "--out", str(tmp_path / "o"), *arguments]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message in error and error.startswith("genflow: ")
