@@ -154,7 +154,9 @@ def _build(kind: Any, node: _Node, path: str) -> Any:
         if isinstance(marker, Named):
             name = _build(str, node, path)
             if name not in names(marker.kind):
-                raise UserError(f"{node.where}: {path}: no {marker.kind} is named {name!r}.{nearest(name, names(marker.kind))}")
+                raise UserError(
+                    f"{node.where}: {path}: no {marker.kind} is named {name!r}.{nearest(name, names(marker.kind))}"
+                )
             return name
         return _build(args[0], node, path)
     if is_dataclass(kind):

@@ -1,7 +1,8 @@
 """Build the embedded emoji set: python scripts/build_emoji.py SOURCE.parquet
 
-SOURCE holds captioned emoji with a licence per row (columns image, caption, prompt, group, subgroup, style, tone, hexcode,
-split, licence). Kept: rows under Apache-2.0 or MIT, without a skin tone, at 32 pixels. The same source gives the same file.
+SOURCE holds captioned emoji with a licence per row (columns image, caption, prompt, group, subgroup, style, tone,
+hexcode, split, licence). Kept: rows under Apache-2.0 or MIT, without a skin tone, at 32 pixels. The same source gives
+the same file.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ COLUMNS = ["caption", "prompt", "group", "subgroup", "style", "hexcode", "split"
 def shrink(data: bytes) -> bytes:
     """An encoded picture at 32 pixels on white, as lossless WebP.
 
-    By area: halving so is exact, without the ringing that sharper filters leave on white (and 22 % smaller than Lanczos).
+    By area: exact when halving, without the ringing that sharper filters leave on white, and 22 % smaller than Lanczos.
     """
     image = Image.open(io.BytesIO(data)).convert("RGBA")
     sheet = Image.new("RGBA", image.size, "white")

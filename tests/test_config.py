@@ -37,7 +37,10 @@ def read(tmp_path, text, *overrides):
 
 
 def test_values_arrive_typed(tmp_path):
-    text = "steps: 5\ninner: {rate: 1e-4, flag: true, kind: b, pair: [3, 4], names: [x, '7'], maybe: 2}\ndensity: {name: mode, scale: 1}\n"
+    text = (
+        "steps: 5\ninner: {rate: 1e-4, flag: true, kind: b, pair: [3, 4], names: [x, '7'], maybe: 2}\n"
+        "density: {name: mode, scale: 1}\n"
+    )
     got = read(tmp_path, text)
     assert got == Outer(5, Inner(1e-4, True, "b", (3, 4), ("x", "7"), 2), Mode(1.0))
     assert isinstance(got.density.scale, float)
@@ -46,7 +49,9 @@ def test_values_arrive_typed(tmp_path):
 
 
 def test_overrides(tmp_path):
-    got = read(tmp_path, "steps: 5\n", "inner.rate=1e-3", "inner.names=[u, v]", "density=mode", "density.scale=0.5", "steps=7")
+    got = read(
+        tmp_path, "steps: 5\n", "inner.rate=1e-3", "inner.names=[u, v]", "density=mode", "density.scale=0.5", "steps=7"
+    )
     assert got == Outer(7, Inner(rate=1e-3, names=("u", "v")), Mode(0.5))
     got = read(tmp_path, "steps: 5\ndensity: {name: logit_normal, mean: 1}\n", "density=mode", "inner.maybe=null")
     assert got.density == Mode()
@@ -56,7 +61,11 @@ def test_overrides(tmp_path):
     ("text", "overrides", "message"),
     [
         ("steps: 5\nstesp: 6\n", [], r"c.yaml:2: unknown key 'stesp'. Did you mean 'steps'"),
-        ("steps: 5\ninner:\n  rate: 1\n  flg: true\n", [], r"c.yaml:4: unknown key 'flg' in inner. Did you mean 'flag'"),
+        (
+            "steps: 5\ninner:\n  rate: 1\n  flg: true\n",
+            [],
+            r"c.yaml:4: unknown key 'flg' in inner. Did you mean 'flag'",
+        ),
         ("steps: five\n", [], r"c.yaml:1: steps must be a whole number, not 'five'"),
         ("steps: 5.5\n", [], r"c.yaml:1: steps must be a whole number"),
         ("steps: true\n", [], r"c.yaml:1: steps must be a whole number"),

@@ -84,7 +84,7 @@ def diffusers_model(dtype: torch.dtype, **extra: object) -> torch.nn.Module:
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_forward_and_gradients_equal_diffusers(variant, size, dtype, tolerance, monkeypatch):
     if dtype == torch.float64:  # diffusers takes the variance in float32 even then, which alone costs 5e-10
-        exact = lambda self, x: torch.nn.functional.rms_norm(x, x.shape[-1:], self.weight, self.eps)  # noqa: E731
+        exact = lambda self, x: torch.nn.functional.rms_norm(x, x.shape[-1:], self.weight, self.eps)
         monkeypatch.setattr("diffusers.models.normalization.RMSNorm.forward", exact)
     theirs = diffusers_model(dtype, **VARIANTS[variant])
     ours = from_diffusers(theirs)
@@ -197,7 +197,13 @@ def test_masked_context_is_as_if_it_were_not_there():
 def test_every_option_changes_the_model():
     base = {"depth": 2, "hidden": 32, "heads": 2, **SMALL}
     count = sum(p.numel() for p in MMDiTConfig(**base).build().parameters())
-    for option in ({"qk_norm": False}, {"dual_attention_layers": (0,)}, {"mlp_ratio": 2}, {"patch_size": 1}, {"depth": 3}):
+    for option in (
+        {"qk_norm": False},
+        {"dual_attention_layers": (0,)},
+        {"mlp_ratio": 2},
+        {"patch_size": 1},
+        {"depth": 3},
+    ):
         assert sum(p.numel() for p in MMDiTConfig(**{**base, **option}).build().parameters()) != count
     a, b = (randomised(MMDiTConfig(**{**base, **option}).build()) for option in ({}, {"sample_size": 8}))
     assert not torch.allclose(a(*inputs(torch.float32)), b(*inputs(torch.float32)))

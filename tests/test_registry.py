@@ -95,7 +95,9 @@ def test_plugins_add_their_own(clean, monkeypatch):
         def load(self):
             raise ImportError("no such thing")
 
-    monkeypatch.setattr(registry, "entry_points", lambda group: [Broken(), Entry()] if group == "genflow.plugins" else [])
+    monkeypatch.setattr(
+        registry, "entry_points", lambda group: [Broken(), Entry()] if group == "genflow.plugins" else []
+    )
     registry._load_plugins.cache_clear()
     try:
         assert "from_a_plugin" in registry.names("sampler")

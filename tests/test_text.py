@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import sqlite3
+import warnings
+from contextlib import closing
 
 import pytest
 import torch
@@ -10,8 +14,10 @@ import torch
 from genflow.conditions import Condition
 from genflow.errors import UserError
 from genflow.layers.whitening import Whitening
+from genflow.text import cache as cache_module
+from genflow.text import pretrained
 from genflow.text.cache import EmbeddingCache
-from genflow.text.pretrained import MiniLMConfig, PretrainedTextConfig
+from genflow.text.pretrained import REFERENCE, MiniLMConfig, PretrainedTextConfig
 from genflow.text.trained import LabelsConfig, LearnedTextConfig
 
 
@@ -75,9 +81,9 @@ def test_cache_survives_damage(tmp_path):
     again = cache.get(["a", "bb"], rows)
     assert all(torch.equal(a["tokens"], b["tokens"]) for a, b in zip(first, again, strict=True))
     cache.path.write_bytes(b"this is no database" * 100)
-    with pytest.warns(UserWarning, match="going on without it"):
+    with pytest.warns(UserWarning, match="beginning it anew"):
         assert len(cache.get(["a"], rows)) == 1
-    assert cache.get(["a"], rows)[0]["tokens"][0, 0] == 1  # begun anew
+    assert cache.get(["a"], lambda _: pytest.fail("computed again"))[0]["tokens"][0, 0] == 1
 
 
 def test_cache_that_cannot_be_written_is_done_without(tmp_path):
@@ -97,6 +103,121 @@ def test_cache_is_by_content(tmp_path):
     EmbeddingCache(tmp_path, "x").get(["b", "c"], compute)
     EmbeddingCache(tmp_path, "y").get(["b"], compute)
     assert calls == [["a", "b"], ["c"], ["b"]]
+
+
+def test_a_full_disk_costs_nothing_but_the_cache(tmp_path, monkeypatch):
+    def full(*_):
+        raise sqlite3.OperationalError("database or disk is full")
+
+    calls = []
+    monkeypatch.setattr(cache_module, "_write", full)
+    cache = EmbeddingCache(tmp_path, "x")
+    with pytest.warns(UserWarning, match="disk is full.; going on without it") as caught:
+        for _ in range(3):
+            assert len(cache.get(["a", "b"], lambda c: calls.append(c) or rows(c))) == 2
+    assert len(caught) == 1 and len(calls) == 3  # warned of once, computed once each time
+
+
+def test_a_flipped_bit_is_noticed(tmp_path):
+    cache = EmbeddingCache(tmp_path, "x")
+    cache.get(["a"], rows)
+    with closing(sqlite3.connect(cache.path)) as base, base:
+        (data,) = base.execute("SELECT data FROM rows").fetchone()
+        base.execute("UPDATE rows SET data = ?", (data[:-1] + bytes([data[-1] ^ 1]),))
+    assert torch.equal(cache.get(["a"], rows)[0]["tokens"], rows(["a"])[0]["tokens"])
+
+
+def fill(folder, begin: int) -> None:
+    for i in range(begin, begin + 40):
+        EmbeddingCache(folder, "x").get([str(i), str(i + 1)], rows)
+
+
+def test_processes_share_a_cache(tmp_path):
+    fork = multiprocessing.get_context("fork")
+    workers = [fork.Process(target=fill, args=(tmp_path, begin)) for begin in (0, 10, 20)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert [worker.exitcode for worker in workers] == [0, 0, 0]
+    known = [str(i) for i in range(61)]
+    got = EmbeddingCache(tmp_path, "x").get(known, lambda _: pytest.fail("something was lost"))
+    assert [row["tokens"][0, 0] for row in got] == [len(c) for c in known]
+
+
+def test_autocast_does_not_reach_what_is_kept(cache):
+    with torch.autocast("cpu", torch.bfloat16):
+        got = MiniLMConfig().build().encode(["an otter"])
+    text = MiniLMConfig().build()
+    (row,) = text._compute(["an otter"])
+    assert torch.equal(got.pooled[0], row["pooled"]) and got.tokens.dtype == torch.float32
+    assert text._network()[1].dtype == torch.float32
+
+
+def test_an_embedding_does_not_depend_on_its_mates(cache):
+    text = MiniLMConfig(max_tokens=8).build()
+    captions = [f"a {thing}" for thing in ("dog", "cat", "red apple on a blue table", "car", "")]
+    together = text._compute(captions)
+    for caption, row in zip(captions, together, strict=True):
+        (alone,) = text._compute([caption])
+        assert all(torch.allclose(alone[key], row[key], atol=1e-5) for key in row)
+
+
+def test_what_is_cut_is_told_in_one_line_even_from_the_cache(cache):
+    long = ["one two three four five six seven eight", "un deux trois quatre cinq six sept huit", "short"]
+    for _ in range(2):
+        with pytest.warns(UserWarning, match="2 prompts cut to 6 tokens, the first: 'one two") as caught:
+            MiniLMConfig(max_tokens=6).build().encode(long)
+        assert len(caught) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        MiniLMConfig(max_tokens=6).build().encode(["one two"])
+
+
+def test_other_weights_are_another_encoder(tmp_path, cache):
+    from transformers import BertConfig, BertModel
+
+    folder = tmp_path / "bert"
+    identities = set()
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        sizes = {"num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8, "vocab_size": 9}
+        BertModel(BertConfig(hidden_size=8, **sizes)).save_pretrained(folder)
+        os.utime(folder / "model.safetensors", (0, 0))
+        identities.add(PretrainedTextConfig(model=str(folder)).build().identity)
+    assert len(identities) == 2
+    assert PretrainedTextConfig(model=str(folder), max_tokens=3).build().identity not in identities
+
+
+def test_frozen_encoders_have_no_weights_of_the_run(cache):
+    text = MiniLMConfig().build()
+    text.encode(["x"])
+    assert not list(text.parameters()) and not text.state_dict()
+
+
+def test_mistaken_sizes_are_refused(cache):
+    for config, message in (
+        (MiniLMConfig(max_tokens=0), r"max_tokens=0 must be within 1 \.\. 512"),
+        (MiniLMConfig(max_tokens=513), r"max_tokens=513 must be within 1 \.\. 512"),
+        (LearnedTextConfig(max_tokens=1), "max_tokens=1 must be 2 or more"),
+        (LearnedTextConfig(dim=10, heads=4), "must be a multiple of heads=4"),
+        (LabelsConfig(classes=()), "at least one"),
+        (LabelsConfig(classes=("a", "a")), "distinct"),
+    ):
+        with pytest.raises(UserError, match=message):
+            config.build()
+    with pytest.raises(UserError, match="max_tokens=2 leaves no room beside 2"):
+        MiniLMConfig(max_tokens=2).build().encode(["x"])
+
+
+@pytest.mark.gpu
+def test_many_captions_are_encoded_on_the_gpu_to_the_same_end(cache, monkeypatch):
+    captions = ["red apple", "a very happy dog"]
+    here = MiniLMConfig().build()._compute(captions)
+    monkeypatch.setattr(pretrained, "MANY", 1)
+    there = MiniLMConfig().build()._compute(captions)
+    for a, b in zip(here, there, strict=True):
+        assert all(torch.allclose(a[key], b[key], atol=1e-3) for key in a)
 
 
 ENCODERS = {
@@ -133,7 +254,7 @@ def test_strange_prompts(name, cache):
     with pytest.warns(UserWarning, match="prompt cut to"):
         long = text.encode(["word " * 2000])
     assert long.mask.all() and text(long).tokens.isfinite().all()
-    odd = text(text.encode(["\0", "🦦", "שלום", "   ", "a\nb"]))
+    odd = text(text.encode(["\0", "🦦", "שלום", "   ", "a\nb", "half \ud83e"]))
     assert odd.tokens.isfinite().all() and odd.pooled.isfinite().all()
 
 
@@ -142,12 +263,16 @@ def test_padding_does_not_reach_the_learned_encoder():
     prepared = text.encode(["cat"])
     noisy = Condition(prepared.tokens.where(prepared.mask, torch.tensor(77)), prepared.mask, prepared.pooled)
     assert torch.allclose(text(prepared).pooled, text(noisy).pooled, atol=1e-6)
+    embedded = text(prepared)
+    assert not embedded.tokens[~prepared.mask].any()
+    mean = embedded.tokens[0, prepared.mask[0]].mean(0)
+    assert torch.allclose(text.pool(mean), embedded.pooled[0], atol=1e-6)
 
 
 def test_labels_take_names_and_numbers():
     text = ENCODERS["labels"].build()
     assert text.encode(["dog", "1", "cat", ""]).tokens.flatten().tolist() == [1, 1, 0, 2]
-    with pytest.raises(UserError, match="no class 'dgo'. Did you mean 'dog'"):
+    with pytest.raises(UserError, match=r"no class 'dgo'\. Did you mean 'dog'"):
         text.encode(["dgo"])
     with pytest.raises(UserError, match="no class '2'"):
         text.encode(["2"])
@@ -163,9 +288,8 @@ def test_a_model_that_is_not_there_costs_one_line(tmp_path):
 
 
 def test_clip_and_t5_encoders_from_folders(tmp_path, cache):
-    from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
-    from transformers import T5Config, T5EncoderModel
     from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
     raw = Tokenizer(models.WordLevel({"<pad>": 0, "<unk>": 1, "red": 2, "dog": 3}, unk_token="<unk>"))
     raw.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -181,6 +305,19 @@ def test_clip_and_t5_encoders_from_folders(tmp_path, cache):
         text = PretrainedTextConfig(model=str(tmp_path / name), max_tokens=4).build()
         got = text.encode(["red dog", "dog"])
         assert text.context_dim == 8 and got.tokens.shape == (2, 4, 8) and got.mask.sum(1).tolist() == [2, 1]
+        reference = text.encode(REFERENCE)
+        assert abs(float(reference.tokens[reference.mask].std()) - 1) < 1e-4  # calibrated
+        with torch.no_grad():
+            states = network.eval()(torch.tensor([[2, 3]])).last_hidden_state[0]
+        assert torch.allclose(got.tokens[0, :2], states * text.scale, atol=1e-5)
+    with pytest.raises(UserError, match=r"max_tokens=9 must be within 1 \.\. 8"):
+        PretrainedTextConfig(model=str(tmp_path / "clip"), max_tokens=9).build()
+    with pytest.raises(UserError, match=r"no such folder\. Did you mean 'clip'"):
+        PretrainedTextConfig(model=str(tmp_path / "clp")).build()
+    (tmp_path / "clip" / "model.safetensors").write_bytes(b"junk")
+    with pytest.raises(UserError, match="cannot be loaded") as caught:
+        PretrainedTextConfig(model=str(tmp_path / "clip"), max_tokens=4).build().encode(["red dog"])
+    assert "\n" not in str(caught.value)
 
 
 def test_whitening_whitens():

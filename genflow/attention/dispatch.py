@@ -69,7 +69,9 @@ def choose(backend: str, call: Call) -> Attention:
     """
     if backend != "auto":
         if backend not in names("attention"):
-            raise UserError(f"attention backend {backend!r} is unknown.{nearest(backend, ['auto', *names('attention')])}")
+            raise UserError(
+                f"attention backend {backend!r} is unknown.{nearest(backend, ['auto', *names('attention')])}"
+            )
         record = resolve("attention", backend)()
         if reasons := record.refusals(call):
             raise UserError(f"attention backend {backend!r} cannot serve this call: {'; '.join(reasons)}")

@@ -101,7 +101,9 @@ def _system() -> None:
         rate = "" if reason or device.type != "cpu" else f"matrix products at {matmul_tflops(dtype):.2f} TFLOP/s"
         print(f"  {name:22}{reason or rate or 'yes'}")
     print("\nattention on this machine (a training call, head_dim 64)")
-    call = Call(device.type, torch.float32 if device.type == "cpu" else torch.bfloat16, 64, False, frozenset({"backward"}))
+    call = Call(
+        device.type, torch.float32 if device.type == "cpu" else torch.bfloat16, 64, False, frozenset({"backward"})
+    )
     for name in names("attention"):
         reasons = resolve("attention", name)().refusals(call)
         print(f"  {name:22}{'; '.join(reasons) or 'yes'}")

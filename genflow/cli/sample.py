@@ -14,13 +14,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what = parser.add_argument_group("what to draw (each may be given several times)")
     what.add_argument("--prompt", action="append", default=[], metavar="TEXT", help='"" draws without a prompt')
     what.add_argument("--prompt-file", action="append", default=[], metavar="FILE", help="one prompt a line")
-    what.add_argument("--class", action="append", default=[], dest="classes", metavar="NAME", help="a class, by name or number")
+    what.add_argument(
+        "--class", action="append", default=[], dest="classes", metavar="NAME", help="a class, by name or number"
+    )
     how = parser.add_argument_group("how (defaults: the run's own)")
     how.add_argument("-n", type=int, default=1, metavar="N", help="pictures per prompt (1)")
     how.add_argument("--sampler", metavar="NAME", help="see: genflow info sampler")
     how.add_argument("--steps", type=int)
     how.add_argument("--guidance", type=float, help="1 = none")
-    how.add_argument("--interval", type=float, nargs=2, metavar=("LO", "HI"), help="the times t, 0 to 1, in which guidance acts")
+    how.add_argument(
+        "--interval", type=float, nargs=2, metavar=("LO", "HI"), help="the times t, 0 to 1, in which guidance acts"
+    )
     how.add_argument("--shift", type=float, help="of the time grid; 1 = none")
     how.add_argument("--size", type=int, nargs="+", metavar="PX", help="height and width (default: as trained)")
     how.add_argument("--seed", type=int, default=0, help="of the first picture; the next have the next seeds (0)")
@@ -67,7 +71,9 @@ def run(args: argparse.Namespace) -> int:
     for i, ((prompt, seed), image) in enumerate(zip(wanted, x, strict=True)):
         name = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:40] or "empty"
         to_picture(image, {"prompt": prompt, "seed": seed, **model}).save_atomic(out / f"{i:04d}-{name}-{seed}.png")
-    grid = caption_grid(x, [p for p, _ in wanted], settings={"prompts": [p for p, _ in wanted], "seed": args.seed, **model})
+    grid = caption_grid(
+        x, [p for p, _ in wanted], settings={"prompts": [p for p, _ in wanted], "seed": args.seed, **model}
+    )
     grid.save_atomic(out / "grid.png")
     print(f"{len(wanted)} pictures and grid.png in {out} ({nfe} network evaluations each)")
     return 0

@@ -21,7 +21,8 @@ class EmojiConfig:
 
     styles: of noto, fluent3d, fluentflat; groups: of Unicode's (smileys-emotion, animals-nature, ...); empty means all.
     caption: "caption" is the thing ("otter"), "prompt" names the style too ("a Noto emoji of otter"). limit: the first
-    so many of a fixed shuffled order. Splits: train, test_pair (things seen in other styles only), test_concept (never).
+    so many of a fixed shuffled order. Splits: train, test_pair (things seen in other styles only), test_concept (things
+    never seen).
     """
 
     size: int = 32

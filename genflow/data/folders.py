@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 from genflow.data.images import SUFFIXES, ImageDataset
 from genflow.errors import UserError, nearest
@@ -19,12 +21,20 @@ CAPTION_KEYS = ("caption", "text", "prompt", "label")
 def existing(path: str, what: str) -> Path:
     """The path, or a UserError that names the nearest one there is."""
     folder = Path(path).expanduser()
-    if not folder.exists():
-        parent = folder.parent
-        around = [p.name for p in parent.iterdir()] if parent.is_dir() else []
-        near = nearest(folder.name, around) if around else f" {parent} is not there either."
-        raise UserError(f"{what}: {folder} does not exist.{near if 'mean' in near or not around else ''}")
-    return folder
+    try:
+        if folder.exists():
+            return folder
+        around = [p.name for p in folder.parent.iterdir()] if folder.parent.is_dir() else None
+    except OSError as error:
+        raise UserError(f"{what}: {path[:80]}: {error.strerror}") from error
+    near = f" {folder.parent} is not there either." if around is None else nearest_name(folder.name, around)
+    raise UserError(f"{what}: {folder} does not exist.{near}")
+
+
+def nearest_name(name: str, names: Iterable[str]) -> str:
+    """The question whether one of them was meant, or nothing: a folder may hold too many names to list."""
+    near = nearest(name, names)
+    return near if near.startswith(" Did you mean") else ""
 
 
 @dataset_export("folder")
@@ -40,7 +50,7 @@ class FolderConfig:
     path: str
     size: int = 64
     flip: bool = False
-    channels: int = 3
+    channels: Literal[1, 3] = 3
 
     def build(self, split: str = "train") -> ImageDataset:
         """Raises UserError for a folder that is missing or empty, and for captions without pictures."""
@@ -50,17 +60,22 @@ class FolderConfig:
         if (root / split).is_dir():
             root = root / split
         elif split != "train":
-            raise UserError(f"data folder: {root} has no subfolder {split!r} for that split")
+            near = nearest_name(split, [p.name for p in root.iterdir() if p.is_dir()])
+            raise UserError(f"data folder: {root} has no subfolder {split!r} for that split.{near}")
         for name in TABLES:
             if (root / name).is_file():
                 return _from_table(root / name)
-        pictures = sorted(p for p in root.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+        pictures = sorted(p for p in root.rglob("*") if _is_picture(p))
         if not pictures:
             texts = len(list(root.rglob("*.txt")))
             beside = f" ({texts} .txt files are there, but no pictures beside them)" if texts else ""
             raise UserError(f"data folder: {root} holds no pictures{beside}; known are {' '.join(sorted(SUFFIXES))}")
         captions = [_caption_of(p, root) for p in pictures]
         return ImageDataset(captions, [str(p.relative_to(root)) for p in pictures], pictures.__getitem__)
+
+
+def _is_picture(path: Path) -> bool:
+    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
 
 
 def _caption_of(picture: Path, root: Path) -> str:
@@ -71,36 +86,45 @@ def _caption_of(picture: Path, root: Path) -> str:
 
 
 def _from_table(table: Path) -> ImageDataset:
-    rows: list[dict]
-    try:
-        with table.open(encoding="utf-8", newline="") as file:
-            if table.suffix == ".csv":
-                rows = list(csv.DictReader(file))
-            else:
-                rows = []
-                for number, line in enumerate(file, 1):
-                    try:
-                        rows += [json.loads(line)] if line.strip() else []
-                    except ValueError as error:
-                        raise UserError(f"{table}:{number}: not JSON: {error}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{table}: not UTF-8 text") from error
+    rows = _read_csv(table) if table.suffix == ".csv" else _read_jsonl(table)
     if not rows:
         raise UserError(f"{table}: no captions in it")
     file_key, caption_key = column(table, rows[0], FILE_KEYS, "file"), column(table, rows[0], CAPTION_KEYS, "caption")
-    paths = [table.parent / str(r.get(file_key)) for r in rows]
-    missing = [(i, p) for i, p in enumerate(paths) if not p.is_file()]
+    files = [str(r.get(file_key) or "") for r in rows]
+    paths = [table.parent / name for name in files]
+    missing = [i for i, path in enumerate(paths) if not path.is_file()]
+    if len(missing) == len(paths):
+        raise UserError(f"{table}: none of its {len(paths)} pictures exists, for example {paths[0]}")
     if missing:
-        i, path = missing[0]
-        near = nearest(path.name, [p.name for p in path.parent.iterdir()]) if path.parent.is_dir() else ""
-        if len(missing) == len(paths):
-            raise UserError(f"{table}: none of its {len(paths)} pictures exists, for example {path}")
-        raise UserError(f"{table}: row {i + 1} names {path.name}, which does not exist.{near if 'mean' in near else ''}")
-    captions = [str(r.get(caption_key) or "") for r in rows]
-    return ImageDataset(captions, [str(p.relative_to(table.parent)) for p in paths], paths.__getitem__)
+        name, path = files[missing[0]], paths[missing[0]]
+        near = nearest_name(path.name, [p.name for p in path.parent.iterdir()]) if path.parent.is_dir() else ""
+        raise UserError(f"{table}: row {missing[0] + 1} names {name or 'nothing'}, which does not exist.{near}")
+    return ImageDataset([str(r.get(caption_key) or "") for r in rows], files, paths.__getitem__)
 
 
-def column(where: object, row: dict, keys: tuple[str, ...], what: str) -> str:
+def _read_csv(table: Path) -> list[dict[str, Any]]:
+    try:
+        with table.open(encoding="utf-8-sig", newline="") as file:
+            return list(csv.DictReader(file))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{table}: not a table of comma-separated UTF-8 text: {error}") from error
+
+
+def _read_jsonl(table: Path) -> list[dict[str, Any]]:
+    rows = []
+    for number, line in enumerate(table.read_bytes().splitlines(), 1):
+        if line.strip():
+            try:
+                row = json.loads(line.decode("utf-8-sig"))
+            except ValueError as error:
+                raise UserError(f"{table}:{number}: not JSON: {error}") from error
+            if not isinstance(row, dict):
+                raise UserError(f'{table}:{number}: not an object such as {{"file_name": "a.png", "caption": "a cat"}}')
+            rows.append(row)
+    return rows
+
+
+def column(where: object, row: Iterable[str], keys: tuple[str, ...], what: str) -> str:
     """The first of the usual names that a table has."""
     for key in keys:
         if key in row:

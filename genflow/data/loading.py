@@ -56,9 +56,9 @@ class Batch:
 class StreamSampler(Sampler[list[tuple[int, int]]]):
     """One rank's micro-batches of (index, position).
 
-    The stream of samples is endless: position p is place p mod n of epoch p // n, whose order is a permutation drawn from
-    (seed, epoch). Step s takes positions s*batch_size to (s+1)*batch_size; micro-batch a of rank r is a contiguous part of
-    them. So neither ranks, accumulation, workers nor a restart change what a step sees.
+    The stream of samples is endless: position p is place p mod n of epoch p // n, whose order is a permutation drawn
+    from (seed, epoch). Step s takes positions s*batch_size to (s+1)*batch_size; micro-batch a of rank r is a contiguous
+    part of them. So neither ranks, accumulation, workers nor a restart change what a step sees.
     """
 
     def __init__(
@@ -103,11 +103,11 @@ class _Pictures:
     def __init__(self, dataset: ImageDataset, *, size: int, channels: int) -> None:
         self.dataset, self.size, self.channels = dataset, size, channels
         self.bad: dict[int, BadImage] = {}
-        shape = (len(dataset), channels, size, size)
-        self.keeps = 0 < len(dataset) * channels * size**2 <= MEMORY
+        n, each = len(dataset), channels * size**2
+        self.keeps = 0 < n * each <= MEMORY
         if self.keeps:  # anonymous shared maps: forked processes see each other's work
-            self.kept = torch.frombuffer(mmap.mmap(-1, len(dataset) * channels * size**2), dtype=torch.uint8).view(shape)
-            self.known = torch.frombuffer(mmap.mmap(-1, len(dataset)), dtype=torch.bool)
+            self.kept = torch.frombuffer(mmap.mmap(-1, n * each), dtype=torch.uint8).view(n, channels, size, size)
+            self.known = torch.frombuffer(mmap.mmap(-1, n), dtype=torch.bool)
             self.lock = multiprocessing.Lock()
 
     def __getitem__(self, index: int) -> Tensor:

@@ -59,8 +59,11 @@ def to_picture(x: Tensor, settings: Mapping[str, object] | None = None) -> Pictu
 @api_export("read_settings")
 def read_settings(path: str | Path) -> dict[str, object]:
     """The settings written into a PNG by genflow. Raises UserError where there are none."""
-    with Image.open(path) as image:
-        text = getattr(image, "text", {}).get(METADATA)
+    try:
+        with Image.open(path) as image:
+            text = getattr(image, "text", {}).get(METADATA)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or 'not a picture'}") from error
     if text is None:
         raise UserError(f"{path}: this picture carries no genflow settings")
     return json.loads(text)
@@ -75,7 +78,10 @@ def caption_grid(
     cell: int = 96,
     settings: Mapping[str, object] | None = None,
 ) -> Picture:
-    """A grid of pictures, each over its caption. images: B x C x H x W in [-1, 1]; small ones are enlarged to `cell`."""
+    """A grid of pictures, each over its caption.
+
+    images: B x C x H x W in [-1, 1]; small ones are enlarged to about `cell` pixels. columns: by default, a square.
+    """
     columns = columns or min(8, max(1, round(len(images) ** 0.5)))
     height, width = images.shape[-2:]
     zoom = max(1, cell // max(height, width))

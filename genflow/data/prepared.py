@@ -56,7 +56,7 @@ def _encode(captions: Sequence[str], text: TextEncoder) -> Condition:
 
 
 def _room(rows: int, like: Tensor) -> Tensor:
-    """An empty tensor of so many rows: in memory, or, where it is large, mapped from a file that has no name any more."""
+    """An empty tensor of so many rows: in memory, or, where it is large, mapped from a file already unlinked."""
     shape = (rows, *like.shape[1:])
     numel = rows * like[0].numel()
     size = numel * like.element_size()
@@ -71,5 +71,5 @@ def _room(rows: int, like: Tensor) -> Tensor:
                 file.truncate(size)
             return torch.from_file(file.name, shared=True, size=numel, dtype=like.dtype).view(shape)
     except OSError as error:
-        gib = size / 2**30
-        raise UserError(f"no room for {gib:.1f} GiB of encoded captions in {cache_folder()}: {error.strerror}") from error
+        what = f"{size / 2**30:.1f} GiB of encoded captions"
+        raise UserError(f"no room for {what} in {cache_folder()}: {error.strerror}") from error

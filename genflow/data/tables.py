@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import glob as globbing
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 from genflow.data.folders import CAPTION_KEYS, column, existing
-from genflow.data.images import ImageDataset
+from genflow.data.images import BadImage, ImageDataset
 from genflow.errors import UserError, nearest
 from genflow.registry import dataset_export
 
@@ -17,9 +18,11 @@ IMAGE_KEYS = ("image", "img", "jpg", "png", "webp", "jpeg")
 def _open(kind: str, where: str, split: str, **options: Any) -> Any:
     """A map-style split. Raises UserError in one line where the library cannot serve it."""
     import datasets
+    from huggingface_hub.utils import logging
 
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity_error()
+    logging.set_verbosity_error()
     try:
         return datasets.load_dataset(kind, split=split, **options)
     except Exception as error:
@@ -31,12 +34,12 @@ def _captioned(table: Any, where: str, image: str | None, caption: str | None) -
     """Choose the picture and caption columns; decode pictures ourselves, so that a bad one is only skipped."""
     import datasets
 
-    names = {name: None for name in table.column_names}
+    names: list[str] = table.column_names
     for asked in (image, caption):
         if asked is not None and asked not in names:
             raise UserError(f"data {where}: no column {asked!r}.{nearest(asked, names)}")
     image = image or column(f"data {where}", names, IMAGE_KEYS, "image")
-    caption = caption or column(f"data {where}", names, (*CAPTION_KEYS, "txt", "json"), "caption")
+    caption = caption or column(f"data {where}", names, (*CAPTION_KEYS, "txt", "json", "cls"), "caption")
     if isinstance(table.features[image], datasets.Image):
         table = table.cast_column(image, datasets.Image(decode=False))
     labels = table.features[caption]
@@ -48,10 +51,13 @@ def _captioned(table: Any, where: str, image: str | None, caption: str | None) -
     def read(i: int) -> Any:
         value = table[i][image]
         if isinstance(value, dict):
-            return value["bytes"] if value.get("bytes") is not None else existing(value["path"] or "?", f"data {where}")
-        return value
+            value = value["bytes"] if value.get("bytes") is not None else value.get("path")
+        if value is None:
+            raise BadImage("there is none in its row")
+        return Path(value) if isinstance(value, str) else value
 
-    return ImageDataset(captions, [f"{where}[{i}]" for i in range(len(table))], read)
+    keys = table["__key__"] if "__key__" in names else range(len(table))
+    return ImageDataset(captions, [f"{where}[{key}]" for key in keys], read)
 
 
 def _text(value: Any) -> str:
@@ -65,39 +71,46 @@ def _text(value: Any) -> str:
     return "" if value is None else str(value)
 
 
-def _files(pattern: str, where: str) -> list[str]:
-    files = sorted(globbing.glob(pattern, recursive=True)) if any(c in pattern for c in "*?[") else []
-    if not files:
+def _files(pattern: str, where: str, suffix: str) -> list[str]:
+    """The files that a path, a folder or a glob means. Raises UserError where there is none."""
+    if any(c in pattern for c in "*?["):
+        files = sorted(globbing.glob(str(Path(pattern).expanduser()), recursive=True))
+    else:
         path = existing(pattern, f"data {where}")
-        files = sorted(str(p) for p in path.glob(f"*.{'tar' if where == 'webdataset' else 'parquet'}")) if path.is_dir() else [str(path)]
+        files = sorted(str(p) for p in path.glob(f"*{suffix}")) if path.is_dir() else [str(path)]
     if not files:
-        raise UserError(f"data {where}: no such files in {pattern}")
+        raise UserError(f"data {where}: no {suffix} files in {pattern}")
     return files
 
 
 @dataset_export("parquet")
 @dataclass(frozen=True)
 class ParquetConfig:
-    """Parquet files with a column of encoded pictures and one of captions. path: a file, a folder or a glob."""
+    """Parquet files with a column of encoded pictures and one of captions. path: a file, a folder or a glob.
+
+    split_column: where there is one, rows whose value in it is the split are taken; else all are of split train.
+    """
 
     path: str
     image: str | None = None
     caption: str | None = None
     size: int = 64
     flip: bool = False
-    channels: int = 3
-    split_column: str | None = None  # rows whose value there is the split
+    channels: Literal[1, 3] = 3
+    split_column: str = "split"
 
     def build(self, split: str = "train") -> ImageDataset:
-        table = _open("parquet", "parquet", "train", data_files=_files(self.path, "parquet"))
-        if self.split_column is not None:
-            if self.split_column not in table.column_names:
-                raise UserError(f"data parquet: no column {self.split_column!r}.{nearest(self.split_column, table.column_names)}")
-            values = table[self.split_column]
+        """Raises UserError for files, columns or splits that are not there."""
+        table = _open("parquet", "parquet", "train", data_files=_files(self.path, "parquet", ".parquet"))
+        if self.split_column in table.column_names:
+            values = table.with_format("arrow")[self.split_column][:].to_pylist()
             rows = [i for i, value in enumerate(values) if value == split]
             if not rows:
                 raise UserError(f"data parquet: no row is of split {split!r}.{nearest(split, set(map(str, values)))}")
             table = table.select(rows)
+        elif self.split_column != "split" or split != "train":
+            near = nearest(self.split_column, table.column_names)
+            raise UserError(f"data parquet: no column {self.split_column!r} for split {split!r}.{near}")
         return _captioned(table, "parquet", self.image, self.caption)
 
 
@@ -111,12 +124,12 @@ class WebDatasetConfig:
     caption: str | None = None
     size: int = 64
     flip: bool = False
-    channels: int = 3
+    channels: Literal[1, 3] = 3
 
     def build(self, split: str = "train") -> ImageDataset:
         if split != "train":
             raise UserError(f"data webdataset: shards have no split {split!r}; give its shards as another data set")
-        table = _open("webdataset", "webdataset", "train", data_files=_files(self.path, "webdataset"))
+        table = _open("webdataset", "webdataset", "train", data_files=_files(self.path, "webdataset", ".tar"))
         return _captioned(table, "webdataset", self.image, self.caption)
 
 
@@ -131,7 +144,7 @@ class HubConfig:
     caption: str | None = None
     size: int = 64
     flip: bool = False
-    channels: int = 3
+    channels: Literal[1, 3] = 3
 
     def build(self, split: str = "train") -> ImageDataset:
         return _captioned(_open(self.repo, self.repo, split, name=self.subset), self.repo, self.image, self.caption)

@@ -49,9 +49,7 @@ class MNISTConfig:
     channels: ClassVar[int] = 1
 
     def build(self, split: str = "train") -> ImageDataset:
-        return _labelled(
-            "MNIST", split, root=self.root, download=self.download, classes=[str(i) for i in range(10)]
-        )
+        return _labelled("MNIST", split, root=self.root, download=self.download, classes=[str(i) for i in range(10)])
 
 
 @dataset_export("fashion_mnist")

@@ -48,7 +48,11 @@ def graph_features(path: str | Path) -> Features:
                 return F.max_pool2d(inputs[0], op["kernel"], op["stride"], op.get("padding", 0))
             case "avg_pool":
                 return F.avg_pool2d(
-                    inputs[0], op["kernel"], op["stride"], op.get("padding", 0), count_include_pad=op["count_include_pad"]
+                    inputs[0],
+                    op["kernel"],
+                    op["stride"],
+                    op.get("padding", 0),
+                    count_include_pad=op["count_include_pad"],
                 )
             case "concat":
                 return torch.cat(inputs, dim=1)

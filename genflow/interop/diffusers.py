@@ -33,20 +33,20 @@ OUTER: dict[str, str | tuple[str, ...]] = {
 }
 BLOCK: dict[str, str | tuple[str, ...]] = {
     "image_modulation": "norm1.linear",
-    "image_attention.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
-    "image_attention.q_norm": "attn.norm_q",
-    "image_attention.k_norm": "attn.norm_k",
+    "image_attention.qkv.linear": ("attn.to_q", "attn.to_k", "attn.to_v"),
+    "image_attention.qkv.q_norm": "attn.norm_q",
+    "image_attention.qkv.k_norm": "attn.norm_k",
     "image_attention.proj": "attn.to_out.0",
-    "image_attention2.qkv": ("attn2.to_q", "attn2.to_k", "attn2.to_v"),
-    "image_attention2.q_norm": "attn2.norm_q",
-    "image_attention2.k_norm": "attn2.norm_k",
+    "image_attention2.qkv.linear": ("attn2.to_q", "attn2.to_k", "attn2.to_v"),
+    "image_attention2.qkv.q_norm": "attn2.norm_q",
+    "image_attention2.qkv.k_norm": "attn2.norm_k",
     "image_attention2.proj": "attn2.to_out.0",
     "image_mlp.fc1": "ff.net.0.proj",
     "image_mlp.fc2": "ff.net.2",
     "context_modulation": "norm1_context.linear",
-    "context_attention.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
-    "context_attention.q_norm": "attn.norm_added_q",
-    "context_attention.k_norm": "attn.norm_added_k",
+    "context_attention.qkv.linear": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+    "context_attention.qkv.q_norm": "attn.norm_added_q",
+    "context_attention.qkv.k_norm": "attn.norm_added_k",
     "context_attention.proj": "attn.to_add_out",
     "context_mlp.fc1": "ff_context.net.0.proj",
     "context_mlp.fc2": "ff_context.net.2",
@@ -57,6 +57,8 @@ POSITIONS = "pos_embed.pos_embed"
 def _counterpart(name: str, depth: int) -> tuple[tuple[str, ...], bool]:
     """diffusers' names of one genflow tensor, and whether its halves are swapped."""
     stem, _, kind = name.rpartition(".")
+    if kind in ("q_norm", "k_norm"):  # parameters here, modules with a `weight` there
+        stem, kind = name, "weight"
     match = re.fullmatch(r"blocks\.(\d+)\.(.+)", stem)
     target = BLOCK[match[2]] if match else OUTER[stem]
     parts = (target,) if isinstance(target, str) else target
@@ -123,7 +125,7 @@ def _is_computed(table: Tensor, config: MMDiTConfig) -> bool:
 @api_export("config_from_diffusers")
 def config_from_diffusers(source: Mapping[str, object]) -> MMDiTConfig:
     """An MMDiTConfig from SD3Transformer2DModel's config. Raises UserError for what an MM-DiT here has not."""
-    get: Callable[[str], int] = lambda key: int(source[key])  # type: ignore[call-overload]  # noqa: E731
+    get: Callable[[str], int] = lambda key: int(source[key])  # type: ignore[call-overload]
     heads, head_dim = get("num_attention_heads"), get("attention_head_dim")
     if source["qk_norm"] not in (None, "rms_norm"):
         raise UserError(f"qk_norm = {source['qk_norm']!r} in the diffusers model; only rms_norm or none is known here")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from genflow.attention import attention
 from genflow.errors import UserError
 from genflow.layers.embeddings import MLPEmbedder, PatchEmbed, sincos_2d, sinusoidal, unpatchify
-from genflow.layers.modulation import MLP, Modulation, RMSNorm, gated_residual, modulated_norm
+from genflow.layers.modulation import MLP, QKV, Modulation, gated_residual, joint_heads, modulated_norm
 from genflow.registry import api_export, network_export
 
 
@@ -182,44 +182,36 @@ class JointBlock(nn.Module):
     def forward(self, x: Tensor, context: Tensor, c: Tensor, key_mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """x: B x Lx x hidden; context: B x Lc x hidden; c: B x hidden; key_mask: B x (Lx + Lc). Returns both streams."""
         x_mod, context_mod = self.image_modulation(c), self.context_modulation(c)
-        x_qkv = self.image_attention.qkv_heads(modulated_norm(x, x_mod[0], x_mod[1]))
-        context_qkv = self.context_attention.qkv_heads(modulated_norm(context, context_mod[0], context_mod[1]))
-        q, k, v = (torch.cat(pair, dim=2) for pair in zip(x_qkv, context_qkv, strict=True))
+        x_qkv = self.image_attention.qkv(modulated_norm(x, x_mod[0], x_mod[1]))
+        context_qkv = self.context_attention.qkv(modulated_norm(context, context_mod[0], context_mod[1]))
+        q, k, v = joint_heads([(self.image_attention.qkv, x_qkv), (self.context_attention.qkv, context_qkv)])
         attended = attention(q, k, v, key_mask=key_mask, backend=self.backend)
         x_out, context_out = attended.split([x.shape[1], context.shape[1]], dim=2)
 
         if self.image_attention2 is not None:
-            own = self.image_attention2.qkv_heads(modulated_norm(x, x_mod[6], x_mod[7]))
-            own_out = attention(*own, backend=self.backend)
-            x = gated_residual(x, x_mod[2], self.image_attention.project_heads(x_out))
-            x = gated_residual(x, x_mod[8], self.image_attention2.project_heads(own_out))
-        else:
-            x = gated_residual(x, x_mod[2], self.image_attention.project_heads(x_out))
+            own_qkv = self.image_attention2.qkv(modulated_norm(x, x_mod[6], x_mod[7]))
+            own_out = attention(*joint_heads([(self.image_attention2.qkv, own_qkv)]), backend=self.backend)
+        x = gated_residual(x, x_mod[2], self.image_attention.project(x_out))
+        if self.image_attention2 is not None:
+            x = gated_residual(x, x_mod[8], self.image_attention2.project(own_out))
         x = gated_residual(x, x_mod[5], self.image_mlp(modulated_norm(x, x_mod[3], x_mod[4])))
+
         if self.context_mlp is not None:
-            context = gated_residual(context, context_mod[2], self.context_attention.project_heads(context_out))
+            context = gated_residual(context, context_mod[2], self.context_attention.project(context_out))
             mlp_in = modulated_norm(context, context_mod[3], context_mod[4])
             context = gated_residual(context, context_mod[5], self.context_mlp(mlp_in))
         return x, context
 
 
 class SelfAttention(nn.Module):
-    """The projections around one stream's attention: q, k and v from one product, optional RMS norms of q and k."""
+    """The projections around one stream's attention."""
 
     def __init__(self, hidden: int, heads: int, *, qk_norm: bool, project: bool = True) -> None:
         super().__init__()
-        self.heads = heads
-        self.qkv = nn.Linear(hidden, 3 * hidden)
-        self.q_norm = RMSNorm(hidden // heads) if qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(hidden // heads) if qk_norm else nn.Identity()
+        self.qkv = QKV(hidden, heads, qk_norm=qk_norm)
         self.proj = nn.Linear(hidden, hidden) if project else None
 
-    def qkv_heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x: B x L x hidden -> q, k, v, each B x heads x L x head_dim."""
-        q, k, v = self.qkv(x).view(*x.shape[:2], 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        return self.q_norm(q), self.k_norm(k), v
-
-    def project_heads(self, o: Tensor) -> Tensor:
+    def project(self, o: Tensor) -> Tensor:
         """o: B x heads x L x head_dim -> B x L x hidden."""
         assert self.proj is not None
         return self.proj(o.transpose(1, 2).flatten(2))

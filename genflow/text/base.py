@@ -16,8 +16,8 @@ from genflow.registry import api_export
 class TextEncoder(nn.Module, ABC):
     """Prompts to conditions, in two steps: `encode` prepares (and may cache), the forward embeds.
 
-    A frozen encoder prepares embeddings and its forward is the identity; one that is trained prepares token ids and embeds
-    them in its forward, with gradients. Every condition has max_tokens tokens, so that any two fit into one batch.
+    A frozen encoder prepares embeddings and its forward is the identity; one that is trained prepares token ids and
+    embeds them in its forward, with gradients. Every condition has max_tokens tokens, so any two fit into one batch.
     """
 
     context_dim: int  # of a token's embedding

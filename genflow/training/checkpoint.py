@@ -71,15 +71,15 @@ def save_checkpoint(
         shutil.rmtree(temporary, ignore_errors=True)
         last = checkpoints(run)
         kept = f"the last good checkpoint is {last[-1].name}" if last else "no checkpoint had been written yet"
-        raise UserError(f"could not save step {step} under {run} ({error}); {kept}. Free some space and run again") from error
+        raise UserError(
+            f"could not save step {step} under {run} ({error}); {kept}. Free some space and run again"
+        ) from error
     for old in checkpoints(run)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
     return final
 
 
-def load_checkpoint(
-    folder: Path, *, model: nn.Module, optimizer: torch.optim.Optimizer, ema: EMA | None
-) -> dict:
+def load_checkpoint(folder: Path, *, model: nn.Module, optimizer: torch.optim.Optimizer, ema: EMA | None) -> dict:
     """Put a whole checkpoint back in place; returns its state (step and the running sums of the log)."""
     model.load_state_dict(load_file(folder / "model.safetensors"))
     load_named_optimizer_state(optimizer, model, load_file(folder / "optimizer.safetensors"))

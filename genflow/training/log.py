@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 T_BINS = 8
+SAY_EVERY = 10  # seconds between lines where there is no terminal for a bar
 
 
 class LossByTime:
@@ -54,6 +55,7 @@ class Log:
         )
         self.steps, self.begun, self.start = steps, time.monotonic(), start
         self.mark = (time.monotonic(), start)
+        self.said = 0.0
         if self.main:
             self._cut_after(start)
 
@@ -89,7 +91,8 @@ class Log:
         rate = (step - last[1]) * self.batch_size / max(now - last[0], 1e-9)
         self.mark = (now, step)
         self.bar.set_postfix_str(f"loss {loss:.4f}, {rate:.0f} images/s")
-        if self.main and self.bar.disable:
+        if self.main and self.bar.disable and now - self.said >= SAY_EVERY:
+            self.said = now
             left = (now - self.begun) / max(step - self.start, 1) * (self.steps - step)
             self.say(f"step {step}/{self.steps}  loss {loss:.4f}  {rate:.0f} images/s  {left / 60:.1f} min left")
         return rate

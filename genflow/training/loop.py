@@ -69,6 +69,7 @@ class Trainer:
         train = config.train
         self.run_folder, self.accelerator = run, accelerator
         self.dataset = config.data.build("train")
+        torch.manual_seed(config.seed)  # the initial weights hang on nothing else
         self.text = config.text.build()
         self.image_shape = (config.data.channels, config.data.size, config.data.size)
         self.config = config = replace(config, model=fit_to(config.model, self.text, self.image_shape))
@@ -79,7 +80,6 @@ class Trainer:
                 f"train.batch_size={train.batch_size} does not divide among {accelerator.num_processes} processes x "
                 f"{train.accumulation} micro-batches; try {near}"
             )
-        torch.manual_seed(config.seed)
         network = config.model.build()
         self.flow = config.flow.build(network, self.text, image_shape=self.image_shape)
         if train.checkpointing:
@@ -170,7 +170,9 @@ class Trainer:
             parts = []
             for i, batch in enumerate(micro):
                 last = i == len(micro) - 1
-                check = verified(self.flow, train.precision) if not hasattr(self, "checked") else contextlib.nullcontext()
+                check = (
+                    verified(self.flow, train.precision) if not hasattr(self, "checked") else contextlib.nullcontext()
+                )
                 with contextlib.nullcontext() if last else accelerator.no_sync(self.model):
                     with check:
                         out = self.model(batch, rng)
@@ -228,9 +230,7 @@ class Trainer:
         self.by_time = LossByTime()
         rate = self.log.progress(self.step, float(loss))
         by_time = {
-            f"loss_t{i / T_BINS:.3f}": float(total / count)
-            for i, (total, count) in enumerate(sums.T)
-            if count > 0
+            f"loss_t{i / T_BINS:.3f}": float(total / count) for i, (total, count) in enumerate(sums.T) if count > 0
         }
         values = {"loss": float(loss), "grad_norm": norm, "lr": self.optimizer.param_groups[0]["lr"], **by_time}
         if self.accelerator.scaler is not None:
@@ -288,7 +288,9 @@ class Trainer:
     def _preview(self) -> None:
         train, sample = self.config.train, self.config.sample
         every = max(len(self.dataset) // 16, 1)
-        prompts = list(train.preview_prompts) or [self.dataset.caption(i) for i in range(0, len(self.dataset), every)][:16]
+        prompts = (
+            list(train.preview_prompts) or [self.dataset.caption(i) for i in range(0, len(self.dataset), every)][:16]
+        )
         solution = self.flow.sample(
             prompts,
             seeds=list(range(len(prompts))),

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import ProjectConfiguration
 
 from genflow.config import load, to_dict
@@ -52,7 +52,7 @@ def train(config: str | Path | RunConfig, overrides: Sequence[str] = ()) -> Path
         raise UserError("config: `out` is not set; name the run's folder")
     run = Path(config.out)
     config = _as_saved(config, run)
-    device = Accelerator(cpu=not torch.cuda.is_available() and not torch.backends.mps.is_available()).device
+    device = PartialState(cpu=not (torch.cuda.is_available() or torch.backends.mps.is_available())).device
     precision, why = resolve_precision(config.train.precision, device)
     config = replace(config, train=replace(config.train, precision=precision))
     try:

@@ -1,0 +1,253 @@
+// Fused elementwise kernels of the MM-DiT block for CPUs: one pass over memory where tensor operations take many.
+//
+// Plain C++ and OpenMP, compiled once by genflow/layers/kernels.py. T is float or bf16; arithmetic is in float. Every
+// sum over tokens belongs to one sample and is taken by one thread, so that results do not depend on their number.
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+namespace {
+
+struct bf16 {
+    uint16_t bits;
+};
+
+inline float load(float x) { return x; }
+inline float load(bf16 x) {
+    uint32_t bits = uint32_t(x.bits) << 16;
+    float f;
+    std::memcpy(&f, &bits, 4);
+    return f;
+}
+inline void store(float* p, float x) { *p = x; }
+inline void store(bf16* p, float x) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;  // to nearest, ties to even
+    p->bits = uint16_t((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
+}
+
+// exp(x) for x <= 0 or moderate, to 2 ulp: 2^n times a polynomial; written so that compilers vectorise it.
+inline float fast_exp(float x) {
+    x = x < -87.0f ? -87.0f : (x > 88.0f ? 88.0f : x);
+    float n = std::floor(x * 1.44269504f + 0.5f);
+    float r = x - n * 0.693359375f + n * 2.12194440e-4f;
+    float p = 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    uint32_t bits = uint32_t(int32_t(n) + 127) << 23;
+    float scale;
+    std::memcpy(&scale, &bits, 4);
+    return p * scale;
+}
+
+// ---------------------------------------------------------------------------- y = (1 + scale) LN(x) + shift
+
+template <class T>
+void norm_forward(const T* x, const T* shift, const T* scale, long stride, T* y, float* mean, float* rstd, long B,
+                  long L, long H, float eps) {
+#pragma omp parallel for collapse(2)
+    for (long b = 0; b < B; b++)
+        for (long l = 0; l < L; l++) {
+            const T *row = x + (b * L + l) * H, *sh = shift + b * stride, *sc = scale + b * stride;
+            T* out = y + (b * L + l) * H;
+            float sum = 0, square = 0;
+            for (long h = 0; h < H; h++) sum += load(row[h]);
+            float m = sum / H;
+            for (long h = 0; h < H; h++) {
+                float d = load(row[h]) - m;
+                square += d * d;
+            }
+            float r = 1 / std::sqrt(square / H + eps);
+            for (long h = 0; h < H; h++) store(out + h, (load(row[h]) - m) * r * (1 + load(sc[h])) + load(sh[h]));
+            mean[b * L + l] = m;
+            rstd[b * L + l] = r;
+        }
+}
+
+template <class T>
+void norm_backward(const T* g, const T* x, const T* scale, long stride, const float* mean, const float* rstd, T* dx,
+                   T* dshift, T* dscale, long B, long L, long H) {
+#pragma omp parallel for
+    for (long b = 0; b < B; b++) {
+        std::vector<float> sums(2 * H, 0.0f);
+        float *ds = sums.data(), *dc = ds + H;
+        const T* sc = scale + b * stride;
+        for (long l = 0; l < L; l++) {
+            const T *row = x + (b * L + l) * H, *grow = g + (b * L + l) * H;
+            T* out = dx + (b * L + l) * H;
+            float m = mean[b * L + l], r = rstd[b * L + l], s1 = 0, s2 = 0;
+            for (long h = 0; h < H; h++) {
+                float xhat = (load(row[h]) - m) * r, gh = load(grow[h]), gx = gh * (1 + load(sc[h]));
+                ds[h] += gh;
+                dc[h] += gh * xhat;
+                s1 += gx;
+                s2 += gx * xhat;
+            }
+            s1 /= H;
+            s2 /= H;
+            for (long h = 0; h < H; h++) {
+                float xhat = (load(row[h]) - m) * r, gx = load(grow[h]) * (1 + load(sc[h]));
+                store(out + h, r * (gx - s1 - xhat * s2));
+            }
+        }
+        for (long h = 0; h < H; h++) store(dshift + b * H + h, ds[h]), store(dscale + b * H + h, dc[h]);
+    }
+}
+
+// ---------------------------------------------------------------------------------------------- x + gate y
+
+template <class T>
+void gate_forward(const T* x, const T* gate, long stride, const T* y, T* out, long B, long L, long H) {
+#pragma omp parallel for collapse(2)
+    for (long b = 0; b < B; b++)
+        for (long l = 0; l < L; l++) {
+            long o = (b * L + l) * H;
+            const T* gt = gate + b * stride;
+            for (long h = 0; h < H; h++) store(out + o + h, load(x[o + h]) + load(gt[h]) * load(y[o + h]));
+        }
+}
+
+template <class T>
+void gate_backward(const T* g, const T* gate, long stride, const T* y, T* dy, T* dgate, long B, long L, long H) {
+#pragma omp parallel for
+    for (long b = 0; b < B; b++) {
+        std::vector<float> sum(H, 0.0f);
+        const T* gt = gate + b * stride;
+        for (long l = 0; l < L; l++) {
+            long o = (b * L + l) * H;
+            for (long h = 0; h < H; h++) {
+                float gh = load(g[o + h]);
+                sum[h] += gh * load(y[o + h]);
+                store(dy + o + h, gh * load(gt[h]));
+            }
+        }
+        for (long h = 0; h < H; h++) store(dgate + b * H + h, sum[h]);
+    }
+}
+
+// ------------------------------------------------- q, k, v of one stream into its place in the joint sequence
+// qkv: B x L x 3 x heads x D; q, k, v: B x heads x J x D, of which this stream takes rows at .. at + L.
+
+template <class T>
+void heads_forward(const T* qkv, const float* wq, const float* wk, T* q, T* k, T* v, float* rq, float* rk, long B,
+                   long L, long heads, long D, long J, long at, float eps, int normed) {
+#pragma omp parallel for collapse(2)
+    for (long b = 0; b < B; b++)
+        for (long l = 0; l < L; l++)
+            for (long n = 0; n < heads; n++) {
+                long row = b * L + l, to = ((b * heads + n) * J + at + l) * D;
+                const T *sq = qkv + (row * 3 * heads + n) * D, *sk = sq + heads * D, *sv = sk + heads * D;
+                if (normed) {
+                    float a = 0, c = 0;
+                    for (long d = 0; d < D; d++) a += load(sq[d]) * load(sq[d]), c += load(sk[d]) * load(sk[d]);
+                    a = 1 / std::sqrt(a / D + eps);
+                    c = 1 / std::sqrt(c / D + eps);
+                    rq[row * heads + n] = a;
+                    rk[row * heads + n] = c;
+                    for (long d = 0; d < D; d++) store(q + to + d, load(sq[d]) * a * wq[d]);
+                    for (long d = 0; d < D; d++) store(k + to + d, load(sk[d]) * c * wk[d]);
+                } else {
+                    std::memcpy(q + to, sq, D * sizeof(T));
+                    std::memcpy(k + to, sk, D * sizeof(T));
+                }
+                std::memcpy(v + to, sv, D * sizeof(T));
+            }
+}
+
+// d/dx of RMSNorm: dx = r (g w - xhat mean(g w xhat)), xhat = r x; dw += g xhat
+template <class T>
+void rms_backward(const T* g, const T* x, const float* w, float r, T* dx, float* dw, long D) {
+    float s = 0;
+    for (long d = 0; d < D; d++) {
+        float xhat = load(x[d]) * r, gd = load(g[d]);
+        dw[d] += gd * xhat;
+        s += gd * w[d] * xhat;
+    }
+    s /= D;
+    for (long d = 0; d < D; d++) store(dx + d, r * (load(g[d]) * w[d] - load(x[d]) * r * s));
+}
+
+template <class T>
+void heads_backward(const T* dq, const T* dk, const T* dv, const long* strides, const T* qkv, const float* wq,
+                    const float* wk, const float* rq, const float* rk, T* dqkv, float* dwq, float* dwk, long B, long L,
+                    long heads, long D, long at, int normed) {
+#pragma omp parallel for
+    for (long b = 0; b < B; b++)
+        for (long l = 0; l < L; l++)
+            for (long n = 0; n < heads; n++) {
+                long row = b * L + l, from = (row * 3 * heads + n) * D;
+                const T* gq = dq + b * strides[0] + n * strides[1] + (at + l) * strides[2];
+                const T* gk = dk + b * strides[3] + n * strides[4] + (at + l) * strides[5];
+                const T* gv = dv + b * strides[6] + n * strides[7] + (at + l) * strides[8];
+                const T *sq = qkv + from, *sk = sq + heads * D;
+                T *oq = dqkv + from, *ok = oq + heads * D, *ov = ok + heads * D;
+                if (normed) {
+                    rms_backward(gq, sq, wq, rq[row * heads + n], oq, dwq + b * D, D);
+                    rms_backward(gk, sk, wk, rk[row * heads + n], ok, dwk + b * D, D);
+                } else {
+                    std::memcpy(oq, gq, D * sizeof(T));
+                    std::memcpy(ok, gk, D * sizeof(T));
+                }
+                std::memcpy(ov, gv, D * sizeof(T));
+            }
+}
+
+// --------------------------------------------- GELU, tanh form: x sigmoid(2u), u = sqrt(2/pi) (x + 0.044715 x^3)
+
+constexpr float C0 = 1.5957691216f, C1 = 0.0713548162726f;  // 2 sqrt(2/pi), and that times 0.044715
+
+template <class T>
+void gelu_forward(const T* x, T* y, long n) {
+#pragma omp parallel for simd schedule(static)
+    for (long i = 0; i < n; i++) {
+        float a = load(x[i]);
+        store(y + i, a / (1 + fast_exp(-a * (C0 + C1 * a * a))));
+    }
+}
+
+template <class T>
+void gelu_backward(const T* g, const T* x, T* dx, long n) {
+#pragma omp parallel for simd schedule(static)
+    for (long i = 0; i < n; i++) {
+        float a = load(x[i]), s = 1 / (1 + fast_exp(-a * (C0 + C1 * a * a)));
+        store(dx + i, load(g[i]) * (s + a * s * (1 - s) * (C0 + 3 * C1 * a * a)));
+    }
+}
+
+}  // namespace
+
+#define BOTH(NAME, PARAMETERS, ARGUMENTS)                               \
+    extern "C" void NAME##_f32 PARAMETERS(float) { NAME ARGUMENTS(float); } \
+    extern "C" void NAME##_bf16 PARAMETERS(bf16) { NAME ARGUMENTS(bf16); }
+
+#define P1(T) (const T* x, const T* shift, const T* scale, long stride, T* y, float* mean, float* rstd, long B, long L, long H, float eps)
+#define A1(T) (x, shift, scale, stride, y, mean, rstd, B, L, H, eps)
+BOTH(norm_forward, P1, A1)
+#define P2(T) (const T* g, const T* x, const T* scale, long stride, const float* mean, const float* rstd, T* dx, T* dshift, T* dscale, long B, long L, long H)
+#define A2(T) (g, x, scale, stride, mean, rstd, dx, dshift, dscale, B, L, H)
+BOTH(norm_backward, P2, A2)
+#define P3(T) (const T* x, const T* gate, long stride, const T* y, T* out, long B, long L, long H)
+#define A3(T) (x, gate, stride, y, out, B, L, H)
+BOTH(gate_forward, P3, A3)
+#define P4(T) (const T* g, const T* gate, long stride, const T* y, T* dy, T* dgate, long B, long L, long H)
+#define A4(T) (g, gate, stride, y, dy, dgate, B, L, H)
+BOTH(gate_backward, P4, A4)
+#define P5(T) (const T* qkv, const float* wq, const float* wk, T* q, T* k, T* v, float* rq, float* rk, long B, long L, long heads, long D, long J, long at, float eps, int normed)
+#define A5(T) (qkv, wq, wk, q, k, v, rq, rk, B, L, heads, D, J, at, eps, normed)
+BOTH(heads_forward, P5, A5)
+#define P6(T) (const T* dq, const T* dk, const T* dv, const long* strides, const T* qkv, const float* wq, const float* wk, const float* rq, const float* rk, T* dqkv, float* dwq, float* dwk, long B, long L, long heads, long D, long at, int normed)
+#define A6(T) (dq, dk, dv, strides, qkv, wq, wk, rq, rk, dqkv, dwq, dwk, B, L, heads, D, at, normed)
+BOTH(heads_backward, P6, A6)
+#define P7(T) (const T* x, T* y, long n)
+#define A7(T) (x, y, n)
+BOTH(gelu_forward, P7, A7)
+#define P8(T) (const T* g, const T* x, T* dx, long n)
+#define A8(T) (g, x, dx, n)
+BOTH(gelu_backward, P8, A8)

@@ -1,0 +1,163 @@
+"""The fused CPU kernels against the plain formulas they stand for."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from genflow.layers import kernels, modulation
+from genflow.layers.modulation import QKV, gated_residual, gelu, joint_heads, modulated_norm
+
+pytestmark = pytest.mark.skipif(kernels.library() is None, reason="no C++ compiler here")
+B, L, H = 3, 5, 48
+
+
+def tensors(*shapes: tuple[int, ...], dtype: torch.dtype) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(s, generator=generator).mul(2).to(dtype).requires_grad_() for s in shapes]
+
+
+def streams(dtype: torch.dtype, *, norm: bool) -> tuple[list[QKV], list[torch.Tensor]]:
+    torch.manual_seed(1)
+    parts = [QKV(H, 3, qk_norm=norm) for _ in range(2)]
+    for part in parts:
+        for w in (part.q_norm, part.k_norm):
+            if w is not None:
+                torch.nn.init.normal_(w, 1.0, 0.3)
+    return parts, tensors((B, L, 3 * H), (B, 2, 3 * H), dtype=dtype)
+
+
+def modulation_views(dtype: torch.dtype) -> list[torch.Tensor]:
+    """x, shift, scale: the vectors as a Modulation gives them, views with a stride of their own."""
+    x, packed = tensors((B, L, H), (B, 6 * H), dtype=dtype)
+    chunks = packed[:, None].chunk(6, dim=-1)
+    return [x, chunks[2], chunks[3], packed]
+
+
+CASES = {
+    "norm": lambda dtype: (modulated_norm, modulation_views(dtype)[:3], []),
+    "gate": lambda dtype: (gated_residual, tensors((B, L, H), (B, 1, H), (B, L, H), dtype=dtype), []),
+    "gelu": lambda dtype: (gelu, tensors((B, L, H), dtype=dtype), []),
+    "heads": lambda dtype: _heads_case(dtype, norm=False),
+    "normed heads": lambda dtype: _heads_case(dtype, norm=True),
+}
+
+
+def _heads_case(dtype, *, norm):
+    parts, xs = streams(dtype, norm=norm)
+    return (
+        lambda *xs: joint_heads(list(zip(parts, xs, strict=True))),
+        xs,
+        [p for part in parts for p in (part.q_norm, part.k_norm) if p is not None],
+    )
+
+
+def run(case, dtype):
+    """Outputs and all gradients, flat, in float64."""
+    function, inputs, weights = CASES[case](dtype)
+    outputs = function(*inputs)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    generator = torch.Generator().manual_seed(5)
+    cotangents = [torch.randn(o.shape, generator=generator).to(o.dtype) for o in outputs]
+    grads = torch.autograd.grad(outputs, [*inputs, *weights], cotangents)
+    return [t.detach().double() for t in (*outputs, *grads)], outputs[0]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_equal_to_the_plain_formula(case, monkeypatch):
+    fused, _ = run(case, torch.float32)
+    monkeypatch.setattr(kernels, "usable", lambda *_: False)
+    exact, _ = run(case, torch.float64)
+    for got, expected in zip(fused, exact, strict=True):
+        assert got.shape == expected.shape
+        assert (got - expected).abs().max() <= 3e-6 * expected.abs().max()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_bf16_is_no_worse_than_the_plain_formula(case, monkeypatch):
+    fused, _ = run(case, torch.bfloat16)
+    exact_inputs = [t.detach().double() for t in CASES[case](torch.bfloat16)[1]]
+    with monkeypatch.context() as patch:
+        patch.setattr(kernels, "usable", lambda *_: False)
+        plain, _ = run(case, torch.bfloat16)
+        original = CASES[case]
+
+        def in_float64(_dtype):
+            function, _, weights = original(torch.float64)
+            return function, [t.clone().requires_grad_() for t in exact_inputs], weights
+
+        patch.setitem(CASES, case, in_float64)
+        exact, _ = run(case, torch.float64)
+    for got, other, expected in zip(fused, plain, exact, strict=True):
+        small = 2**-8 * expected.abs().max()
+        assert (got - expected).abs().max() <= 2 * (other - expected).abs().max() + small
+
+
+def test_the_kernels_are_what_runs():
+    (x,) = tensors((B, L, H), dtype=torch.float32)
+    assert "GELU" in gelu(x).grad_fn.name()
+    assert "ModulatedNorm" in modulated_norm(*modulation_views(torch.float32)[:3]).grad_fn.name()
+    assert not kernels.usable(x.double()) and not kernels.usable(x, x.bfloat16()) and not kernels.usable(x.to("meta"))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_double_backward_is_that_of_the_plain_formula(case, monkeypatch):
+    def second_order():
+        function, inputs, weights = CASES[case](torch.float32)
+        outputs = function(*inputs)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        loss = sum((o**2 * torch.linspace(0, 1, o.numel()).view_as(o)).sum() for o in outputs)
+        first = torch.autograd.grad(loss, [*inputs, *weights], create_graph=True)
+        return torch.autograd.grad(sum((g**3).sum() for g in first), [*inputs, *weights])
+
+    fused = second_order()
+    monkeypatch.setattr(kernels, "usable", lambda *_: False)
+    for got, expected in zip(fused, second_order(), strict=True):
+        assert (got - expected).abs().max() <= 1e-4 * expected.abs().max()
+
+
+def test_nan_and_inf_go_through():
+    for dtype in (torch.float32, torch.bfloat16):
+        x, shift, scale, _ = (t.detach() for t in modulation_views(dtype))
+        x[1, 2, 3] = float("nan")
+        assert modulated_norm(x, shift, scale)[1, 2].isnan().all()
+        assert modulated_norm(x, shift, scale)[[0, 2]].isfinite().all()
+        assert gelu(x)[1, 2, 3].isnan() and gated_residual(x, shift, x)[1, 2, 3].isnan()
+        x[0, 0, 0] = float("inf")
+        assert gelu(x)[0, 0, 0] == float("inf")
+
+
+def test_gelu_is_accurate_everywhere():
+    x = torch.linspace(-12, 12, 100001)
+    exact = modulation._gelu(x.double())
+    assert (gelu(x) - exact).abs().max() <= 1e-6
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_the_number_of_threads_changes_nothing(threads):
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        expected = [run(case, torch.float32)[0] for case in CASES]
+        torch.set_num_threads(threads)
+        got = [run(case, torch.float32)[0] for case in CASES]
+    finally:
+        torch.set_num_threads(before)
+    for a, b in zip(expected, got, strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def test_without_a_compiler_the_plain_formula_serves(monkeypatch, tmp_path):
+    monkeypatch.setenv("CXX", "/no/such/compiler")
+    monkeypatch.setenv("GENFLOW_CACHE", str(tmp_path))
+    kernels.library.cache_clear()
+    try:
+        with pytest.warns(UserWarning, match="cannot be built, going on slower"):
+            assert kernels.library() is None
+        x = torch.randn(4, requires_grad=True)
+        assert torch.equal(gelu(x), modulation._gelu(x))
+        monkeypatch.setenv("GENFLOW_KERNELS", "0")
+        kernels.library.cache_clear()
+        assert kernels.library() is None
+    finally:
+        kernels.library.cache_clear()
