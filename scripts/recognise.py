@@ -54,6 +54,8 @@ def main() -> None:
         print(
             f"nearest of {args.others + 1} is its own picture, by {name}: {found}/{len(chosen)} = {found / len(chosen):.0%}"
         )
+    error = (generated - pictures[chosen]).square().flatten(1).mean(1).sqrt()
+    print(f"root mean square error of a pixel, in [-1, 1]: {error.mean():.3f} on average, {error.max():.3f} at worst")
     if args.out:
         pairs = torch.cat([pictures[chosen], generated], dim=3)
         caption_grid(pairs, prompts, columns=8).save_atomic(Path(args.out))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
 import os
 import sys
@@ -18,6 +19,8 @@ COMMANDS = {
     "info": "list what there is, or explain one thing",
 }
 
+OUTSIDE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}  # errors that are the machine's to solve
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, 2 for a person's mistake, 130 when interrupted."""
@@ -28,12 +31,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"genflow: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("genflow: interrupted", file=sys.stderr)
-        return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        if error.errno not in OUTSIDE:
+            raise
+        print(f"genflow: {error.filename or 'a file'}: {error.strerror}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("genflow: interrupted", file=sys.stderr)
+        return 130
 
 
 def _dispatch(arguments: list[str]) -> int:

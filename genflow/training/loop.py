@@ -93,6 +93,8 @@ class Trainer:
         self.model, self.optimizer = accelerator.prepare(self.flow, optimizer)
         self.ema = EMA(self.flow, train.ema) if train.ema else None
         self.step, self.by_time = 0, LossByTime()
+        self.checked = False  # whether the first forward has shown the precision that was asked
+        self.validation: list[Batch] = []
         self.bad: dict[str, str] = {}
         self._resume()
         self.log = Log(run, accelerator, steps=train.steps, start=self.step, batch_size=train.batch_size)
@@ -170,9 +172,7 @@ class Trainer:
             parts = []
             for i, batch in enumerate(micro):
                 last = i == len(micro) - 1
-                check = (
-                    verified(self.flow, train.precision) if not hasattr(self, "checked") else contextlib.nullcontext()
-                )
+                check = contextlib.nullcontext() if self.checked else verified(self.flow, train.precision)
                 with contextlib.nullcontext() if last else accelerator.no_sync(self.model):
                     with check:
                         out = self.model(batch, rng)
@@ -267,7 +267,7 @@ class Trainer:
 
     def _validate(self) -> None:
         train = self.config.train
-        if not hasattr(self, "validation"):
+        if not self.validation:
             dataset = self.config.data.build(train.validation_split)
             n = min(len(dataset), train.validation_images)
             sampler = [[(i, i) for i in range(j, min(j + train.batch_size, n))] for j in range(0, n, train.batch_size)]

@@ -1,0 +1,57 @@
+"""What only a CUDA device can show: pytest -m gpu"""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from genflow.attention import Call, attention, attention_report
+from genflow.config import load
+from genflow.flows.store import newest_checkpoint
+from genflow.networks.mmdit import MMDiTConfig
+from genflow.training.config import RunConfig
+from genflow.training.run import train
+
+pytestmark = pytest.mark.gpu
+SIZES = {"in_channels": 4, "context_dim": 32, "pooled_dim": 16, "sample_size": 8, "depth": 3, "hidden": 128, "heads": 2}
+
+
+def test_cpu_and_cuda_agree():
+    model = MMDiTConfig(**SIZES).build().double()
+    for p in model.parameters():
+        p.data.normal_(0, 0.1)
+    inputs = [torch.randn(2, 4, 16, 16), torch.rand(2), torch.randn(2, 5, 32), torch.randn(2, 16)]
+    inputs = [x.double() for x in inputs]
+    expected = model(*inputs)
+    got = model.cuda()(*(x.cuda() for x in inputs)).cpu()
+    assert (got - expected).abs().max() <= 1e-6 * expected.abs().max()  # time features are float32
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "math", "xformers"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_backends_agree(backend, dtype):
+    call = Call("cuda", dtype, 64, False, frozenset({"backward"}))
+    if reasons := attention_report(call)[backend]:
+        pytest.skip("; ".join(reasons))
+    q, k, v = (torch.randn(2, 4, 192, 64, device="cuda", dtype=dtype) for _ in range(3))
+    exact = attention(q.double(), k.double(), v.double(), backend="math")
+    same = (attention(q, k, v, backend="math").double() - exact).abs().max()
+    assert (attention(q, k, v, backend=backend).double() - exact).abs().max() <= 2 * same + 1e-3
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_training_in_half_precision(tmp_path, precision):
+    text = (
+        "data: {name: emoji, size: 16, limit: 30}\n"
+        "text: {name: learned, dim: 16, heads: 2, layers: 1, max_tokens: 24}\n"
+        "model: {name: mmdit, depth: 2, hidden: 64, heads: 2, patch_size: 8}\n"
+        f"train: {{steps: 30, batch_size: 8, precision: {precision}, preview_every: 0, trackers: [], log_every: 5}}\n"
+    )
+    (tmp_path / "c.yaml").write_text(text)
+    run = train(load(tmp_path / "c.yaml", [f"out={tmp_path / 'run'}"], schema=RunConfig))
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    assert ("loss_scale" in lines[0]) == (precision == "fp16")
+    assert newest_checkpoint(run).name == "step-00000030"
