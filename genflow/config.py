@@ -37,18 +37,32 @@ class _Node:
 
     value: Any
     where: str
+    text: str | None = None  # a scalar as it was written: `no` is text where text is wanted, 1.10 is not 1.1
 
     def describe(self) -> str:
         if isinstance(self.value, dict):
             return "a section"
-        return "a list" if isinstance(self.value, list) else repr(self.value)
+        if isinstance(self.value, list):
+            return "a list"
+        if self.value is None:
+            return "nothing"
+        return repr(self.value) if isinstance(self.value, str) else self.text or repr(self.value)
+
+    def plain(self) -> Any:
+        """The value without its places."""
+        if isinstance(self.value, dict):
+            return {key: child.plain() for key, child in self.value.items()}
+        return [child.plain() for child in self.value] if isinstance(self.value, list) else self.value
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 without its surprise that 1e-4 is a string."""
+    """YAML 1.1 without its surprise that 1e-4 is a string, and without dates."""
 
 
-_Loader.yaml_implicit_resolvers = {k: list(v) for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":timestamp")]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
 for _first in "-+0123456789.":
     _Loader.yaml_implicit_resolvers.setdefault(_first, []).append(
         (
@@ -60,16 +74,19 @@ for _first in "-+0123456789.":
 
 def _parse(text: str, where: str, *, line_numbers: bool = True) -> _Node:
     """YAML text to nodes. Raises UserError for text that is not YAML, and for a key given twice."""
-    loader = _Loader(text)
     try:
+        loader = _Loader(text)
         root = loader.get_single_node()
         return _convert(loader, root, where, line_numbers) if root is not None else _Node({}, where)
-    except yaml.YAMLError as error:
+    except UserError:
+        raise
+    except RecursionError as error:
+        raise UserError(f"{where}: not YAML: an alias stands within what it names") from error
+    except (yaml.YAMLError, ValueError) as error:
         mark = getattr(error, "problem_mark", None)
         place = f"{where}:{mark.line + 1}" if mark and line_numbers else where
-        raise UserError(f"{place}: not YAML: {getattr(error, 'problem', None) or error}") from error
-    finally:
-        loader.dispose()
+        problem = getattr(error, "problem", None) or str(error).partition("\n")[0]
+        raise UserError(f"{place}: not YAML: {problem}") from error
 
 
 def _convert(loader: _Loader, node: yaml.Node, where: str, line_numbers: bool) -> _Node:
@@ -77,8 +94,10 @@ def _convert(loader: _Loader, node: yaml.Node, where: str, line_numbers: bool) -
     if isinstance(node, yaml.MappingNode):
         result: dict[str, _Node] = {}
         for key_node, value_node in node.value:
-            key = str(loader.construct_object(key_node))
             here = f"{where}:{key_node.start_mark.line + 1}" if line_numbers else where
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise UserError(f"{here}: a key must be a word")
+            key = key_node.value
             if key in result:
                 raise UserError(f"{here}: key {key!r} is given twice")
             child = _convert(loader, value_node, where, line_numbers)
@@ -86,7 +105,7 @@ def _convert(loader: _Loader, node: yaml.Node, where: str, line_numbers: bool) -
         return _Node(result, place)
     if isinstance(node, yaml.SequenceNode):
         return _Node([_convert(loader, child, where, line_numbers) for child in node.value], place)
-    return _Node(loader.construct_object(node), place)
+    return _Node(loader.construct_object(node), place, node.value)
 
 
 def _wrap(value: Any, where: str) -> _Node:
@@ -107,9 +126,10 @@ def load(path: str | Path, overrides: Sequence[str] = (), *, schema: type) -> An
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        near = nearest(path.name, [p.name for p in path.parent.glob("*.y*ml")]) if path.parent.is_dir() else ""
+        near = nearest(path.name, [p.name for p in path.parent.glob("*.y*ml")])
+        hint = near if isinstance(error, FileNotFoundError) and near.startswith(" Did") else ""
         reason = getattr(error, "strerror", None) or "not UTF-8 text"
-        raise UserError(f"cannot read config {path}: {reason}.{near if 'mean' in near else ''}") from error
+        raise UserError(f"cannot read config {path}: {reason}.{hint}") from error
     root = _parse(text, str(path))
     if not isinstance(root.value, dict):
         raise UserError(f"{root.where}: a config is a mapping of sections, not {root.describe()}")
@@ -129,7 +149,7 @@ def _override(root: _Node, text: str) -> None:
         child = node.value.get(part)
         if child is None or not isinstance(child.value, dict):
             # A choice given as a bare name becomes a section, so that its fields can be set.
-            child = _Node({} if child is None else {"name": child}, where)
+            child = _Node({} if child is None or child.value is None else {"name": child}, where)
             node.value[part] = child
         node = child
     new = _parse(value, where, line_numbers=False) if value.strip() else _Node("", where)
@@ -172,9 +192,10 @@ def _build(kind: Any, node: _Node, path: str) -> Any:
                 continue
         return _build(rest[-1], node, path)
     if origin is Literal:
-        if node.value not in args:
-            raise UserError(f"{node.where}: {path} is {node.describe()}.{nearest(str(node.value), map(str, args))}")
-        return node.value
+        for option in args:
+            if option == node.text or (option == node.value and type(option) is type(node.value)):
+                return option
+        raise UserError(f"{node.where}: {path} is {node.describe()}.{nearest(str(node.value), map(str, args))}")
     if origin in (tuple, list):
         return _build_sequence(kind, node, path)
     return _build_scalar(kind, node, path)
@@ -183,13 +204,13 @@ def _build(kind: Any, node: _Node, path: str) -> Any:
 def _build_scalar(kind: Any, node: _Node, path: str) -> Any:
     value = node.value
     if kind is Any:
-        return value
+        return node.plain()
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
+    if kind in (str, Path) and value is not None and node.text is not None:
+        return kind(node.text)
     if kind is Path and isinstance(value, str):
         return Path(value)
-    if kind is str and isinstance(value, int | float) and not isinstance(value, bool):
-        return str(value)
     if isinstance(kind, type) and isinstance(value, kind) and not (kind is not bool and isinstance(value, bool)):
         return value
     raise UserError(f"{node.where}: {path} must be {_type_name(kind)}, not {node.describe()}")
@@ -228,8 +249,8 @@ def _build_dataclass(schema: Any, node: _Node, path: str) -> Any:
             raise UserError(f"{node.where}: {prefix}{name} is missing")
     try:
         return schema(**values)
-    except UserError as error:
-        raise UserError(f"{node.where}: {path}: {error}") from error
+    except ValueError as error:
+        raise UserError(f"{node.where}: {path + ': ' if path else ''}{error}") from error
 
 
 def _build_choice(kind: str, node: _Node, path: str) -> Any:

@@ -10,6 +10,7 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import TypeVar
 
 import numpy as np
@@ -165,7 +166,7 @@ def noise_from_seeds(seeds: Sequence[int], shape: Sequence[int]) -> Tensor:
     Raises UserError for a seed that is not a whole number in 0 .. 2^63 - 1.
     """
     for seed in seeds:
-        if isinstance(seed, bool) or not isinstance(seed, int):
+        if isinstance(seed, bool) or not isinstance(seed, Integral):
             raise UserError(f"seed {seed!r} is not a whole number")
         if not 0 <= seed < 2**63:
             raise UserError(f"seed {seed} is out of range; the nearest valid one is {min(max(seed, 0), 2**63 - 1)}")

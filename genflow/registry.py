@@ -13,7 +13,7 @@ import json
 import pkgutil
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from functools import cache, partial
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -47,17 +47,18 @@ def tag_of(obj: Any) -> Tag | None:
 def genflow_export(*names: str, kind: str, **metadata: Any) -> Callable[[T], T]:
     """Give an object its public name. Raises UserError, naming both places, where another thing has it."""
 
+    if not names:
+        raise TypeError("an export needs a name")
+
     def decorate(obj: T) -> T:
-        inner = inspect.unwrap(obj) if callable(obj) else obj
-        code = getattr(inner, "__code__", None)
-        line = code.co_firstlineno if code else inspect.getsourcelines(inner)[1]  # type: ignore[arg-type]
-        module = getattr(obj, "__module__", "?")
-        tag = Tag(kind, names, f"{module}:{line}", metadata)
+        tag = Tag(kind, names, f"{obj.__module__}:{sys._getframe(1).f_lineno}", metadata)
         for name in names:
-            other = _live.get((kind, name))
-            before = tag_of(other) if other is not None else None
-            if before is not None and not _same(other, obj):
-                raise UserError(f"two things are called {kind} {name!r}: {before.place} and {tag.place}")
+            if (other := _live.get((kind, name))) is not None:
+                before = tag_of(other)
+                if before is not None and not _same(other, obj):
+                    raise UserError(f"two things are called {kind} {name!r}: {before.place} and {tag.place}")
+            elif not _ours(obj) and (entry := index().get(kind, {}).get(name)):
+                raise UserError(f"two things are called {kind} {name!r}: {entry['module']} and {tag.place}")
         obj.__genflow__ = tag  # type: ignore[attr-defined]
         for name in names:
             _live[kind, name] = obj
@@ -69,6 +70,10 @@ def genflow_export(*names: str, kind: str, **metadata: Any) -> Callable[[T], T]:
 def _same(a: Any, b: Any) -> bool:
     """Whether b is a, perhaps from its module's reload."""
     return (a.__module__, a.__qualname__) == (b.__module__, b.__qualname__)
+
+
+def _ours(obj: Any) -> bool:
+    return obj.__module__.startswith("genflow.")
 
 
 api_export = partial(genflow_export, kind="api")
@@ -117,27 +122,43 @@ def resolve(kind: str, name: str) -> Any:
     return _live[kind, name]
 
 
-def _signature(obj: Any) -> str:
-    """The signature as text: names, defaults and annotations as written, the same on every Python."""
+@dataclass(frozen=True)
+class _Verbatim:
+    """Text that a signature shows without quotes."""
+
+    text: str
+
+    def __repr__(self) -> str:
+        return self.text
+
+
+def signature_of(obj: Any) -> str:
+    """The signature as text: names, annotations as written and defaults, the same on every Python."""
     try:
         signature = inspect.signature(obj)
     except (TypeError, ValueError):
         return ""
-    parts, starred = [], False
-    for p in signature.parameters.values():
-        if p.kind is p.KEYWORD_ONLY and not starred:
-            parts.append("*")
-            starred = True
-        star = {p.VAR_POSITIONAL: "*", p.VAR_KEYWORD: "**"}.get(p.kind, "")
-        starred = starred or p.kind is p.VAR_POSITIONAL
-        default = "" if p.default is p.empty else f" = {_default(p.default)}"
-        parts.append(f"{star}{p.name}{default}")
-    return f"({', '.join(parts)})"
+    factories = {f.name: f.default_factory for f in fields(obj)} if is_dataclass(obj) else {}
+    parameters = [
+        p.replace(
+            annotation=_annotation(p.annotation),
+            default=p.empty if p.default is p.empty else _default(p.default, factories.get(p.name, MISSING)),
+        )
+        for p in signature.parameters.values()
+    ]
+    returns = inspect.Signature.empty if isinstance(obj, type) else _annotation(signature.return_annotation)
+    return str(inspect.Signature(parameters, return_annotation=returns))
 
 
-def _default(value: Any) -> str:
+def _annotation(annotation: Any) -> Any:
+    return _Verbatim(annotation) if isinstance(annotation, str) else annotation
+
+
+def _default(value: Any, factory: Any) -> _Verbatim:
+    if factory is not MISSING:
+        return _Verbatim(f"{factory.__name__}()")
     plain = isinstance(value, str | int | float | bool | tuple | list | frozenset | type(None))
-    return repr(value) if plain else "..."
+    return _Verbatim(repr(value) if plain else "...")
 
 
 def describe() -> dict[str, dict[str, dict[str, Any]]]:
@@ -149,14 +170,14 @@ def describe() -> dict[str, dict[str, dict[str, Any]]]:
             importlib.import_module(module.name)
     found: dict[str, dict[str, dict[str, Any]]] = {}
     for (kind, name), obj in sorted(_live.items(), key=lambda item: item[0]):
-        if not obj.__module__.startswith("genflow."):
+        if not _ours(obj):
             continue
         tag = tag_of(obj)
         assert tag is not None
         found.setdefault(kind, {})[name] = {
             "module": obj.__module__,
             "attr": obj.__qualname__,
-            "signature": _signature(obj),
+            "signature": signature_of(obj),
             "summary": (inspect.getdoc(obj) or "").partition("\n")[0],
             **tag.metadata,
         }

@@ -9,7 +9,7 @@ if [ -z "$python" ] || ! "$python" -c 'import sys; sys.exit(sys.version_info < (
     echo "genflow needs Python 3.11 or newer; found: $("${python:-false}" --version 2>&1 || echo none)" >&2
     exit 2
 fi
-if ! "$root/.venv/bin/python" -c '' 2>/dev/null; then
+if ! "$root/.venv/bin/python" -c 'import pip' 2>/dev/null; then # also where its making was cut short
     rm -rf "$root/.venv"
     "$python" -m venv "$root/.venv"
 fi

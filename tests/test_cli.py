@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
 import pytest
 
+from genflow import __version__
 from genflow.cli import main
 
 
@@ -24,12 +26,34 @@ def test_info_lists_everything_without_torch():
         assert f"  {name}" in result.stdout
 
 
+def test_a_closed_pipe_is_no_error():
+    code = "import sys; from genflow.cli import main; sys.stdin.read(); sys.exit(main(['info']))"
+    buffered = os.environ | {"PYTHONUNBUFFERED": ""}
+    process = subprocess.Popen([sys.executable, "-c", code], stdin=-1, stdout=-1, stderr=-1, text=True, env=buffered)
+    process.stdout.close()
+    process.stdin.close()  # only now does it begin to write
+    assert process.stderr.read() == "" and process.wait() == 0
+
+
+def test_version_and_interruption(capsys, monkeypatch):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"genflow {__version__}\n"
+
+    def interrupted(_: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("genflow.cli.info.run", interrupted)
+    assert main(["info"]) == 130
+
+
 def test_info_explains_one_thing(capsys):
     assert main(["info", "mmdit"]) == 0
     out = capsys.readouterr().out
     assert "qk_norm" in out and "= True" in out and "genflow.networks.mmdit" in out
     assert main(["info", "MMDiT"]) == 0
     assert "genflow.networks.mmdit.MMDiT" in capsys.readouterr().out
+    assert main(["info", "heun"]) == 0
+    assert "-> Solution" in capsys.readouterr().out
 
 
 def test_info_system_says_what_runs_here(capsys):

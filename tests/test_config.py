@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pytest
@@ -20,6 +21,14 @@ class Inner:
     pair: tuple[int, int] = (1, 2)
     names: tuple[str, ...] = ()
     maybe: int | None = None
+    text: str = ""
+    switch: Literal["no", "auto"] = "auto"
+    place: Path = Path("here")
+    anything: Any = None
+
+    def __post_init__(self) -> None:
+        if self.rate < 0:
+            raise ValueError(f"rate must not be negative, as {self.rate} is")
 
 
 @dataclass(frozen=True)
@@ -48,7 +57,17 @@ def test_values_arrive_typed(tmp_path):
     assert read(tmp_path, "steps: 5\ninner:\n").inner == Inner()
 
 
+def test_text_is_what_is_written(tmp_path):
+    """No number or switch is made of what a field takes as text."""
+    for text in ("007", "1.10", "no", "1e-4", "2024-01-01", "2024-13-45", "12:30", "'null'"):
+        inner = read(tmp_path, f"steps: 5\ninner: {{text: {text}, switch: no, place: 1.10}}\n").inner
+        assert (inner.text, inner.switch, inner.place) == (text.strip("'"), "no", Path("1.10"))
+        assert read(tmp_path, "steps: 5\n", f"inner.text={text}").inner.text == text.strip("'")
+    assert read(tmp_path, "steps: 5\ninner: {anything: {a: [1, x]}}\n").inner.anything == {"a": [1, "x"]}
+
+
 def test_overrides(tmp_path):
+    assert read(tmp_path, "steps: 5\ninner:\n", "inner.rate=2").inner == Inner(rate=2.0)
     got = read(
         tmp_path, "steps: 5\n", "inner.rate=1e-3", "inner.names=[u, v]", "density=mode", "density.scale=0.5", "steps=7"
     )
@@ -73,6 +92,15 @@ def test_overrides(tmp_path):
         ("steps: 5\ninner: {kind: c}\n", [], r"c.yaml:2: inner.kind is 'c'. Choose from: a, b"),
         ("steps: 5\ninner: {pair: [1]}\n", [], r"c.yaml:2: inner.pair must have 2 values"),
         ("steps: 5\ninner: 3\n", [], r"c.yaml:2: inner must be a section"),
+        ("steps: 5\ninner:\n  - 3\n", [], r"c.yaml:2: inner must be a section"),
+        ("steps: 5\ninner: {text: null}\n", [], r"c.yaml:2: inner.text must be text, not nothing"),
+        ("steps: 5\ninner:\n  flag: false\n  rate: -1\n", [], r"c.yaml:\d: inner: rate must not be negative"),
+        ("steps: 5\nno: 3\n", [], r"c.yaml:2: unknown key 'no'"),
+        ("steps: 5\n? [a]\n: 3\n", [], r"c.yaml:2: a key must be a word"),
+        ("steps: 5\ninner: &x [*x]\n", [], r"c.yaml: not YAML: an alias"),
+        ("steps: 5\x07\n", [], r"c.yaml: not YAML: unacceptable character"),
+        ("steps: !!int foo\n", [], r"c.yaml: not YAML: invalid literal"),
+        ("steps: !!python/object:os.system x\n", [], r"c.yaml:1: not YAML: could not determine a constructor"),
         ("steps: 5\nsteps: 6\n", [], r"c.yaml:2: key 'steps' is given twice"),
         ("inner: {}\n", [], r"steps is missing"),
         ("- 1\n", [], r"c.yaml:1: a config is a mapping"),
@@ -96,10 +124,14 @@ def test_a_missing_file_names_the_nearest(tmp_path):
     (tmp_path / "quickstart.yaml").write_text("steps: 1")
     with pytest.raises(UserError, match="Did you mean 'quickstart.yaml'"):
         load(tmp_path / "quikstart.yaml", schema=Outer)
+    (tmp_path / "c.yaml").write_bytes(b"\xff\xfe")
+    with pytest.raises(UserError, match=r"c.yaml: not UTF-8 text\.$"):
+        load(tmp_path / "c.yaml", schema=Outer)
 
 
 def test_round_trip(tmp_path):
-    config = Outer(3, Inner(names=("é", "null"), maybe=None), Mode(0.25), "euler")
+    inner = Inner(rate=1e-7, names=("é", "null", "1e-4", "no"), text="2024-01-01", switch="no", place=Path("7"))
+    config = Outer(3, inner, Mode(0.25), "euler")
     dump(config, tmp_path / "c.yaml")
     assert load(tmp_path / "c.yaml", schema=Outer) == config
     assert from_dict(Outer, to_dict(config)) == config
@@ -107,11 +139,9 @@ def test_round_trip(tmp_path):
 
 
 def test_the_shipped_configs_load():
-    from pathlib import Path
-
     from genflow.training.config import RunConfig
 
-    shipped = sorted(Path("configs").glob("*.yaml"))
+    shipped = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
     assert shipped
     for path in shipped:
         assert from_dict(RunConfig, to_dict(load(path, schema=RunConfig))) == load(path, schema=RunConfig)

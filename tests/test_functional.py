@@ -147,6 +147,7 @@ def test_noise_of_a_seed_is_the_same_in_any_batch():
     batch = noise_from_seeds(seeds, (3, 8, 8))
     assert torch.equal(noise_from_seeds([7], (3, 8, 8))[0], batch[0])
     assert len({row.numpy().tobytes() for row in batch}) == len(seeds)
+    assert torch.equal(noise_from_seeds(np.array([7, 0]), (3, 8, 8)), batch[:2])  # NumPy's whole numbers are ones too
 
 
 @pytest.mark.parametrize(("seed", "near"), [(-1, "0"), (2**63, str(2**63 - 1)), (1.5, "whole"), (True, "whole")])

@@ -28,6 +28,7 @@ FLOORS = [
 ]
 FLOOR = {room: i for i, floor in enumerate(FLOORS) for room in floor}
 MODULES = sorted(ROOT.rglob("*.py"))
+PUBLIC = genflow._public()
 
 
 def room_of(path: Path) -> str:
@@ -43,7 +44,10 @@ def imports(path: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
             found.add(node.module)
-            found |= {f"{node.module}.{alias.name}" for alias in node.names if node.module == "genflow"}
+            if node.module == "genflow":  # a public name is an arrow to where it lives
+                found |= {PUBLIC.get(alias.name, f"genflow.{alias.name}") for alias in node.names}
+        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "genflow":
+            found.add(PUBLIC.get(node.attr, "genflow"))
     return found
 
 

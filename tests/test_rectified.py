@@ -365,6 +365,15 @@ def test_encode_and_decode_are_inverses(prediction):
         assert 3 < errors[0] / errors[1] < 6  # second order
 
 
+def test_encode_wants_one_condition_or_one_for_each_picture(flow):
+    batch = make_batch()
+    one = flow.encode(batch.image, batch.condition[[0]], steps=2)
+    assert torch.equal(one, flow.encode(batch.image, batch.condition[[0] * 6], steps=2))
+    for verb in (flow.encode, flow.decode):
+        with pytest.raises(UserError, match="2 conditions for 6 pictures"):
+            verb(batch.image, batch.condition[[0, 1]])
+
+
 def test_log_prob_refuses_with_its_reason(flow):
     with pytest.raises(UserError, match="ODE solve with its divergence"):
         flow.log_prob(make_batch().image)

@@ -59,14 +59,42 @@ def test_two_things_with_one_name_name_both_places(clean):
 
 
 def test_a_reloaded_module_is_no_second_thing(clean):
-    source = "from genflow.registry import grid_export\n@grid_export('again')\ndef again(): ...\n"
+    source = "from genflow.registry import grid_export\n@grid_export('again')\nclass again: ...\n"
     module = types.ModuleType("reloaded")
     for _ in range(2):
-        import linecache
-
-        linecache.cache["reloaded.py"] = (len(source), None, source.splitlines(True), "reloaded.py")
-        exec(compile(source, "reloaded.py", "exec"), module.__dict__)
+        exec(source, module.__dict__)  # no source file, as at a prompt
     assert registry.resolve("grid", "again") is module.again
+    assert registry.tag_of(module.again).place == "reloaded:2"
+
+
+def test_a_third_party_cannot_take_a_name_of_genflow(clean):
+    """Also before genflow's own thing has been imported."""
+    registry._live.pop(("sampler", "heun"), None)
+    with pytest.raises(UserError, match=r"sampler 'heun': genflow.samplers.solvers and .*test_registry:\d+"):
+
+        @registry.sampler_export("heun")
+        def mine(): ...
+
+
+def test_an_export_needs_a_name():
+    with pytest.raises(TypeError):
+        registry.sampler_export()
+
+
+def test_signatures_are_as_written():
+    from dataclasses import dataclass, field
+
+    def function(a, /, x: Tensor | None, *rest: int, scale: float = 1e-4, f=nearest) -> dict[str, Tensor]: ...  # noqa: F821
+
+    @dataclass
+    class Config:
+        depth: int
+        parts: list[str] = field(default_factory=list)
+
+    assert registry.signature_of(function) == (
+        "(a, /, x: Tensor | None, *rest: int, scale: float = 0.0001, f=...) -> dict[str, Tensor]"
+    )
+    assert registry.signature_of(Config) == "(depth: int, parts: list[str] = list())"
 
 
 def test_a_subclass_does_not_inherit_its_parents_name():
@@ -109,7 +137,7 @@ def test_plugins_add_their_own(clean, monkeypatch):
 def test_the_package_serves_every_public_name():
     for group in registry.index().values():
         for entry in group.values():
-            assert hasattr(genflow, entry["attr"]), entry
+            assert getattr(genflow, entry["attr"]).__module__ == entry["module"], entry
     assert {"MMDiT", "heun", "load", "RectifiedFlow"} <= set(dir(genflow))
     with pytest.raises(AttributeError):
         genflow.no_such_thing  # noqa: B018
@@ -118,4 +146,5 @@ def test_the_package_serves_every_public_name():
 def test_every_export_is_described():
     for kind, group in registry.index().items():
         for name, entry in group.items():
-            assert entry["summary"], f"{kind} {name} has no docstring"
+            written = entry["summary"] and not entry["summary"].startswith(f"{entry['attr']}(")  # as dataclass makes it
+            assert written, f"{kind} {name} has no docstring"

@@ -166,7 +166,7 @@ def test_gradients_flow_through_a_solve(noise):
 
 def test_grids_are_pinned():
     assert uniform(4) == [1.0, 0.75, 0.5, 0.25, 0.0]
-    assert shifted(4) == uniform(4)
+    assert shifted(4) == uniform(4) == uniform(np.int64(4))
     for steps, shift in ((1, 3.0), (28, 3.0), (50, 0.4)):
         grid = shifted(steps, shift)
         linspace = torch.linspace(1, 0, steps + 1, dtype=torch.float64)

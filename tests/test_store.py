@@ -158,6 +158,8 @@ def test_wrappers_leave_no_trace_in_the_names(tmp_path):
         "module._orig_mod." + k.replace("blocks.0.", "blocks.0._orig_mod."): v for k, v in flow.state_dict().items()
     }
     assert normalise_keys(wrapped).keys() == flow.state_dict().keys()
+    for prefix in ("module.", "_orig_mod.", "_orig_mod.module.", "module._orig_mod."):  # whichever went on first
+        assert normalise_keys({f"{prefix}network.a": torch.ones(1)}).keys() == {"network.a"}, prefix
     save_model(tmp_path / "m", config=config_of(), state=wrapped)
     assert load_file(tmp_path / "m" / "model.safetensors").keys() == flow.state_dict().keys()
     save_file(wrapped, tmp_path / "m" / "model.safetensors")  # as written by somebody else

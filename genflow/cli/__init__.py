@@ -27,7 +27,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     warnings.showwarning = _one_line  # type: ignore[assignment]
     try:
-        return _dispatch(arguments)
+        code = _dispatch(arguments)
+        sys.stdout.flush()  # a closed pipe shows here, not when Python has gone
+        return code
     except UserError as error:
         print(f"genflow: {error}", file=sys.stderr)
         return 2

@@ -10,7 +10,7 @@ import platform
 from typing import Any
 
 from genflow.errors import UserError, nearest
-from genflow.registry import index, names, resolve, tag_of
+from genflow.registry import index, names, resolve, signature_of, tag_of
 
 PLURAL = {
     "network": "networks (model)",
@@ -61,8 +61,9 @@ def _list(kind: str) -> None:
 def _explain(kind: str, name: str) -> None:
     obj = resolve(kind, name)
     tag = tag_of(obj)
-    entry = index().get(kind, {}).get(name, {})
-    print(f"{kind} {name}: {obj.__module__}.{obj.__qualname__}{entry.get('signature', '')}")
+    print(f"{kind} {name}: {obj.__module__}.{obj.__qualname__}")
+    if not dataclasses.is_dataclass(obj):
+        print(f"{obj.__name__}{signature_of(obj)}")
     if tag is not None and len(tag.names) > 1:
         print(f"also: {', '.join(n for n in tag.names if n != name)}")
     print(f"\n{inspect.getdoc(obj)}\n")

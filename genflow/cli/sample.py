@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 from pathlib import Path
+from typing import Any
 
 from genflow.errors import UserError
 
@@ -46,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
     from genflow.flows.store import load
 
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    flow = load(args.run, ema=not args.no_ema, device=device)
+    flow: Any = load(args.run, ema=not args.no_ema, device=device)
     settings = dict((flow.recipe or {}).get("sample", {}))
     asked = {"sampler": args.sampler, "steps": args.steps, "guidance": args.guidance, "shift": args.shift}
     settings.update({key: value for key, value in asked.items() if value is not None})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,12 +93,12 @@ def _from_table(table: Path) -> ImageDataset:
     file_key, caption_key = column(table, rows[0], FILE_KEYS, "file"), column(table, rows[0], CAPTION_KEYS, "caption")
     files = [str(r.get(file_key) or "") for r in rows]
     paths = [table.parent / name for name in files]
-    missing = [i for i, path in enumerate(paths) if not path.is_file()]
+    missing = [i for i, path in enumerate(paths) if not os.path.isfile(path)]  # False, too, for what can be no name
     if len(missing) == len(paths):
-        raise UserError(f"{table}: none of its {len(paths)} pictures exists, for example {paths[0]}")
+        raise UserError(f"{table}: none of its {len(paths)} pictures exists, for example {files[0][:80]}")
     if missing:
-        name, path = files[missing[0]], paths[missing[0]]
-        near = nearest_name(path.name, [p.name for p in path.parent.iterdir()]) if path.parent.is_dir() else ""
+        name, path = files[missing[0]][:80], paths[missing[0]]
+        near = nearest_name(path.name, os.listdir(path.parent)) if os.path.isdir(path.parent) else ""
         raise UserError(f"{table}: row {missing[0] + 1} names {name or 'nothing'}, which does not exist.{near}")
     return ImageDataset([str(r.get(caption_key) or "") for r in rows], files, paths.__getitem__)
 
@@ -116,7 +117,7 @@ def _read_jsonl(table: Path) -> list[dict[str, Any]]:
         if line.strip():
             try:
                 row = json.loads(line.decode("utf-8-sig"))
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise UserError(f"{table}:{number}: not JSON: {error}") from error
             if not isinstance(row, dict):
                 raise UserError(f'{table}:{number}: not an object such as {{"file_name": "a.png", "caption": "a cat"}}')

@@ -21,7 +21,7 @@ def _open(kind: str, where: str, split: str, **options: Any) -> Any:
     from huggingface_hub.utils import logging
 
     datasets.disable_progress_bars()
-    datasets.logging.set_verbosity_error()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     logging.set_verbosity_error()
     try:
         return datasets.load_dataset(kind, split=split, **options)

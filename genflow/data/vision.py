@@ -23,14 +23,15 @@ def _labelled(
     build: Any = getattr(datasets, name)
     try:
         data = build(str(folder), train=split == "train", download=False)
-    except (RuntimeError, OSError) as error:
+    except Exception as error:  # torchvision asserts, and checks little of what it reads
         if not download:
-            raise UserError(f"data {name}: not in {folder}; set root, or download: true") from error
+            raise UserError(f"data {name}: not in {folder}, or damaged; set root, or download: true") from error
         try:
             data = build(str(folder), train=split == "train", download=True)
         except Exception as error:
-            reason = " ".join(str(error).split())[:120]
-            raise UserError(f"data {name}: not in {folder} and could not be fetched ({reason})") from error
+            reason = " ".join(str(error).split())[:120] or type(error).__name__
+            what = f"not in {folder}, or damaged, and could not be fetched"
+            raise UserError(f"data {name}: {what} ({reason})") from error
     names = classes or list(data.classes)
     captions = [names[int(i)] for i in data.targets]
     return ImageDataset(captions, [f"{name}/{split}[{i}]" for i in range(len(data))], lambda i: data[i][0])

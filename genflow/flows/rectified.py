@@ -211,9 +211,13 @@ class RectifiedFlow(Flow):
         return self._solve(z, condition, uniform(steps))
 
     def _solve(self, x: Tensor, condition: Condition | None, times: Sequence[float]) -> Tensor:
+        prepared = self.text.null() if condition is None else condition
+        if len(prepared) not in (1, len(x)):
+            raise UserError(
+                f"{len(prepared)} conditions for {len(x)} pictures; give one condition, or one for each picture"
+            )
         with evaluating(self):
-            prepared = self.text.null() if condition is None else condition
-            embedded = self._embed(prepared, len(x)).expand(len(x))
+            embedded = self.embed(prepared.to(self.device)).expand(len(x))
             return heun(lambda z, t: self.velocity(z, t, embedded), x.to(self.device), times).x
 
 

@@ -95,7 +95,7 @@ def normalise_keys(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _plain(key: str) -> str:
-    return key.removeprefix("module.").replace("_orig_mod.", "")
+    return key.replace("_orig_mod.", "").removeprefix("module.")
 
 
 @api_export("save_model")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from math import isqrt
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,9 +14,6 @@ from genflow.errors import UserError
 from genflow.layers.embeddings import sincos_2d
 from genflow.networks.mmdit import MMDiT, MMDiTConfig
 from genflow.registry import api_export
-
-if TYPE_CHECKING:
-    from diffusers import SD3Transformer2DModel
 
 # genflow's name -> diffusers'. A tuple is one fused genflow tensor, cut into equal parts along its rows. `SWAP` marks the
 # two layers that diffusers stores as (scale, shift) where SD3, and genflow, have (shift, scale).
@@ -81,7 +78,7 @@ def state_from_diffusers(state: Mapping[str, Tensor], config: MMDiTConfig) -> di
     """A genflow MMDiT state dict from an SD3Transformer2DModel's. Raises UserError for a tensor that is missing."""
     with torch.device("meta"):
         names = [name for name, _ in config.build().named_parameters()]
-    result = {}
+    result: dict[str, Tensor] = {}
     for name in names:
         parts, swap = _counterpart(name, config.depth)
         if missing := [part for part in parts if part not in state]:
@@ -149,7 +146,7 @@ def config_from_diffusers(source: Mapping[str, object]) -> MMDiTConfig:
 
 
 @api_export("from_diffusers")
-def from_diffusers(module: SD3Transformer2DModel) -> MMDiT:
+def from_diffusers(module: Any) -> MMDiT:
     """A genflow MMDiT with the weights, dtype and device of a diffusers SD3Transformer2DModel.
 
     Its position table is kept where it is not what the paper's formula gives. Raises UserError for an unknown layout.
@@ -158,13 +155,14 @@ def from_diffusers(module: SD3Transformer2DModel) -> MMDiT:
     state = state_from_diffusers(module.state_dict(), config)
     with torch.device("meta"):
         model = config.build()
-    model.position_table = state.pop("position_table", None)
+    if "position_table" in state:
+        model.position_table = state.pop("position_table")
     model.load_state_dict(state, strict=False, assign=True)
     return model.train(module.training)
 
 
 @api_export("to_diffusers")
-def to_diffusers(model: MMDiT) -> SD3Transformer2DModel:
+def to_diffusers(model: MMDiT) -> Any:
     """A diffusers SD3Transformer2DModel with the weights, dtype and device of a genflow MMDiT."""
     from diffusers import SD3Transformer2DModel
 
@@ -172,8 +170,9 @@ def to_diffusers(model: MMDiT) -> SD3Transformer2DModel:
     if config.mlp_ratio != 4:
         raise UserError(f"diffusers' SD3Transformer2DModel has mlp_ratio 4, this model {config.mlp_ratio}")
     heads = config.heads or model.hidden // 64
+    assert config.sample_size is not None
     with torch.device("meta"):
-        module = SD3Transformer2DModel(
+        module: Any = SD3Transformer2DModel(
             sample_size=config.sample_size * config.patch_size,
             patch_size=config.patch_size,
             in_channels=config.in_channels,

@@ -20,7 +20,7 @@ class Modulation(nn.Linear):
         super().__init__(hidden, n * hidden)
         self.n = n
 
-    def forward(self, c: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, c: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
         """c: B x hidden, after its SiLU. Returns n tensors of B x 1 x hidden."""
         return super().forward(c)[:, None].chunk(self.n, dim=-1)
 

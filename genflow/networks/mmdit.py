@@ -54,6 +54,7 @@ class MMDiT(nn.Module):
         for name in ("in_channels", "context_dim", "pooled_dim", "sample_size"):
             if getattr(config, name) is None:
                 raise UserError(f"mmdit: {name} is not set, and no data set or text encoder is there to tell it")
+        assert config.in_channels and config.context_dim and config.pooled_dim and config.sample_size
         hidden = config.hidden or 64 * config.depth
         heads = config.heads or hidden // 64
         if hidden % heads or hidden % 4:
@@ -81,6 +82,7 @@ class MMDiT(nn.Module):
         self.final_modulation = Modulation(hidden, 2)
         self.final = nn.Linear(hidden, config.patch_size**2 * config.in_channels)
         # A checkpoint's own table, P^2 x hidden, where it is not what sincos_2d gives; else computed.
+        self.position_table: Tensor | None
         self.register_buffer("position_table", None)
         self._positions: dict[tuple, Tensor] = {}
         self.reset_parameters()
@@ -115,6 +117,7 @@ class MMDiT(nn.Module):
             top, left = (side - height) // 2, (side - width) // 2
             table = self.position_table.view(side, side, -1)[top : top + height, left : left + width]
             return table.reshape(1, height * width, -1).to(like.dtype)
+        assert config.sample_size is not None
         key = (height, width, like.device, like.dtype)
         if key not in self._positions:
             table = sincos_2d(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from numbers import Integral
 
 from genflow.errors import UserError
 from genflow.functional import shift_time
@@ -10,7 +11,7 @@ from genflow.registry import grid_export
 
 
 def _check(steps: int, shift: float) -> None:
-    if isinstance(steps, bool) or not isinstance(steps, int):
+    if isinstance(steps, bool) or not isinstance(steps, Integral):
         raise UserError(f"steps = {steps!r} is not a whole number")
     if steps < 1:
         raise UserError(f"steps = {steps} is too few; the nearest possible number is 1")

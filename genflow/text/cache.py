@@ -57,13 +57,18 @@ class EmbeddingCache:
                 yield base
         except (sqlite3.Error, OSError) as error:
             damaged = isinstance(error, sqlite3.DatabaseError) and not isinstance(error, sqlite3.OperationalError)
-            if damaged:
-                self.path.unlink(missing_ok=True)
-            self.usable = damaged
-            way = "beginning it anew" if damaged else "going on without it"
+            self.usable = damaged and self._removed()
+            way = "beginning it anew" if self.usable else "going on without it"
             warnings.warn(f"text cache {self.path} cannot be used ({error}); {way}", stacklevel=4)
             if not entered:
                 yield None
+
+    def _removed(self) -> bool:
+        try:
+            self.path.unlink(missing_ok=True)
+        except OSError:
+            return False
+        return True
 
 
 def _read(base: sqlite3.Connection, captions: Sequence[str]) -> Iterator[tuple[str, Row]]:

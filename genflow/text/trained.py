@@ -119,9 +119,10 @@ class Labels(TextEncoder):
             return len(self.classes)
         if prompt in self.classes:
             return self.classes.index(prompt)
-        if prompt.isdecimal() and int(prompt) < len(self.classes):
+        if prompt.isdecimal() and len(prompt) < 10 and int(prompt) < len(self.classes):
             return int(prompt)
-        raise UserError(f"no class {prompt!r}.{nearest(prompt, self.classes)}")
+        shown = prompt if len(prompt) <= 60 else prompt[:60] + "..."
+        raise UserError(f"no class {shown!r}.{nearest(shown, self.classes)}")
 
     def encode(self, prompts: Sequence[str]) -> Condition:
         """Raises UserError for a prompt that is no class."""

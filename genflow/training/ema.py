@@ -26,7 +26,7 @@ class EMA:
         self.gamma = power_gamma(width)
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         self.names = [name for name, _ in named]
-        self.live = [p for _, p in named]
+        self.live: list[Tensor] = [p for _, p in named]
         self.average = [p.detach().to(torch.promote_types(p.dtype, torch.float32), copy=True) for p in self.live]
 
     @torch.no_grad()

@@ -46,15 +46,15 @@ class Interrupted(Exception):
 def stop_signal() -> Iterator[list[int]]:
     """Collects SIGINT and SIGTERM, so that a step can finish and be saved; a second one acts at once."""
     caught: list[int] = []
-    old = {}
+    old: dict[int, Any] = {}
 
     def handler(number: int, _frame: Any) -> None:
         caught.append(number)
-        for each, previous in old.items():
-            signal.signal(each, previous)
+        for other, previous in old.items():
+            signal.signal(other, previous)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        old[number] = signal.signal(number, handler)
+    for each in (signal.SIGINT, signal.SIGTERM):
+        old[each] = signal.signal(each, handler)
     try:
         yield caught
     finally:

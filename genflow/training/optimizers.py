@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,11 +11,11 @@ from torch import Tensor, nn
 from genflow.registry import optimizer_export
 
 
-def decay_groups(named: list[tuple[str, Tensor]], weight_decay: float) -> list[dict]:
+def decay_groups(params: Sequence[Tensor], weight_decay: float) -> list[dict]:
     """Matrices decay; biases, norms and embeddings' vectors do not."""
     return [
-        {"params": [p for _, p in named if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for _, p in named if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for p in params if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0},
     ]
 
 
@@ -30,6 +31,5 @@ class AdamWConfig:
 
     def build(self, model: nn.Module) -> torch.optim.Optimizer:
         """One fused optimiser over every parameter that requires a gradient."""
-        named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-        groups = decay_groups(named, self.weight_decay)
+        groups = decay_groups([p for p in model.parameters() if p.requires_grad], self.weight_decay)
         return torch.optim.AdamW(groups, lr=self.lr, betas=self.betas, eps=self.eps, fused=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -24,7 +25,7 @@ def refusal(precision: str, device: torch.device) -> str | None:
     return None
 
 
-def resolve_precision(asked: str, device: torch.device) -> tuple[str, str]:
+def resolve_precision(asked: str, device: torch.device) -> tuple[Any, str]:
     """The precision to run and why. "auto": bf16 on a GPU that has it, else fp16; on a CPU the faster of bf16 and fp32.
 
     Raises UserError where the device cannot do what was asked.

@@ -44,17 +44,18 @@ def train(config: str | Path | RunConfig, overrides: Sequence[str] = ()) -> Path
 
     config: a YAML file or a RunConfig. Raises UserError for what a person can put right.
     """
-    if not isinstance(config, RunConfig):
-        path = Path(config)
-        config = load(path, overrides, schema=RunConfig)
-        config = replace(config, out=config.out or f"runs/{path.stem}")
-    if config.out is None:
+    if isinstance(config, RunConfig):
+        asked = config
+    else:
+        asked = load(config, overrides, schema=RunConfig)
+        asked = replace(asked, out=asked.out or f"runs/{Path(config).stem}")
+    if asked.out is None:
         raise UserError("config: `out` is not set; name the run's folder")
-    run = Path(config.out)
-    config = _as_saved(config, run)
+    run = Path(asked.out)
+    asked = _as_saved(asked, run)
     device = PartialState(cpu=not (torch.cuda.is_available() or torch.backends.mps.is_available())).device
-    precision, why = resolve_precision(config.train.precision, device)
-    config = replace(config, train=replace(config.train, precision=precision))
+    precision, why = resolve_precision(asked.train.precision, device)
+    asked = replace(asked, train=replace(asked.train, precision=precision))
     try:
         run.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -62,16 +63,16 @@ def train(config: str | Path | RunConfig, overrides: Sequence[str] = ()) -> Path
     accelerator = Accelerator(
         mixed_precision={"fp32": "no"}.get(precision, precision),
         cpu=device.type == "cpu",
-        log_with=list(config.train.trackers) or None,
+        log_with=list(asked.train.trackers) or None,
         project_config=ProjectConfiguration(project_dir=str(run), logging_dir=str(run)),
     )
-    trainer = Trainer(config, run, accelerator)
-    if trainer.step >= config.train.steps:
+    trainer = Trainer(asked, run, accelerator)
+    if trainer.step >= asked.train.steps:
         trainer.log.say(f"{run} is already trained for {trainer.step} steps; set train.steps higher to go on")
         return run
     if accelerator.is_main_process:
         _save_config(trainer.config, run)
-        if config.train.trackers:
+        if asked.train.trackers:
             accelerator.init_trackers("tensorboard")
     trainer.log.say(_summary(trainer, why))
     try:
