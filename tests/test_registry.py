@@ -70,7 +70,7 @@ def test_a_reloaded_module_is_no_second_thing(clean):
 def test_a_third_party_cannot_take_a_name_of_genflow(clean):
     """Also before genflow's own thing has been imported."""
     registry._live.pop(("sampler", "heun"), None)
-    with pytest.raises(UserError, match=r"sampler 'heun': genflow.samplers.solvers and .*test_registry:\d+"):
+    with pytest.raises(UserError, match=r"sampler 'heun': genflow.samplers.runge_kutta and .*test_registry:\d+"):
 
         @registry.sampler_export("heun")
         def mine(): ...

@@ -1,18 +1,27 @@
-"""What a sampler gets and gives: velocities, and solutions with their cost."""
+"""What a sampler gets and gives: velocities, solutions with their cost, and the bookkeeping between them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
+from genflow.errors import UserError
+
 Velocity = Callable[[Tensor, Tensor], Tensor]
 """v(x, t): x B x ..., t B in x's dtype and on its device, 0 = data and 1 = noise -> dx/dt, shaped as x.
 
-A velocity may also have a method `at(x, time)` with the time as a plain number, the same for all rows. Samplers call it
-where it exists: a wrapper can then decide by the time without waiting for the device.
+A velocity may also have
+  at(x, time)  the same with the time as a plain number for all rows. Samplers call it where it exists: a wrapper can
+               then decide by the time without waiting for the device;
+  edges        times at which it jumps, such as the ends of a guidance interval: multistep samplers forget there;
+  take(rows)   the velocity of some of its rows (B' int64), where rows have conditions of their own: adaptive samplers
+               then take finished rows out of the batch.
 """
 
 Progress = Callable[[int, int], None]
@@ -20,14 +29,59 @@ Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
-class Solution:
-    """Where a solve arrived. x: as given to the sampler, float32 or wider; nfe: network evaluations per picture.
+class Trajectory:
+    """A solve, step by step, N steps.
 
-    Guidance doubles the cost of an evaluation, not nfe.
+    times: N + 1 of the grid; states: N + 1, each like x; nfe: evaluations per picture up to there, N + 1; speed: the root
+    mean square of dx/dt over each step, N x B.
+    """
+
+    times: list[float] = field(default_factory=list)
+    states: list[Tensor] = field(default_factory=list)
+    nfe: list[int] = field(default_factory=list)
+
+    @property
+    def speed(self) -> Tensor:
+        steps = zip(pairwise(self.times), pairwise(self.states), strict=True)
+        return torch.stack([((b - a) / (t - s)).flatten(1).square().mean(1).sqrt() for (s, t), (a, b) in steps])
+
+
+@dataclass(frozen=True)
+class Solution:
+    """Where a solve arrived.
+
+    x: as given to the sampler, float32 or wider; nfe: network evaluations per picture (of the longest, where pictures
+    take steps of their own). Guidance doubles the cost of an evaluation, not nfe. trajectory: where it was asked for.
     """
 
     x: Tensor
     nfe: int
+    trajectory: Trajectory | None = None
+    _stopped: dict[int, str] = field(default_factory=dict)  # rows that did not arrive, and why
+    _sums: list[Tensor] = field(default_factory=list, repr=False)  # of the state after each step
+
+    @cached_property
+    def status(self) -> list[str]:
+        """One word or line per row: "ok", or why the row is not what was asked. Waits for the device."""
+        finite = self.x.detach().flatten(1).isfinite().all(1).tolist()
+        step = 0
+        if not all(finite) and self._sums:
+            step = int(torch.stack(self._sums).isfinite().cumprod(0).sum()) + 1
+        where = f" from step {step} of {len(self._sums)} on" if 0 < step <= len(self._sums) else ""
+        return [
+            self._stopped.get(i, "ok" if good else f"not finite (NaN or inf){where}") for i, good in enumerate(finite)
+        ]
+
+    @property
+    def ok(self) -> bool:
+        return all(each == "ok" for each in self.status)
+
+    def checked(self) -> Solution:
+        """Itself. Raises UserError, naming the samples and the step, where a row is not ok."""
+        if wrong := [i for i, each in enumerate(self.status) if each != "ok"]:
+            rows = ", ".join(map(str, wrong[:16])) + (" ..." if len(wrong) > 16 else "")
+            raise UserError(f"sampling: {self.status[wrong[0]]}; samples {rows} of {len(self.status)}")
+        return self
 
 
 def evaluate(velocity: Velocity, x: Tensor, time: float) -> Tensor:
@@ -40,3 +94,81 @@ def evaluate(velocity: Velocity, x: Tensor, time: float) -> Tensor:
 def state(x: Tensor) -> Tensor:
     """x in the sampler's precision: float64 stays, everything else becomes float32."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+class Solve:
+    """One solve of fixed steps: holds the state x, and leaves to a sampler only its formula.
+
+        solve = Solve(velocity, x, grid, progress, record)
+        for t, t_next in solve:
+            solve.x = solve.x + (t_next - t) * solve.v(solve.x, t)
+        return solve.solution()
+
+    grid: N + 1 times, strictly falling or strictly rising. Raises UserError for any other, and for a velocity that
+    answers in another shape or in no real number.
+    """
+
+    def __init__(
+        self, velocity: Velocity, x: Tensor, grid: Sequence[float], progress: Progress | None, record: bool
+    ) -> None:
+        self.velocity, self.x, self.grid = velocity, state(x), check_grid(grid)
+        self.progress = progress
+        self.trajectory = Trajectory([self.grid[0]], [self.x], [0]) if record else None
+        self.nfe = 0
+        self._sums: list[Tensor] = []
+        self._at = getattr(velocity, "at", None)
+        # The times of all rows, made once: nothing goes to the device between two steps.
+        times = torch.tensor(self.grid, dtype=self.x.dtype).to(x.device).unsqueeze(1).repeat(1, len(x))
+        self._times = dict(zip(self.grid, times.unbind(), strict=True))
+
+    def v(self, x: Tensor, time: float) -> Tensor:
+        """The velocity at one time for all rows, in the dtype of the state; counted."""
+        self.nfe += 1
+        if self._at is not None:
+            v = self._at(x, time)
+        else:
+            t = self._times.get(time)
+            v = self.velocity(x, x.new_full((len(x),), time) if t is None else t)
+        return v if v.shape == x.shape and v.dtype == x.dtype else as_state(v, x)
+
+    def __iter__(self) -> Iterator[tuple[float, float]]:
+        steps = len(self.grid) - 1
+        for done, (t, t_next) in enumerate(pairwise(self.grid), start=1):
+            yield t, t_next
+            self._sums.append(self.x.detach().sum())
+            if self.trajectory is not None:
+                self.trajectory.times.append(t_next)
+                self.trajectory.states.append(self.x)
+                self.trajectory.nfe.append(self.nfe)
+            if self.progress is not None:
+                self.progress(done, steps)
+
+    def jumps(self, t: float, t_next: float) -> bool:
+        """Whether the velocity has an edge between two times: what was seen before it says nothing of what comes."""
+        lo, hi = min(t, t_next), max(t, t_next)
+        return any(lo <= edge <= hi for edge in getattr(self.velocity, "edges", ()))
+
+    def solution(self) -> Solution:
+        return Solution(self.x, self.nfe, self.trajectory, _sums=self._sums)
+
+
+def check_grid(grid: Sequence[float]) -> list[float]:
+    """The times as floats. Raises UserError for one that is not finite or not in its place."""
+    times = [float(t) for t in grid]
+    if len(times) < 2:
+        raise UserError(f"a time grid needs two times or more, such as [1.0, 0.0], not {times}")
+    sign = -1 if times[-1] < times[0] else 1
+    for i, (t, t_next) in enumerate(pairwise(times)):
+        if not (math.isfinite(t) and math.isfinite(t_next) and sign * (t_next - t) > 0):
+            way = "fall" if sign < 0 else "rise"
+            raise UserError(f"the time grid must {way} at every step, but step {i + 1} goes from {t} to {t_next}")
+    return times
+
+
+def as_state(v: Tensor, x: Tensor) -> Tensor:
+    """What a velocity answered, in the dtype of the state. Raises UserError for another shape or no real number."""
+    if v.shape != x.shape:
+        raise UserError(f"the velocity returned {tuple(v.shape)} for a state of {tuple(x.shape)}; they must be alike")
+    if not v.dtype.is_floating_point:
+        raise UserError(f"the velocity returned {v.dtype}; it must be a floating dtype, such as {x.dtype}")
+    return v.to(x.dtype)
