@@ -2,7 +2,7 @@
 
 One step is forward, backward and fused AdamW of the same architecture (by default 18.6 M parameters: 8 blocks, width 256,
 4 heads, 256 image + 16 text tokens, batch 32). Prints the median images/s of each, their ratio, and the peak memory of
-each in a process of its own. Figures measured so far are at the end of this file's README section.
+each in a process of its own. Figures measured so far are in scripts/README.md.
 """
 
 from __future__ import annotations
@@ -104,6 +104,15 @@ def peak_memory(name: str, args: argparse.Namespace, out: multiprocessing.Queue)
         out.put((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 
 
+def in_a_process(measure: Callable, name: str, args: argparse.Namespace) -> float:
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    process = context.Process(target=measure, args=(name, args, queue))
+    process.start()
+    process.join()
+    return queue.get()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--depth", type=int, default=8)
@@ -118,6 +127,8 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
 
+    # First of all: a child's peak counts from what its parent holds when it is made.
+    memory = {name: in_a_process(peak_memory, name, args) for name in models(args)}
     built = {name: build() for name, build in models(args).items()}
     counts = {name: sum(p.numel() for p in model.parameters()) for name, model in built.items()}
     assert len(set(counts.values())) == 1, counts
@@ -138,15 +149,6 @@ def main() -> None:
         print(f"  {name:10}{value:8.1f} images/s   (best {args.batch / min(seconds[name]):.1f})")
     pairs = [b / a for a, b in zip(seconds["genflow"], seconds["diffusers"], strict=True)]
     print(f"  ratio     {statistics.median(pairs):8.2f}            (pair by pair {min(pairs):.2f} to {max(pairs):.2f})")
-
-    context = multiprocessing.get_context("spawn")
-    memory = {}
-    for name in steps:
-        queue = context.Queue()
-        process = context.Process(target=peak_memory, args=(name, args, queue))
-        process.start()
-        memory[name] = queue.get()
-        process.join()
     print(f"  memory    genflow {memory['genflow']:.0f} MiB, diffusers {memory['diffusers']:.0f} MiB")
 
 

@@ -294,6 +294,18 @@ def test_a_file_is_not_a_folder(exported):
         load(folder / "model.safetensors")
 
 
+def test_a_missing_folder_names_the_nearest(exported):
+    _, folder = exported
+    with pytest.raises(UserError, match=rf"does not exist.*Did you mean '{folder}'"):
+        load(f"{folder}s")
+
+
+def test_a_device_that_is_not_there_is_told(exported):
+    _, folder = exported
+    with pytest.raises(UserError, match=r"^device 'cuda:93' cannot take the model: [^\n]*$"):
+        load(folder, device="cuda:93")
+
+
 def test_saving_cut_short_leaves_no_model(exported, monkeypatch):
     flow, folder = exported
     before = (folder / "model.safetensors").read_bytes()

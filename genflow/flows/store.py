@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from genflow.config import Choice, from_dict
-from genflow.errors import UserError
+from genflow.errors import UserError, nearest
 from genflow.flows.base import Flow
 from genflow.registry import api_export
 
@@ -182,16 +182,21 @@ def load(path: str | Path, *, ema: bool = True, device: str | torch.device = "cp
         files.insert(0, folder / EMA)
     _fill(flow, files)
     flow.recipe = config
-    return flow.to(device).eval()
+    try:
+        return flow.to(device).eval()
+    except (RuntimeError, AssertionError) as error:  # as torch says that there is no such device, or no room on it
+        raise UserError(f"device {str(device)!r} cannot take the model: {str(error).splitlines()[0]}") from error
 
 
 def find_model(path: str | Path) -> Path:
     """The model folder that a path means: itself, or a run's newest whole checkpoint. Raises UserError."""
     folder = Path(path)
     if not folder.is_dir():
-        what = "is a file, not a folder" if folder.exists() else "does not exist"
-        near = f"; try {folder.parent}" if folder.is_file() else ""
-        raise UserError(f"{folder} {what}; give the folder of a run, a checkpoint or a model{near}")
+        if folder.exists():
+            raise UserError(f"{folder} is a file, not a folder of a run, a checkpoint or a model; try {folder.parent}")
+        around = [str(p) for p in folder.parent.glob("*") if p.is_dir()]
+        near = nearest(str(folder), around) if around else ""
+        raise UserError(f"{folder} does not exist; give the folder of a run, a checkpoint or a model.{near}")
     if (folder / "checkpoints").is_dir():
         newest = newest_checkpoint(folder)
         if newest is None:
