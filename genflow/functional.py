@@ -83,6 +83,16 @@ def log_snr(t: T) -> T:
     return math.log1p(-t) - math.log(t)
 
 
+@api_export("renoise")
+def renoise(z: Tensor, noise: Tensor, t: float, t_up: float) -> Tensor:
+    """The forward transition of the path, from t up to t_up: z_t_up = k z_t + sqrt(t_up^2 - (k t)^2) noise.
+
+    k = (1 - t_up) / (1 - t). A marginal of the path becomes the later one.
+    """
+    keep = (1 - t_up) / (1 - t)
+    return keep * z + math.sqrt(t_up**2 - (keep * t) ** 2) * noise
+
+
 # ----------------------------------------------------------------------------------------------------------- time shift
 
 
@@ -160,10 +170,11 @@ class Rng:
 
 
 @api_export("noise_from_seeds")
-def noise_from_seeds(seeds: Sequence[int], shape: Sequence[int]) -> Tensor:
-    """The starting noise of each seed's picture: B x *shape float32, row i a function of seeds[i] and shape only.
+def noise_from_seeds(seeds: Sequence[int], shape: Sequence[int], *, step: int = 0, stream: str = "noise") -> Tensor:
+    """The noise of each seed's picture: B x *shape float32, row i a function of seeds[i], shape, step and stream only.
 
-    Raises UserError for a seed that is not a whole number in 0 .. 2^63 - 1.
+    step 0 of stream "noise" is where sampling starts; stochastic samplers draw others on the way. Raises UserError for a
+    seed that is not a whole number in 0 .. 2^63 - 1.
     """
     for seed in seeds:
         if isinstance(seed, bool) or not isinstance(seed, Integral):
@@ -171,4 +182,4 @@ def noise_from_seeds(seeds: Sequence[int], shape: Sequence[int]) -> Tensor:
         if not 0 <= seed < 2**63:
             raise UserError(f"seed {seed} is out of range; the nearest valid one is {min(max(seed, 0), 2**63 - 1)}")
     zero = torch.zeros(1, dtype=torch.int64)
-    return torch.cat([torch.empty(0, *shape), *(Rng(seed).normal("noise", zero, shape) for seed in seeds)])
+    return torch.cat([torch.empty(0, *shape), *(Rng(seed, step).normal(stream, zero, shape) for seed in seeds)])

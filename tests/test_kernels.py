@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from genflow.layers import kernels, modulation
-from genflow.layers.modulation import QKV, gated_residual, gelu, joint_heads, modulated_norm
+from genflow.layers import kernels
+from genflow.layers.modulation import QKV, Linear, gated_residual, gelu, joint_heads, modulated_norm
 
 pytestmark = pytest.mark.skipif(kernels.library() is None, reason="no C++ compiler here")
 B, L, H = 3, 5, 48
@@ -17,14 +17,23 @@ def tensors(*shapes: tuple[int, ...], dtype: torch.dtype) -> list[torch.Tensor]:
     return [torch.randn(s, generator=generator).mul(2).to(dtype).requires_grad_() for s in shapes]
 
 
+def linear(inner: int, dtype: torch.dtype) -> Linear:
+    """With weights that bf16 can hold, so that every dtype has the same."""
+    torch.manual_seed(2)
+    made = Linear(inner, H)
+    torch.nn.init.normal_(made.bias, 0.0, 0.5)
+    return made.bfloat16().to(dtype)
+
+
 def streams(dtype: torch.dtype, *, norm: bool) -> tuple[list[QKV], list[torch.Tensor]]:
     torch.manual_seed(1)
     parts = [QKV(H, 3, qk_norm=norm) for _ in range(2)]
     for part in parts:
+        torch.nn.init.normal_(part.linear.bias, 0.0, 0.5)
         for w in (part.q_norm, part.k_norm):
             if w is not None:
                 torch.nn.init.normal_(w, 1.0, 0.3)
-    return parts, tensors((B, L, 3 * H), (B, 2, 3 * H), dtype=dtype)
+    return [part.bfloat16().to(dtype) for part in parts], tensors((B, L, H), (B, 2, H), dtype=dtype)
 
 
 def modulation_views(dtype: torch.dtype) -> list[torch.Tensor]:
@@ -34,13 +43,15 @@ def modulation_views(dtype: torch.dtype) -> list[torch.Tensor]:
     return [x, chunks[2], chunks[3], packed]
 
 
-CASES = {
-    "norm": lambda dtype: (modulated_norm, modulation_views(dtype)[:3], []),
-    "gate": lambda dtype: (gated_residual, tensors((B, L, H), (B, 1, H), (B, L, H), dtype=dtype), []),
-    "gelu": lambda dtype: (gelu, tensors((B, L, H), dtype=dtype), []),
-    "heads": lambda dtype: _heads_case(dtype, norm=False),
-    "normed heads": lambda dtype: _heads_case(dtype, norm=True),
-}
+def _gate_case(dtype):
+    last = linear(2 * H, dtype)
+    inputs = tensors((B, L, H), (B, 1, H), (B, L, 2 * H), dtype=dtype)
+    return lambda x, gate, y: gated_residual(x, gate, last, y), inputs, [last.bias, last.weight]
+
+
+def _gelu_case(dtype):
+    first = linear(H, dtype)
+    return lambda x: gelu(first, x), tensors((B, L, H), dtype=dtype), [first.bias, first.weight]
 
 
 def _heads_case(dtype, *, norm):
@@ -48,8 +59,17 @@ def _heads_case(dtype, *, norm):
     return (
         lambda *xs: joint_heads(list(zip(parts, xs, strict=True))),
         xs,
-        [p for part in parts for p in (part.q_norm, part.k_norm) if p is not None],
+        [p for part in parts for p in part.parameters()],
     )
+
+
+CASES = {
+    "norm": lambda dtype: (modulated_norm, modulation_views(dtype)[:3], []),
+    "gate": _gate_case,
+    "gelu": _gelu_case,
+    "heads": lambda dtype: _heads_case(dtype, norm=False),
+    "normed heads": lambda dtype: _heads_case(dtype, norm=True),
+}
 
 
 def run(case, dtype):
@@ -95,7 +115,7 @@ def test_bf16_is_no_worse_than_the_plain_formula(case, monkeypatch):
 
 def test_the_kernels_are_what_runs():
     (x,) = tensors((B, L, H), dtype=torch.float32)
-    assert "GELU" in gelu(x).grad_fn.name()
+    assert "GELU" in gelu(linear(H, torch.float32), x).grad_fn.name()
     assert "ModulatedNorm" in modulated_norm(*modulation_views(torch.float32)[:3]).grad_fn.name()
     assert not kernels.usable(x.double()) and not kernels.usable(x, x.bfloat16()) and not kernels.usable(x.to("meta"))
 
@@ -116,21 +136,36 @@ def test_double_backward_is_that_of_the_plain_formula(case, monkeypatch):
         assert (got - expected).abs().max() <= 1e-4 * expected.abs().max()
 
 
+def identity() -> Linear:
+    made = Linear(H, H)
+    torch.nn.init.eye_(made.weight)
+    torch.nn.init.zeros_(made.bias)
+    return made
+
+
 def test_nan_and_inf_go_through():
     for dtype in (torch.float32, torch.bfloat16):
         x, shift, scale, _ = (t.detach() for t in modulation_views(dtype))
+        same = identity().to(dtype)
         x[1, 2, 3] = float("nan")
         assert modulated_norm(x, shift, scale)[1, 2].isnan().all()
         assert modulated_norm(x, shift, scale)[[0, 2]].isfinite().all()
-        assert gelu(x)[1, 2, 3].isnan() and gated_residual(x, shift, x)[1, 2, 3].isnan()
-        x[0, 0, 0] = float("inf")
-        assert gelu(x)[0, 0, 0] == float("inf")
+        assert gelu(same, x)[1, 2, 3].isnan() and gated_residual(x, shift, same, x)[1, 2, 3].isnan()
+        high = torch.full((1, 1, H), 1e30).to(dtype)
+        assert torch.equal(gelu(same, high), high) and gelu(same, -high).abs().max() < 1e-7
 
 
 def test_gelu_is_accurate_everywhere():
-    x = torch.linspace(-12, 12, 100001)
-    exact = modulation._gelu(x.double())
-    assert (gelu(x) - exact).abs().max() <= 1e-6
+    x = torch.linspace(-12, 12, 2400 * H).view(1, -1, H)
+    exact = torch.nn.functional.gelu(x.double(), approximate="tanh")
+    assert (gelu(identity(), x) - exact).abs().max() <= 1e-6
+
+
+def test_another_autocast_takes_the_plain_formula():
+    x = torch.randn(B, L, H)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not kernels.usable(x) and kernels.usable(x.bfloat16())
+        assert gelu(linear(H, torch.float32), x).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -154,8 +189,8 @@ def test_without_a_compiler_the_plain_formula_serves(monkeypatch, tmp_path):
     try:
         with pytest.warns(UserWarning, match="cannot be built, going on slower"):
             assert kernels.library() is None
-        x = torch.randn(4, requires_grad=True)
-        assert torch.equal(gelu(x), modulation._gelu(x))
+        x, first = torch.randn(2, 3, H), linear(H, torch.float32)
+        assert torch.equal(gelu(first, x), torch.nn.functional.gelu(first(x), approximate="tanh"))
         monkeypatch.setenv("GENFLOW_KERNELS", "0")
         kernels.library.cache_clear()
         assert kernels.library() is None

@@ -14,6 +14,7 @@ from genflow.flows.densities import LogitNormal, Mixed, Uniform
 from genflow.flows.rectified import RectifiedFlowConfig
 from genflow.functional import Rng, noise_from_seeds
 from genflow.samplers import euler, heun, shifted
+from genflow.samplers.guides import APG
 
 SHAPE = (2, 4, 4)
 
@@ -272,6 +273,59 @@ def test_guidance_moves_away_from_the_empty_caption(flow):
     assert [n for n, *_ in flow.network.calls] == [1, 2, 2, 1]
 
 
+def test_a_guide_is_a_name_a_section_or_an_object(flow):
+    options = {"prompts": ["a blue square"], "seeds": [5], "steps": 4, "guidance": 3.0}
+    pictures = [
+        flow.sample(**options, guide=guide, rescale=0.5).x
+        for guide in ({"name": "apg", "eta": 0.5, "momentum": -0.5}, APG(eta=0.5, momentum=-0.5))
+    ]
+    assert torch.equal(*pictures)
+    assert not torch.equal(pictures[0], flow.sample(**options, guide="apg", rescale=0.5).x)
+    assert torch.equal(flow.sample(**options, guide="apg").x, flow.sample(**options, guide=APG()).x)
+
+
+def test_a_weaker_model_guides(flow):
+    """v_w + scale (v - v_w), each model under the prompt as its own encoder has it."""
+    network = TinyNet()
+    with torch.no_grad():
+        network.conv.weight.mul_(0.5)
+    weak = make(network=network, text=TinyText(trainable=True), whiten=0.1).train()
+    condition = TinyText().encode(["a blue square"])
+
+    def velocity(z, t):
+        v, w = flow.velocity(z, t, condition), weak.velocity(z, t, weak.embed(condition))
+        return w + 2.0 * (v - w)
+
+    weak.eval()
+    with torch.no_grad():
+        expected = euler(velocity, noise_from_seeds([5], SHAPE), shifted(4)).x.clamp(-1, 1)
+    weak.train()
+    flow.network.calls.clear()
+    weak.network.calls.clear()
+    options = {"seeds": [5], "steps": 4, "sampler": "euler", "weak": weak}
+    solution = flow.sample(["a blue square"], guidance=2.0, **options)
+    torch.testing.assert_close(solution.x, expected)
+    assert solution.nfe == 4 and [n for n, *_ in flow.network.calls + weak.network.calls] == [1] * 8
+    assert weak.training and weak.network.dropout.training
+    flow.network.calls.clear()
+    weak.network.calls.clear()
+    flow.sample(["a blue square"], guidance=2.0, interval=(0.4, 0.8), **options)
+    assert [n for n, *_ in flow.network.calls] == [1] * 4 and [n for n, *_ in weak.network.calls] == [1] * 2
+
+
+def test_a_network_that_gives_nan_is_told_in_one_line(flow):
+    forward = flow.network.forward
+
+    def broken(x, t, *args, **options):
+        v = forward(x, t, *args, **options)
+        return torch.where((t < 0.5).view(-1, 1, 1, 1) & (torch.arange(len(x)) == 1).view(-1, 1, 1, 1), math.nan, v)
+
+    flow.network.forward = broken
+    with pytest.raises(UserError, match=r"not finite \(NaN or inf\) from step 4 of 4 on; samples 1 of 3") as error:
+        flow.sample(["a dog"], seeds=[1, 2, 3], steps=4, sampler="euler")
+    assert "\n" not in str(error.value)
+
+
 def test_a_seed_gives_the_same_picture_alone_and_among_64(flow):
     seeds = list(range(64))
     options = {"steps": 5, "guidance": 2.0}
@@ -294,6 +348,9 @@ def test_a_seed_gives_the_same_picture_alone_and_among_64(flow):
         {"shift": 2.0},
         {"shift": 2.0, "grid": "double_shifted"},
         {"guidance": 2.0, "interval": (0.2, 0.6)},
+        {"guidance": 2.0, "guide": "apg"},
+        {"guidance": 2.0, "guide": "cfg_zero"},
+        {"guidance": 2.0, "rescale": 0.7},
         {"seeds": [9]},
         {"prompts": ["other words"]},
     ],
@@ -340,6 +397,12 @@ def test_a_bfloat16_network_keeps_a_float32_state():
         ({"prompts": "a dog"}, "list of strings"),
         ({"prompts": ["a", "b", "c"], "seeds": [1, 2]}, "3 prompts for 2 seeds"),
         ({"size": 0}, "4 x 4"),
+        ({"guide": "agp"}, "sample: guide: no guidance is named 'agp'. Did you mean 'apg'"),
+        ({"guide": {"name": "apg", "etta": 1.0}}, "unknown key 'etta' in guide. Did you mean 'eta'"),
+        ({"guide": {"name": "apg", "momentum": 2.0}}, "guide: momentum = 2.0 is not between -1 and 1"),
+        ({"guide": 5}, "apg, cfg, cfg_zero"),
+        ({"rescale": 2.0}, "try 1.0"),
+        ({"weak": "runs/weak"}, "rectified flow with 2 channels, not a str"),
     ],
     ids=str,
 )

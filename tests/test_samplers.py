@@ -13,7 +13,7 @@ from scipy.integrate import solve_ivp
 
 from genflow.errors import UserError
 from genflow.functional import log_snr, shift_time, x_from_velocity
-from genflow.samplers import cfg, double_shifted, euler, heun, reversed, shifted, uniform
+from genflow.samplers import double_shifted, euler, heun, reversed, shifted, uniform
 
 MU, S = 0.7, 0.3
 
@@ -220,87 +220,7 @@ def test_impossible_grids_are_refused(make, near):
         make()
 
 
-# ------------------------------------------------------------------------------------------------------------- guidance
-
-
-def conditional(x, t, c):
-    """A velocity that moves every channel by its condition, by another amount for each."""
-    return x * t.view(-1, 1, 1, 1) + c.view(-1, x.shape[1], 1, 1)
-
-
-@pytest.fixture
-def guided():
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(3, 6, 2, 2, generator=generator)
-    c, u = torch.randn(3, 6, generator=generator), torch.randn(1, 6, generator=generator)
-    velocity, calls = counted(conditional)
-    return x, c, u, velocity, calls
-
-
-def test_guidance_is_the_formula_on_all_channels_in_one_doubled_call(guided):
-    x, c, u, velocity, calls = guided
-    t = torch.full((3,), 0.5)
-    v = cfg(velocity, (c,), (u,), 4.0).at(x, 0.5)
-    assert calls == [(6, 0.5)]
-    v_c, v_u = conditional(x, t, c), conditional(x, t, u.expand(3, 6))
-    torch.testing.assert_close(v, v_u + 4.0 * (v_c - v_u))
-    moved = (v - v_c).abs().amin(dim=(0, 2, 3))
-    assert moved.shape == (6,) and (moved > 1e-3).all()
-
-
-def test_outside_the_interval_there_is_one_plain_call(guided):
-    x, c, u, velocity, calls = guided
-    solution = heun(cfg(velocity, (c,), (u,), 3.0, interval=(0.25, 0.75)), x, uniform(8))
-    assert solution.nfe == 15 == len(calls)
-    for rows, t in calls:
-        assert rows == (6 if 0.25 <= t <= 0.75 else 3), t
-    plain = cfg(velocity, (c,), (u,), 3.0, interval=(0.25, 0.75)).at(x, 0.9)
-    assert torch.equal(plain, conditional(x, torch.full((3,), 0.9), c))
-
-
-def test_scale_one_is_one_plain_call_and_zero_is_the_unconditional(guided):
-    x, c, u, velocity, calls = guided
-    t = torch.full((3,), 0.5)
-    assert torch.equal(cfg(velocity, (c,), (u,), 1.0).at(x, 0.5), conditional(x, t, c))
-    assert calls == [(3, 0.5)]
-    unconditional = cfg(velocity, (c,), (u,), 0.0).at(x, 0.5)
-    torch.testing.assert_close(unconditional, conditional(x, t, u.expand(3, 6)))
-
-
-def test_called_with_tensors_every_row_decides(guided):
-    x, c, u, velocity, _ = guided
-    guide = cfg(velocity, (c,), (u,), 3.0, interval=(0.25, 0.75))
-    t = torch.tensor([0.1, 0.5, 0.9])
-    for i in range(3):
-        alone = cfg(velocity, (c[i : i + 1],), (u,), 3.0, interval=(0.25, 0.75)).at(x[i : i + 1], float(t[i]))
-        torch.testing.assert_close(guide(x, t)[i : i + 1], alone)
-
-
-def test_the_interval_costs_no_wait_on_the_device(guided, monkeypatch):
-    x, c, u, _, _ = guided
-    for name in ("item", "tolist", "__bool__", "__float__", "cpu"):
-        monkeypatch.setattr(
-            torch.Tensor, name, lambda *_, name=name: pytest.fail(f"Tensor.{name} waits for the device")
-        )
-    heun(cfg(conditional, (c,), (u,), 3.0, interval=(0.25, 0.75)), x, uniform(4))
-    cfg(conditional, (c,), (u,), 3.0, interval=(0.25, 0.75))(x, torch.full((3,), 0.5))
-
-
-@pytest.mark.parametrize(
-    ("scale", "interval", "near"),
-    [
-        (math.nan, (0.0, 1.0), "1.0 is no guidance"),
-        (math.inf, (0.0, 1.0), "finite"),
-        (2.0, (0.8, 0.2), r"try \(0.2, 0.8\)"),
-        (2.0, (-0.5, 0.5), r"try \(0.0, 0.5\)"),
-        (2.0, (0.5, 0.5), r"try \(0.0, 1.0\)"),
-        (2.0, (0.5, 1.5), r"try \(0.5, 1.0\)"),
-    ],
-)
-def test_impossible_guidance_is_refused(guided, scale, interval, near):
-    _, c, u, velocity, _ = guided
-    with pytest.raises(UserError, match=near):
-        cfg(velocity, (c,), (u,), scale, interval=interval)
+# -------------------------------------------------------------------------------------------- the other convention, the room
 
 
 def test_reversed_adapts_the_other_convention(noise):

@@ -429,6 +429,49 @@ def test_sample_writes_pictures_that_say_how_they_were_made(tiny, tmp_path, caps
     assert (a - b).abs().max() <= 1
 
 
+def test_guidance_is_set_in_the_config_and_by_options(tiny, tmp_path):
+    from genflow.data.pictures import read_settings
+
+    run = train(
+        tiny(
+            "sample.guidance=2.0",
+            "sample.guide=apg",
+            "sample.guide.eta=0.25",
+            "sample.rescale=0.5",
+            "train.save_every=2",
+        )
+    )
+    weak = run / "checkpoints" / "step-00000002"
+
+    def drawn(*arguments):
+        out = tmp_path / f"out{len(list(tmp_path.glob('out*')))}"
+        assert main(["sample", str(run), "--prompt", "owl", "--out", str(out), *arguments]) == 0
+        settings = read_settings(out / "0000-owl-0.png")
+        return (out / "0000-owl-0.png").read_bytes(), {k: settings.get(k) for k in ("guide", "rescale", "weak")}
+
+    apg = {"name": "apg", "eta": 0.25, "threshold": None, "momentum": 0.0}
+    given = {"name": "apg", "threshold": 1e-1, "momentum": -0.5}
+    pictures = []
+    for arguments, expected in (
+        ((), {"guide": apg, "rescale": 0.5, "weak": None}),
+        (
+            ("--guide", "apg", "threshold=1e-1", "momentum=-.5", "--rescale", "0"),
+            {"guide": given, "rescale": 0.0, "weak": None},
+        ),
+        (("--guide", "cfg", "--weak", str(weak)), {"guide": {"name": "cfg"}, "rescale": 0.5, "weak": str(weak)}),
+    ):
+        picture, settings = drawn(*arguments)
+        assert settings == expected
+        pictures.append(picture)
+    assert len({*pictures}) == 3
+
+
+def test_a_preview_that_cannot_be_drawn_does_not_end_the_run(tiny, capsys):
+    run = train(tiny("train.preview_every=2", "sample.interval=[0.9,0.1]", "sample.guidance=2.0"))
+    assert newest_checkpoint(run).name == "step-00000004"
+    assert "step 2: no preview: guidance interval" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -439,6 +482,14 @@ def test_sample_writes_pictures_that_say_how_they_were_made(tiny, tmp_path, caps
         (["--size", "17"], "try 16 x 16"),
         (["-n", "0"], "-n and --batch must be 1 or more"),
         (["--interval", "0.9", "0.1"], "interval"),
+        (["--guidance", "2", "--guide", "agp"], "Did you mean 'apg'?"),
+        (["--guidance", "2", "--guide", "apg", "eta"], "--guide: 'eta' is not KEY=VALUE, such as eta=0.5"),
+        (["--guidance", "2", "--guide", "apg", "etta=0"], "unknown key 'etta' in guide. Did you mean 'eta'?"),
+        (["--guidance", "2", "--guide", "apg", "eta=much"], "guide.eta must be a number, not 'much'"),
+        (["--guidance", "2", "--weak", "nowhere"], "nowhere does not exist"),
+        (["--guidance", "2", "--rescale", "1.5"], "rescale = 1.5"),
+        (["--weak", "nowhere"], "--weak does nothing without guidance; add --guidance 2"),
+        (["--guide", "apg"], "--guide does nothing"),
     ],
 )
 def test_sampling_mistakes(tiny, tmp_path, arguments, message, capsys):

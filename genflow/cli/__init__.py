@@ -1,4 +1,4 @@
-"""The command line: genflow train | sample | info."""
+"""The command line: genflow train | sample | edit | invert | info."""
 
 from __future__ import annotations
 
@@ -16,6 +16,10 @@ from genflow.errors import UserError, nearest
 COMMANDS = {
     "train": "train a model from a config, or go on with a run",
     "sample": "draw pictures with a trained model",
+    "edit": "edit real pictures with a trained model",
+    "invert": "real pictures to noise and back: how well they survive it",
+    "tune": "learn the time grid that suits a trained model best",
+    "plot": "look at a run: its training, its solves step by step, its errors",
     "info": "list what there is, or explain one thing",
 }
 

@@ -5,33 +5,24 @@ from __future__ import annotations
 import argparse
 import re
 from pathlib import Path
-from typing import Any
 
+from genflow.cli.options import add_solving, open_model
 from genflow.errors import UserError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", help="a run's folder, one of its checkpoints, or a model folder")
-    what = parser.add_argument_group("what to draw (each may be given several times)")
+    what = parser.add_argument_group("what to draw (prompts and classes: as many as you like)")
     what.add_argument("--prompt", action="append", default=[], metavar="TEXT", help='"" draws without a prompt')
     what.add_argument("--prompt-file", action="append", default=[], metavar="FILE", help="one prompt a line")
     what.add_argument(
         "--class", action="append", default=[], dest="classes", metavar="NAME", help="a class, by name or number"
     )
-    how = parser.add_argument_group("how (defaults: the run's own)")
-    how.add_argument("-n", type=int, default=1, metavar="N", help="pictures per prompt (1)")
-    how.add_argument("--sampler", metavar="NAME", help="see: genflow info sampler")
-    how.add_argument("--steps", type=int)
-    how.add_argument("--guidance", type=float, help="1 = none")
-    how.add_argument(
-        "--interval", type=float, nargs=2, metavar=("LO", "HI"), help="the times t, 0 to 1, in which guidance acts"
-    )
-    how.add_argument("--shift", type=float, help="of the time grid; 1 = none")
-    how.add_argument("--size", type=int, nargs="+", metavar="PX", help="height and width (default: as trained)")
-    how.add_argument("--seed", type=int, default=0, help="of the first picture; the next have the next seeds (0)")
-    how.add_argument("--batch", type=int, default=64, help="pictures drawn at once; does not change them (64)")
-    how.add_argument("--no-ema", action="store_true", help="the last weights instead of their average")
-    how.add_argument("--device", help="cpu, cuda, mps (default: the best there is)")
+    what.add_argument("-n", type=int, default=1, metavar="N", help="pictures per prompt (1)")
+    what.add_argument("--seed", type=int, default=0, help="of the first picture; the next have the next seeds (0)")
+    what.add_argument("--size", type=int, nargs="+", metavar="PX", help="height and width (default: as trained)")
+    how = add_solving(parser)
+    how.add_argument("--weak", metavar="RUN", help="guide away from this weaker model, not from the empty prompt")
     parser.add_argument("--out", default="samples", metavar="FOLDER", help="where PNGs and grid.png go (./samples)")
 
 
@@ -46,16 +37,15 @@ def run(args: argparse.Namespace) -> int:
     from genflow.data.pictures import caption_grid, to_picture
     from genflow.flows.store import load
 
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    flow: Any = load(args.run, ema=not args.no_ema, device=device)
-    settings = dict((flow.recipe or {}).get("sample", {}))
-    asked = {"sampler": args.sampler, "steps": args.steps, "guidance": args.guidance, "shift": args.shift}
-    settings.update({key: value for key, value in asked.items() if value is not None})
-    if args.interval is not None:
-        settings["interval"] = tuple(args.interval)
+    flow, settings = open_model(args)
+    if args.classes and not hasattr(flow.text, "classes"):
+        raise UserError(f"--class: {args.run} draws from text, not from classes; give --prompt {args.classes[0]!r}")
     if args.size and len(args.size) > 2:
         raise UserError(f"--size takes one or two numbers, not {len(args.size)}")
     size = (args.size[0], args.size[-1]) if args.size else None
+    if args.weak and settings.get("guidance", 1) == 1:
+        raise UserError("--weak does nothing without guidance; add --guidance 2, or any number but 1")
+    weak = load(args.weak, ema=not args.no_ema, device=flow.device) if args.weak else None
     wanted = [(prompt, args.seed + i) for i, prompt in enumerate(p for p in prompts for _ in range(args.n))]
 
     images, nfe, out = [], 0, Path(args.out)
@@ -64,11 +54,15 @@ def run(args: argparse.Namespace) -> int:
         bar.reset(total=len(batches) * settings.get("steps", 20))
         for batch in batches:
             texts, seeds = [p for p, _ in batch], [s for _, s in batch]
-            solution = flow.sample(texts, seeds=seeds, size=size, progress=lambda *_: bar.update(1), **settings)
+            solution = flow.sample(
+                texts, seeds=seeds, size=size, weak=weak, progress=lambda *_: bar.update(1), **settings
+            )
             nfe = solution.nfe
             images.append(solution.x.cpu())
     x = torch.cat(images)
     model = {"model": str(args.run), "ema": not args.no_ema, **settings, "nfe": nfe}
+    if args.weak:
+        model["weak"] = args.weak
     for i, ((prompt, seed), image) in enumerate(zip(wanted, x, strict=True)):
         name = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:40] or "empty"
         to_picture(image, {"prompt": prompt, "seed": seed, **model}).save_atomic(out / f"{i:04d}-{name}-{seed}.png")

@@ -6,7 +6,7 @@ Liu et al. 2022 (arXiv 2209.03003), Lipman et al. 2022 (arXiv 2210.02747); the r
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -14,14 +14,23 @@ import torch
 from torch import Tensor, nn
 
 from genflow.conditions import Condition
-from genflow.config import Choice
+from genflow.config import Choice, from_dict
 from genflow.errors import UserError
 from genflow.flows.base import Batch, Flow, LossOutput, evaluating
 from genflow.flows.densities import Density, LogitNormal
-from genflow.functional import Rng, interpolate, noise_from_seeds, path_velocity, velocity_from_x
+from genflow.functional import (
+    Rng,
+    interpolate,
+    noise_from_seeds,
+    path_velocity,
+    resolution_shift,
+    velocity_from_x,
+)
 from genflow.layers.whitening import Whitening
 from genflow.registry import api_export, flow_export, resolve
-from genflow.samplers import Progress, Solution, cfg, heun, uniform
+from genflow.samplers import Progress, Solution, Velocity, bound_sampler, cfg, check_grid, heun, uniform
+from genflow.samplers.guidance import Conditioned, autoguidance
+from genflow.samplers.guides import Guide
 
 
 @flow_export("rectified")
@@ -159,35 +168,70 @@ class RectifiedFlow(Flow):
         seeds: Sequence[int],
         steps: int = 20,
         sampler: str = "heun",
-        grid: str = "shifted",
-        shift: float = 1.0,
+        options: Mapping[str, Any] | None = None,
+        grid: str | Sequence[float] = "shifted",
+        shift: float | Literal["resolution"] = 1.0,
         guidance: float = 1.0,
         interval: tuple[float, float] = (0.0, 1.0),
+        guide: Guide | str | Mapping[str, Any] = "cfg",
+        rescale: float = 0.0,
+        weak: RectifiedFlow | None = None,
         size: int | tuple[int, int] | None = None,
         progress: Progress | None = None,
+        record: bool = False,
     ) -> Solution:
         """One picture for each prompt and seed; the picture of a seed does not depend on its batch mates.
 
-        prompts: as many as seeds, or one for all of them; or a prepared condition. sampler, grid: registered names.
-        guidance: the scale of classifier-free guidance, 1 is none; interval: the times at which it acts. size: side, or
-        height and width, in place of the trained size. progress: called as progress(done, steps) after every step.
-        Returns x, B x C x H x W float32 in [-1, 1], and nfe. Raises UserError for what cannot be.
+        prompts: as many as seeds, or one for all of them; or a prepared condition. sampler: a registered name; options: its
+        own, such as {"rtol": 1e-3}. grid: a registered name, or the times themselves, whatever steps and shift say; shift:
+        a number, or "resolution" for the one of the picture's size (`resolution_shift`). guidance: its scale, 1 is none;
+        interval: the times at which it acts; guide: how, a registered name, one with its options, {"name": "apg", "eta":
+        0.5}, or a Guide; rescale: as in `cfg`. weak: a weaker model to move away from, in place of the empty prompt
+        (`autoguidance`). size: side, or height and width, in place of the trained size. progress: called as
+        progress(done, steps) after every step. record: keep the trajectory.
+
+        Returns x, B x C x H x W float32 in [-1, 1], and nfe. Raises UserError for what cannot be, and for NaN.
         """
-        times = resolve("grid", grid)(steps, shift)
-        solve = resolve("sampler", sampler)
+        rule = from_dict(_Guidance, {"guide": guide}, where="sample").guide
         channels, *sides = self.image_shape
         height, width = sides if size is None else (size, size) if isinstance(size, int) else size
         if min(height, width) < 1:
             raise UserError(
                 f"size = {height} x {width} is not a picture's; this model was trained at {sides[0]} x {sides[1]}"
             )
+        if shift == "resolution":
+            shift = resolution_shift(height * width // getattr(self.network.config, "patch_size", 1) ** 2)
+        times = resolve("grid", grid)(steps, shift) if isinstance(grid, str) else check_grid(grid)
+        solve = bound_sampler(sampler, options or {}, seeds)
         noise = noise_from_seeds(seeds, (channels, height, width)).to(self.device)
-        with evaluating(self):
-            cond = _tensors(self._embed(prompts, len(seeds)))
-            uncond = _tensors(self.embed(self.text.null().to(self.device))) if guidance != 1 else cond
-            velocity = cfg(self._velocity, cond, uncond, guidance, interval=interval)
-            solution = solve(velocity, noise, times, progress=progress)
-        return Solution(solution.x.float().clamp(-1, 1), solution.nfe)
+        if weak is not None and (not isinstance(weak, RectifiedFlow) or weak.image_shape[0] != channels):
+            has = f" with {weak.image_shape[0]} channels" if isinstance(weak, RectifiedFlow) else ""
+            raise UserError(f"weak must be a rectified flow with {channels} channels, not a {type(weak).__name__}{has}")
+        with evaluating(self), evaluating(self if weak is None else weak):
+            condition = self._embed(prompts, len(seeds))
+            if weak is None:
+                velocity = self.guided(condition, guidance=guidance, interval=interval, guide=rule, rescale=rescale)
+            else:
+                strong = Conditioned(self._velocity, _tensors(condition))
+                weaker = Conditioned(weak._velocity, _tensors(weak._embed(prompts, len(seeds))))
+                velocity = autoguidance(strong, weaker, guidance, interval=interval, guide=rule, rescale=rescale)
+            solution = solve(velocity, noise, times, progress=progress, record=record).checked()
+        return replace(solution, x=solution.x.float().clamp(-1, 1))
+
+    def guided(
+        self,
+        condition: Condition,
+        *,
+        guidance: float = 1.0,
+        interval: tuple[float, float] = (0.0, 1.0),
+        guide: Guide | str | Mapping[str, Any] = "cfg",
+        rescale: float = 0.0,
+    ) -> Velocity:
+        """The velocity v(z, t) under an embedded condition (`embed`), for any sampler or edit; guidance as in `sample`."""
+        rule = from_dict(_Guidance, {"guide": guide}, where="guided").guide
+        cond = _tensors(condition)
+        uncond = _tensors(self.embed(self.text.null().to(self.device))) if guidance != 1 else cond
+        return cfg(self._velocity, cond, uncond, guidance, interval=interval, guide=rule, rescale=rescale)
 
     def _embed(self, prompts: Sequence[str] | Condition, n: int) -> Condition:
         """The embedded condition of n samples: n rows, or one for all."""
@@ -219,6 +263,11 @@ class RectifiedFlow(Flow):
         with evaluating(self):
             embedded = self.embed(prepared.to(self.device)).expand(len(x))
             return heun(lambda z, t: self.velocity(z, t, embedded), x.to(self.device), times).x
+
+
+@dataclass(frozen=True)
+class _Guidance:
+    guide: Annotated[Guide, Choice("guidance")]
 
 
 def _tensors(condition: Condition) -> tuple[Tensor, Tensor, Tensor]:

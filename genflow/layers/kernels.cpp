@@ -101,42 +101,50 @@ void norm_backward(const T* g, const T* x, const T* scale, long stride, const fl
     }
 }
 
-// ---------------------------------------------------------------------------------------------- x + gate y
+// ------------------------------------------------------------------------------------- x + gate (y + bias)
+// dbias: B x H, one row for each sample.
 
 template <class T>
-void gate_forward(const T* x, const T* gate, long stride, const T* y, T* out, long B, long L, long H) {
+void gate_forward(const T* x, const T* gate, long stride, const T* y, const float* bias, T* out, long B, long L, long H) {
 #pragma omp parallel for collapse(2)
     for (long b = 0; b < B; b++)
         for (long l = 0; l < L; l++) {
             long o = (b * L + l) * H;
             const T* gt = gate + b * stride;
-            for (long h = 0; h < H; h++) store(out + o + h, load(x[o + h]) + load(gt[h]) * load(y[o + h]));
+            for (long h = 0; h < H; h++) store(out + o + h, load(x[o + h]) + load(gt[h]) * (load(y[o + h]) + bias[h]));
         }
 }
 
 template <class T>
-void gate_backward(const T* g, const T* gate, long stride, const T* y, T* dy, T* dgate, long B, long L, long H) {
+void gate_backward(const T* g, const T* gate, long stride, const T* y, const float* bias, T* dy, T* dgate, float* dbias,
+                   long B, long L, long H) {
 #pragma omp parallel for
     for (long b = 0; b < B; b++) {
-        std::vector<float> sum(H, 0.0f);
+        std::vector<float> sums(2 * H, 0.0f);
+        float *sy = sums.data(), *sg = sy + H;
         const T* gt = gate + b * stride;
         for (long l = 0; l < L; l++) {
             long o = (b * L + l) * H;
             for (long h = 0; h < H; h++) {
                 float gh = load(g[o + h]);
-                sum[h] += gh * load(y[o + h]);
+                sy[h] += gh * load(y[o + h]);
+                sg[h] += gh;
                 store(dy + o + h, gh * load(gt[h]));
             }
         }
-        for (long h = 0; h < H; h++) store(dgate + b * H + h, sum[h]);
+        for (long h = 0; h < H; h++) {
+            store(dgate + b * H + h, sy[h] + sg[h] * bias[h]);
+            dbias[b * H + h] = sg[h] * load(gt[h]);
+        }
     }
 }
 
 // ------------------------------------------------- q, k, v of one stream into its place in the joint sequence
-// qkv: B x L x 3 x heads x D; q, k, v: B x heads x J x D, of which this stream takes rows at .. at + L.
+// qkv: B x L x 3 x heads x D, to which bias, 3 x heads x D, comes; q, k, v: B x heads x J x D, of which this stream
+// takes rows at .. at + L. dbias: B x 3 x heads x D.
 
 template <class T>
-void heads_forward(const T* qkv, const float* wq, const float* wk, T* q, T* k, T* v, float* rq, float* rk, long B,
+void heads_forward(const T* qkv, const float* bias, const float* wq, const float* wk, T* q, T* k, T* v, float* rq, float* rk, long B,
                    long L, long heads, long D, long J, long at, float eps, int normed) {
 #pragma omp parallel for collapse(2)
     for (long b = 0; b < B; b++)
@@ -144,40 +152,56 @@ void heads_forward(const T* qkv, const float* wq, const float* wk, T* q, T* k, T
             for (long n = 0; n < heads; n++) {
                 long row = b * L + l, to = ((b * heads + n) * J + at + l) * D;
                 const T *sq = qkv + (row * 3 * heads + n) * D, *sk = sq + heads * D, *sv = sk + heads * D;
+                const float *bq = bias + n * D, *bk = bq + heads * D, *bv = bk + heads * D;
                 if (normed) {
                     float a = 0, c = 0;
-                    for (long d = 0; d < D; d++) a += load(sq[d]) * load(sq[d]), c += load(sk[d]) * load(sk[d]);
+                    for (long d = 0; d < D; d++) {
+                        float qd = load(sq[d]) + bq[d], kd = load(sk[d]) + bk[d];
+                        a += qd * qd;
+                        c += kd * kd;
+                    }
                     a = 1 / std::sqrt(a / D + eps);
                     c = 1 / std::sqrt(c / D + eps);
                     rq[row * heads + n] = a;
                     rk[row * heads + n] = c;
-                    for (long d = 0; d < D; d++) store(q + to + d, load(sq[d]) * a * wq[d]);
-                    for (long d = 0; d < D; d++) store(k + to + d, load(sk[d]) * c * wk[d]);
+                    for (long d = 0; d < D; d++) store(q + to + d, (load(sq[d]) + bq[d]) * a * wq[d]);
+                    for (long d = 0; d < D; d++) store(k + to + d, (load(sk[d]) + bk[d]) * c * wk[d]);
                 } else {
-                    std::memcpy(q + to, sq, D * sizeof(T));
-                    std::memcpy(k + to, sk, D * sizeof(T));
+                    for (long d = 0; d < D; d++) store(q + to + d, load(sq[d]) + bq[d]);
+                    for (long d = 0; d < D; d++) store(k + to + d, load(sk[d]) + bk[d]);
                 }
-                std::memcpy(v + to, sv, D * sizeof(T));
+                for (long d = 0; d < D; d++) store(v + to + d, load(sv[d]) + bv[d]);
             }
 }
 
 // d/dx of RMSNorm: dx = r (g w - xhat mean(g w xhat)), xhat = r x; dw += g xhat
 template <class T>
-void rms_backward(const T* g, const T* x, const float* w, float r, T* dx, float* dw, long D) {
+void rms_backward(const T* g, const T* x, const float* bias, const float* w, float r, T* dx, float* dbias, float* dw,
+                  long D) {
     float s = 0;
     for (long d = 0; d < D; d++) {
-        float xhat = load(x[d]) * r, gd = load(g[d]);
+        float xhat = (load(x[d]) + bias[d]) * r, gd = load(g[d]);
         dw[d] += gd * xhat;
         s += gd * w[d] * xhat;
     }
-    s /= D;
-    for (long d = 0; d < D; d++) store(dx + d, r * (load(g[d]) * w[d] - load(x[d]) * r * s));
+    s *= r / D;
+    for (long d = 0; d < D; d++) {
+        float dxd = r * (load(g[d]) * w[d] - (load(x[d]) + bias[d]) * s);
+        dbias[d] += dxd;
+        store(dx + d, dxd);
+    }
 }
 
 template <class T>
-void heads_backward(const T* dq, const T* dk, const T* dv, const long* strides, const T* qkv, const float* wq,
-                    const float* wk, const float* rq, const float* rk, T* dqkv, float* dwq, float* dwk, long B, long L,
-                    long heads, long D, long at, int normed) {
+void pass_backward(const T* g, T* dx, float* dbias, long D) {
+    for (long d = 0; d < D; d++) dbias[d] += load(g[d]);
+    std::memcpy(dx, g, D * sizeof(T));
+}
+
+template <class T>
+void heads_backward(const T* dq, const T* dk, const T* dv, const long* strides, const T* qkv, const float* bias,
+                    const float* wq, const float* wk, const float* rq, const float* rk, T* dqkv, float* dbias,
+                    float* dwq, float* dwk, long B, long L, long heads, long D, long at, int normed) {
 #pragma omp parallel for
     for (long b = 0; b < B; b++)
         for (long l = 0; l < L; l++)
@@ -187,37 +211,47 @@ void heads_backward(const T* dq, const T* dk, const T* dv, const long* strides, 
                 const T* gk = dk + b * strides[3] + n * strides[4] + (at + l) * strides[5];
                 const T* gv = dv + b * strides[6] + n * strides[7] + (at + l) * strides[8];
                 const T *sq = qkv + from, *sk = sq + heads * D;
+                const float *bq = bias + n * D, *bk = bq + heads * D;
                 T *oq = dqkv + from, *ok = oq + heads * D, *ov = ok + heads * D;
+                float *eq = dbias + (b * 3 * heads + n) * D, *ek = eq + heads * D, *ev = ek + heads * D;
                 if (normed) {
-                    rms_backward(gq, sq, wq, rq[row * heads + n], oq, dwq + b * D, D);
-                    rms_backward(gk, sk, wk, rk[row * heads + n], ok, dwk + b * D, D);
+                    rms_backward(gq, sq, bq, wq, rq[row * heads + n], oq, eq, dwq + b * D, D);
+                    rms_backward(gk, sk, bk, wk, rk[row * heads + n], ok, ek, dwk + b * D, D);
                 } else {
-                    std::memcpy(oq, gq, D * sizeof(T));
-                    std::memcpy(ok, gk, D * sizeof(T));
+                    pass_backward(gq, oq, eq, D);
+                    pass_backward(gk, ok, ek, D);
                 }
-                std::memcpy(ov, gv, D * sizeof(T));
+                pass_backward(gv, ov, ev, D);
             }
 }
 
-// --------------------------------------------- GELU, tanh form: x sigmoid(2u), u = sqrt(2/pi) (x + 0.044715 x^3)
+// ----------------------------- GELU of x + bias, tanh form: a sigmoid(2u), u = sqrt(2/pi) (a + 0.044715 a^3)
+// dbias: B x H, one row for each sample.
 
 constexpr float C0 = 1.5957691216f, C1 = 0.0713548162726f;  // 2 sqrt(2/pi), and that times 0.044715
 
 template <class T>
-void gelu_forward(const T* x, T* y, long n) {
-#pragma omp parallel for simd schedule(static)
-    for (long i = 0; i < n; i++) {
-        float a = load(x[i]);
-        store(y + i, a / (1 + fast_exp(-a * (C0 + C1 * a * a))));
-    }
+void gelu_forward(const T* x, const float* bias, T* y, long rows, long H) {
+#pragma omp parallel for schedule(static)
+    for (long i = 0; i < rows; i++)
+        for (long h = 0; h < H; h++) {
+            float a = load(x[i * H + h]) + bias[h];
+            store(y + i * H + h, a / (1 + fast_exp(-a * (C0 + C1 * a * a))));
+        }
 }
 
 template <class T>
-void gelu_backward(const T* g, const T* x, T* dx, long n) {
-#pragma omp parallel for simd schedule(static)
-    for (long i = 0; i < n; i++) {
-        float a = load(x[i]), s = 1 / (1 + fast_exp(-a * (C0 + C1 * a * a)));
-        store(dx + i, load(g[i]) * (s + a * s * (1 - s) * (C0 + 3 * C1 * a * a)));
+void gelu_backward(const T* g, const T* x, const float* bias, T* dx, float* dbias, long B, long L, long H) {
+#pragma omp parallel for schedule(static)
+    for (long b = 0; b < B; b++) {
+        float* db = dbias + b * H;
+        for (long i = b * L; i < (b + 1) * L; i++)
+            for (long h = 0; h < H; h++) {
+                float a = load(x[i * H + h]) + bias[h], s = 1 / (1 + fast_exp(-a * (C0 + C1 * a * a)));
+                float d = load(g[i * H + h]) * (s + a * s * (1 - s) * (C0 + 3 * C1 * a * a));
+                db[h] += d;
+                store(dx + i * H + h, d);
+            }
     }
 }
 
@@ -233,21 +267,21 @@ BOTH(norm_forward, P1, A1)
 #define P2(T) (const T* g, const T* x, const T* scale, long stride, const float* mean, const float* rstd, T* dx, T* dshift, T* dscale, long B, long L, long H)
 #define A2(T) (g, x, scale, stride, mean, rstd, dx, dshift, dscale, B, L, H)
 BOTH(norm_backward, P2, A2)
-#define P3(T) (const T* x, const T* gate, long stride, const T* y, T* out, long B, long L, long H)
-#define A3(T) (x, gate, stride, y, out, B, L, H)
+#define P3(T) (const T* x, const T* gate, long stride, const T* y, const float* bias, T* out, long B, long L, long H)
+#define A3(T) (x, gate, stride, y, bias, out, B, L, H)
 BOTH(gate_forward, P3, A3)
-#define P4(T) (const T* g, const T* gate, long stride, const T* y, T* dy, T* dgate, long B, long L, long H)
-#define A4(T) (g, gate, stride, y, dy, dgate, B, L, H)
+#define P4(T) (const T* g, const T* gate, long stride, const T* y, const float* bias, T* dy, T* dgate, float* dbias, long B, long L, long H)
+#define A4(T) (g, gate, stride, y, bias, dy, dgate, dbias, B, L, H)
 BOTH(gate_backward, P4, A4)
-#define P5(T) (const T* qkv, const float* wq, const float* wk, T* q, T* k, T* v, float* rq, float* rk, long B, long L, long heads, long D, long J, long at, float eps, int normed)
-#define A5(T) (qkv, wq, wk, q, k, v, rq, rk, B, L, heads, D, J, at, eps, normed)
+#define P5(T) (const T* qkv, const float* bias, const float* wq, const float* wk, T* q, T* k, T* v, float* rq, float* rk, long B, long L, long heads, long D, long J, long at, float eps, int normed)
+#define A5(T) (qkv, bias, wq, wk, q, k, v, rq, rk, B, L, heads, D, J, at, eps, normed)
 BOTH(heads_forward, P5, A5)
-#define P6(T) (const T* dq, const T* dk, const T* dv, const long* strides, const T* qkv, const float* wq, const float* wk, const float* rq, const float* rk, T* dqkv, float* dwq, float* dwk, long B, long L, long heads, long D, long at, int normed)
-#define A6(T) (dq, dk, dv, strides, qkv, wq, wk, rq, rk, dqkv, dwq, dwk, B, L, heads, D, at, normed)
+#define P6(T) (const T* dq, const T* dk, const T* dv, const long* strides, const T* qkv, const float* bias, const float* wq, const float* wk, const float* rq, const float* rk, T* dqkv, float* dbias, float* dwq, float* dwk, long B, long L, long heads, long D, long at, int normed)
+#define A6(T) (dq, dk, dv, strides, qkv, bias, wq, wk, rq, rk, dqkv, dbias, dwq, dwk, B, L, heads, D, at, normed)
 BOTH(heads_backward, P6, A6)
-#define P7(T) (const T* x, T* y, long n)
-#define A7(T) (x, y, n)
+#define P7(T) (const T* x, const float* bias, T* y, long rows, long H)
+#define A7(T) (x, bias, y, rows, H)
 BOTH(gelu_forward, P7, A7)
-#define P8(T) (const T* g, const T* x, T* dx, long n)
-#define A8(T) (g, x, dx, n)
+#define P8(T) (const T* g, const T* x, const float* bias, T* dx, float* dbias, long B, long L, long H)
+#define A8(T) (g, x, bias, dx, dbias, B, L, H)
 BOTH(gelu_backward, P8, A8)

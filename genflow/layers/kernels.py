@@ -66,6 +66,7 @@ def usable(*tensors: Tensor) -> bool:
         first.device.type == "cpu"
         and first.dtype in SUFFIX
         and all(t.dtype == first.dtype for t in tensors)
+        and not (torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") != first.dtype)
         and not torch.compiler.is_compiling()
         and not torch._C._functorch.peek_interpreter_stack()  # vmap, jvp and their like
         and library() is not None
@@ -92,6 +93,10 @@ def _rows(vector: Tensor) -> tuple[Tensor, int]:
     """B x 1 x H with a contiguous last axis, and its stride over B."""
     vector = vector if vector.stride(-1) == 1 else vector.contiguous()
     return vector, vector.stride(0)
+
+
+def _float(parameter: Tensor) -> Tensor:
+    return parameter.detach().float().contiguous()
 
 
 def _again(
@@ -138,72 +143,75 @@ class ModulatedNorm(torch.autograd.Function):
 
 
 class GatedResidual(torch.autograd.Function):
-    """x + gate y."""
+    """x + gate (y + bias)."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, gate: Tensor, y: Tensor, plain: Callable) -> Tensor:
+    def forward(ctx: Any, x: Tensor, gate: Tensor, y: Tensor, bias: Tensor, plain: Callable) -> Tensor:
         x, y = x.contiguous(), y.contiguous()
         gate, stride = _rows(gate)
         out = torch.empty_like(x)
-        _call("gate_forward", x.dtype, x, gate, stride, y, out, *x.shape)
-        ctx.save_for_backward(gate, y)
+        _call("gate_forward", x.dtype, x, gate, stride, y, _float(bias), out, *x.shape)
+        ctx.save_for_backward(gate, y, bias)
         ctx.plain = plain
         return out
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple:  # type: ignore[override]
-        gate, y = ctx.saved_tensors
+        gate, y, bias = ctx.saved_tensors
         if torch.is_grad_enabled():
-            return g, *_again(lambda gate, y: ctx.plain(torch.zeros_like(y), gate, y), (gate, y), (g,)), None
+            again = _again(lambda *inputs: ctx.plain(torch.zeros_like(y), *inputs), (gate, y, bias), (g,))
+            return g, *again, None
         g = g.contiguous()
         dy, dgate = torch.empty_like(y), torch.empty_like(gate, memory_format=torch.contiguous_format)
-        _call("gate_backward", y.dtype, g, gate, _rows(gate)[1], y, dy, dgate, *y.shape)
-        return g, dgate, dy, None
+        dbias = torch.empty(len(y), len(bias))
+        _call("gate_backward", y.dtype, g, gate, _rows(gate)[1], y, _float(bias), dy, dgate, dbias, *y.shape)
+        return g, dgate, dy, dbias.sum(0).to(bias.dtype), None
 
 
 class GELU(torch.autograd.Function):
-    """GELU, tanh form."""
+    """GELU of x + bias, tanh form."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, plain: Callable) -> Tensor:
+    def forward(ctx: Any, x: Tensor, bias: Tensor, plain: Callable) -> Tensor:
         x = x.contiguous()
         y = torch.empty_like(x)
-        _call("gelu_forward", x.dtype, x, y, x.numel())
-        ctx.save_for_backward(x)
+        _call("gelu_forward", x.dtype, x, _float(bias), y, x.shape[0] * x.shape[1], x.shape[2])
+        ctx.save_for_backward(x, bias)
         ctx.plain = plain
         return y
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple:  # type: ignore[override]
-        (x,) = ctx.saved_tensors
+        x, bias = ctx.saved_tensors
         if torch.is_grad_enabled():
-            return *_again(ctx.plain, (x,), (g,)), None
-        dx = torch.empty_like(x)
-        _call("gelu_backward", x.dtype, g.contiguous(), x, dx, x.numel())
-        return dx, None
+            return *_again(ctx.plain, (x, bias), (g,)), None
+        dx, dbias = torch.empty_like(x), torch.zeros(len(x), len(bias))
+        _call("gelu_backward", x.dtype, g.contiguous(), x, _float(bias), dx, dbias, *x.shape)
+        return dx, dbias.sum(0).to(bias.dtype), None
 
 
 class JointHeads(torch.autograd.Function):
     """The q, k, v of several streams, normed per head, side by side in one sequence: each B x heads x L x D.
 
-    weights: q and k norm weights of each stream, in turn; empty tensors where there is no norm.
+    tensors: the n streams, B x L x 3 hidden; then for each its bias, and its q and k norm weights, which are empty where
+    there is no norm.
     """
 
     @staticmethod
     def forward(ctx: Any, heads: int, eps: float, plain: Callable, *tensors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        n = len(tensors) // 3
+        n = len(tensors) // 4
         streams = [t.contiguous() for t in tensors[:n]]
-        weights = [w.float().contiguous() for w in tensors[n:]]
+        weights = [_float(w) for w in tensors[n:]]
         first = streams[0]
         B, D, J = first.shape[0], first.shape[2] // (3 * heads), sum(s.shape[1] for s in streams)
         q, k, v = (first.new_empty(B, heads, J, D) for _ in range(3))
         scales, at = [], 0
         for i, stream in enumerate(streams):
-            wq, wk = weights[2 * i], weights[2 * i + 1]
+            bias, wq, wk = weights[3 * i : 3 * i + 3]
             L = stream.shape[1]
             rq, rk = (stream.new_empty(B, L, heads, dtype=torch.float32) for _ in range(2))
             normed = int(wq.numel() > 0)
-            _call("heads_forward", first.dtype, stream, wq, wk, q, k, v, rq, rk, B, L, heads, D, J, at, eps, normed)
+            _call("heads_forward", first.dtype, stream, bias, wq, wk, q, k, v, rq, rk, B, L, heads, D, J, at, eps, normed)
             scales += [rq, rk]
             at += L
         ctx.save_for_backward(*streams, *tensors[n:], *scales)
@@ -213,25 +221,26 @@ class JointHeads(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple:  # type: ignore[override]
         n, heads, saved = ctx.n, ctx.heads, ctx.saved_tensors
-        streams, originals, scales = saved[:n], saved[n : 3 * n], saved[3 * n :]
+        streams, originals, scales = saved[:n], saved[n : 4 * n], saved[4 * n :]
         if torch.is_grad_enabled():
-            return None, None, None, *_again(ctx.plain, saved[: 3 * n], grads)
+            return None, None, None, *_again(ctx.plain, saved[: 4 * n], grads)
         dq, dk, dv = (g if g.stride(-1) == 1 else g.contiguous() for g in grads)
         strides = (ctypes.c_long * 9)(*(s for g in (dq, dk, dv) for s in g.stride()[:3]))
         address = ctypes.addressof(strides)
         out_streams, out_weights, at = [], [], 0
         for i, stream in enumerate(streams):
-            wq, wk = (w.float().contiguous() for w in originals[2 * i : 2 * i + 2])
+            own = originals[3 * i : 3 * i + 3]
+            bias, wq, wk = (_float(w) for w in own)
             B, L, D = stream.shape[0], stream.shape[1], dq.shape[-1]
             dx = torch.empty_like(stream)
-            dwq, dwk = (torch.zeros(B, wq.numel()) for _ in range(2))
+            dbias, dwq, dwk = (torch.zeros(B, w.numel()) for w in own)
             rq, rk = scales[2 * i], scales[2 * i + 1]
             normed = int(wq.numel() > 0)
             _call(
-                "heads_backward", stream.dtype, dq, dk, dv, address, stream, wq, wk, rq, rk, dx, dwq, dwk,
-                B, L, heads, D, at, normed,
+                "heads_backward", stream.dtype, dq, dk, dv, address, stream, bias, wq, wk, rq, rk, dx,
+                dbias, dwq, dwk, B, L, heads, D, at, normed,
             )  # fmt: skip
             out_streams.append(dx)
-            out_weights += [d.sum(0).to(w.dtype) for d, w in zip((dwq, dwk), originals[2 * i : 2 * i + 2], strict=True)]
+            out_weights += [d.sum(0).to(w.dtype) for d, w in zip((dbias, dwq, dwk), own, strict=True)]
             at += L
         return None, None, None, *out_streams, *out_weights

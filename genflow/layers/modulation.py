@@ -36,20 +36,33 @@ def _modulated_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=EPS), 1 + scale)
 
 
-def gated_residual(x: Tensor, gate: Tensor, y: Tensor) -> Tensor:
-    """x + gate y. x, y: B x L x hidden; gate: B x 1 x hidden."""
+class Linear(nn.Linear):
+    """A linear that can leave its bias to the operation after it, where a fused kernel adds it in passing."""
+
+    def forward(self, x: Tensor, *, bias: bool = True) -> Tensor:
+        return F.linear(x, self.weight, self.bias if bias else None)
+
+
+def gated_residual(x: Tensor, gate: Tensor, linear: Linear, y: Tensor) -> Tensor:
+    """x + gate linear(y). x: B x L x hidden; gate: B x 1 x hidden; y: B x L x the linear's input."""
     if kernels.usable(x, gate, y):
-        return kernels.GatedResidual.apply(x, gate, y, torch.addcmul)
-    return torch.addcmul(x, gate, y)
+        return kernels.GatedResidual.apply(x, gate, linear(y, bias=False), linear.bias, _gated_residual)
+    return torch.addcmul(x, gate, linear(y))
 
 
-def gelu(x: Tensor) -> Tensor:
-    """x Phi(x) in its tanh form (Hendrycks & Gimpel 2016, arXiv 1606.08415)."""
-    return kernels.GELU.apply(x, _gelu) if kernels.usable(x) else _gelu(x)
+def _gated_residual(x: Tensor, gate: Tensor, y: Tensor, bias: Tensor) -> Tensor:
+    return torch.addcmul(x, gate, y + bias.to(y.dtype))
 
 
-def _gelu(x: Tensor) -> Tensor:
-    return F.gelu(x, approximate="tanh")
+def gelu(linear: Linear, x: Tensor) -> Tensor:
+    """a Phi(a) of a = linear(x) in its tanh form (Hendrycks & Gimpel 2016, arXiv 1606.08415). x: B x L x the input."""
+    if kernels.usable(x):
+        return kernels.GELU.apply(linear(x, bias=False), linear.bias, _gelu)
+    return F.gelu(linear(x), approximate="tanh")
+
+
+def _gelu(x: Tensor, bias: Tensor) -> Tensor:
+    return F.gelu(x + bias.to(x.dtype), approximate="tanh")
 
 
 class QKV(nn.Module):
@@ -61,37 +74,38 @@ class QKV(nn.Module):
     def __init__(self, hidden: int, heads: int, *, qk_norm: bool) -> None:
         super().__init__()
         self.heads = heads
-        self.linear = nn.Linear(hidden, 3 * hidden)
+        self.linear = Linear(hidden, 3 * hidden)
         self.q_norm = nn.Parameter(torch.ones(hidden // heads)) if qk_norm else None
         self.k_norm = nn.Parameter(torch.ones(hidden // heads)) if qk_norm else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x: B x L x hidden -> B x L x 3 hidden, before the norms."""
-        return self.linear(x)
-
 
 def joint_heads(streams: Sequence[tuple[QKV, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
-    """Norm the q and k of each stream, cut into heads, and lay the streams side by side.
+    """The q, k, v of each stream, normed, cut into heads, and the streams side by side.
 
-    streams: (its QKV, what that gave: B x L_i x 3 hidden). Returns q, k, v, each B x heads x sum(L_i) x head_dim.
+    streams: (its QKV, its tokens B x L_i x hidden). Returns q, k, v, each B x heads x sum(L_i) x head_dim.
     """
     heads = streams[0][0].heads
-    none = streams[0][1].new_empty(0)
-    weights = [none if w is None else w for qkv, _ in streams for w in (qkv.q_norm, qkv.k_norm)]
-    tensors = [x for _, x in streams]
+    tokens = [x for _, x in streams]
+    fused = kernels.usable(*tokens)
+    products = [qkv.linear(x, bias=not fused) for qkv, x in streams]
+    none = products[0].new_empty(0)
+    parameters = [
+        none if w is None else w for qkv, _ in streams for w in (qkv.linear.bias if fused else None, qkv.q_norm, qkv.k_norm)
+    ]
 
     def plain(*tensors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return _joint_heads(heads, tensors)
 
-    if kernels.usable(*tensors):
-        return kernels.JointHeads.apply(heads, EPS, plain, *tensors, *weights)
-    return plain(*tensors, *weights)
+    if fused:
+        return kernels.JointHeads.apply(heads, EPS, plain, *products, *parameters)
+    return plain(*products, *parameters)
 
 
 def _joint_heads(heads: int, tensors: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
-    n = len(tensors) // 3
+    n = len(tensors) // 4
     parts = []
-    for x, wq, wk in zip(tensors[:n], tensors[n::2], tensors[n + 1 :: 2], strict=True):
+    for x, bias, wq, wk in zip(tensors[:n], tensors[n::3], tensors[n + 1 :: 3], tensors[n + 2 :: 3], strict=True):
+        x = x + bias.to(x.dtype) if bias.numel() else x
         q, k, v = x.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
         if wq.numel():
             q, k = (F.rms_norm(a, a.shape[-1:], w.to(a.dtype), EPS) for a, w in ((q, wq), (k, wk)))
@@ -101,12 +115,13 @@ def _joint_heads(heads: int, tensors: tuple[Tensor, ...]) -> tuple[Tensor, Tenso
 
 
 class MLP(nn.Module):
-    """Linear, GELU, Linear."""
+    """Linear, GELU, Linear; `gated_residual` takes the last one."""
 
     def __init__(self, hidden: int, inner: int) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(hidden, inner)
-        self.fc2 = nn.Linear(inner, hidden)
+        self.fc1 = Linear(hidden, inner)
+        self.fc2 = Linear(inner, hidden)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(gelu(self.fc1(x)))
+    def hidden(self, x: Tensor) -> Tensor:
+        """x: B x L x hidden -> B x L x inner."""
+        return gelu(self.fc1, x)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from genflow.attention import attention
 from genflow.errors import UserError
 from genflow.layers.embeddings import MLPEmbedder, PatchEmbed, sincos_2d, sinusoidal, unpatchify
-from genflow.layers.modulation import MLP, QKV, Modulation, gated_residual, joint_heads, modulated_norm
+from genflow.layers.modulation import MLP, QKV, Linear, Modulation, gated_residual, joint_heads, modulated_norm
 from genflow.registry import api_export, network_export
 
 
@@ -185,24 +185,25 @@ class JointBlock(nn.Module):
     def forward(self, x: Tensor, context: Tensor, c: Tensor, key_mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """x: B x Lx x hidden; context: B x Lc x hidden; c: B x hidden; key_mask: B x (Lx + Lc). Returns both streams."""
         x_mod, context_mod = self.image_modulation(c), self.context_modulation(c)
-        x_qkv = self.image_attention.qkv(modulated_norm(x, x_mod[0], x_mod[1]))
-        context_qkv = self.context_attention.qkv(modulated_norm(context, context_mod[0], context_mod[1]))
-        q, k, v = joint_heads([(self.image_attention.qkv, x_qkv), (self.context_attention.qkv, context_qkv)])
+        x_in = modulated_norm(x, x_mod[0], x_mod[1])
+        context_in = modulated_norm(context, context_mod[0], context_mod[1])
+        q, k, v = joint_heads([(self.image_attention.qkv, x_in), (self.context_attention.qkv, context_in)])
         attended = attention(q, k, v, key_mask=key_mask, backend=self.backend)
         x_out, context_out = attended.split([x.shape[1], context.shape[1]], dim=2)
 
         if self.image_attention2 is not None:
-            own_qkv = self.image_attention2.qkv(modulated_norm(x, x_mod[6], x_mod[7]))
-            own_out = attention(*joint_heads([(self.image_attention2.qkv, own_qkv)]), backend=self.backend)
-        x = gated_residual(x, x_mod[2], self.image_attention.project(x_out))
+            own_in = modulated_norm(x, x_mod[6], x_mod[7])
+            own_out = attention(*joint_heads([(self.image_attention2.qkv, own_in)]), backend=self.backend)
+        x = self.image_attention.add_to(x, x_mod[2], x_out)
         if self.image_attention2 is not None:
-            x = gated_residual(x, x_mod[8], self.image_attention2.project(own_out))
-        x = gated_residual(x, x_mod[5], self.image_mlp(modulated_norm(x, x_mod[3], x_mod[4])))
+            x = self.image_attention2.add_to(x, x_mod[8], own_out)
+        mlp_in = modulated_norm(x, x_mod[3], x_mod[4])
+        x = gated_residual(x, x_mod[5], self.image_mlp.fc2, self.image_mlp.hidden(mlp_in))
 
         if self.context_mlp is not None:
-            context = gated_residual(context, context_mod[2], self.context_attention.project(context_out))
+            context = self.context_attention.add_to(context, context_mod[2], context_out)
             mlp_in = modulated_norm(context, context_mod[3], context_mod[4])
-            context = gated_residual(context, context_mod[5], self.context_mlp(mlp_in))
+            context = gated_residual(context, context_mod[5], self.context_mlp.fc2, self.context_mlp.hidden(mlp_in))
         return x, context
 
 
@@ -212,9 +213,9 @@ class SelfAttention(nn.Module):
     def __init__(self, hidden: int, heads: int, *, qk_norm: bool, project: bool = True) -> None:
         super().__init__()
         self.qkv = QKV(hidden, heads, qk_norm=qk_norm)
-        self.proj = nn.Linear(hidden, hidden) if project else None
+        self.proj = Linear(hidden, hidden) if project else None
 
-    def project(self, o: Tensor) -> Tensor:
-        """o: B x heads x L x head_dim -> B x L x hidden."""
+    def add_to(self, x: Tensor, gate: Tensor, o: Tensor) -> Tensor:
+        """x + gate proj(o). o: B x heads x L x head_dim; x: B x L x hidden; gate: B x 1 x hidden."""
         assert self.proj is not None
-        return self.proj(o.transpose(1, 2).flatten(2))
+        return gated_residual(x, gate, self.proj, o.transpose(1, 2).flatten(2))

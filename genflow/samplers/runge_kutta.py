@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from genflow.registry import sampler_export
@@ -24,7 +25,7 @@ def euler(
     """
     solve = Solve(velocity, x, grid, progress, record)
     for t, t_next in solve:
-        solve.x = solve.x + (t_next - t) * solve.v(solve.x, t)
+        solve.x = torch.add(solve.x, solve.v(solve.x, t), alpha=t_next - t)
     return solve.solution()
 
 
@@ -39,12 +40,17 @@ def heun(
     """
     solve = Solve(velocity, x, grid, progress, record)
     for t, t_next in solve:
-        x, h = solve.x, t_next - t
-        v = solve.v(x, t)
-        if t_next != 0:
-            v = (v + solve.v(x + h * v, t_next)) / 2
-        solve.x = x + h * v
+        heun_step(solve, t, t_next)
     return solve.solution()
+
+
+def heun_step(solve: Solve, t: float, t_next: float) -> None:
+    """One step of `heun`."""
+    x, h = solve.x, t_next - t
+    v = solve.v(x, t)
+    if t_next != 0:
+        v = torch.lerp(v, solve.v(torch.add(x, v, alpha=h), t_next), 0.5)
+    solve.x = torch.add(x, v, alpha=h)
 
 
 @sampler_export("midpoint", family="ode", order=2)
@@ -55,8 +61,8 @@ def midpoint(
     solve = Solve(velocity, x, grid, progress, record)
     for t, t_next in solve:
         x, h = solve.x, t_next - t
-        half = solve.v(x + h / 2 * solve.v(x, t), t + h / 2)
-        solve.x = x + h * half
+        half = solve.v(torch.add(x, solve.v(x, t), alpha=h / 2), t + h / 2)
+        solve.x = torch.add(x, half, alpha=h)
     return solve.solution()
 
 
@@ -73,8 +79,8 @@ def rk4(
     for t, t_next in solve:
         x, h = solve.x, t_next - t
         k1 = solve.v(x, t)
-        k2 = solve.v(x + h / 2 * k1, t + h / 2)
-        k3 = solve.v(x + h / 2 * k2, t + h / 2)
-        k4 = solve.v(x + h * k3, t_next)
-        solve.x = x + h / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
+        k2 = solve.v(torch.add(x, k1, alpha=h / 2), t + h / 2)
+        k3 = solve.v(torch.add(x, k2, alpha=h / 2), t + h / 2)
+        k4 = solve.v(torch.add(x, k3, alpha=h), t_next)
+        solve.x = torch.add(x, torch.add(k1 + k4, k2 + k3, alpha=2), alpha=h / 6)
     return solve.solution()

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
+from inspect import signature
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from genflow.errors import UserError
+from genflow.errors import UserError, nearest
+from genflow.functional import Time, noise_from_seeds
+from genflow.registry import resolve
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
 """v(x, t): x B x ..., t B in x's dtype and on its device, 0 = data and 1 = noise -> dx/dt, shaped as x.
@@ -19,7 +23,7 @@ Velocity = Callable[[Tensor, Tensor], Tensor]
 A velocity may also have
   at(x, time)  the same with the time as a plain number for all rows. Samplers call it where it exists: a wrapper can
                then decide by the time without waiting for the device;
-  edges        times at which it jumps, such as the ends of a guidance interval: multistep samplers forget there;
+  edges        times at which it jumps, such as just outside a guidance interval: multistep samplers forget there;
   take(rows)   the velocity of some of its rows (B' int64), where rows have conditions of their own: adaptive samplers
                then take finished rows out of the batch.
 """
@@ -47,6 +51,15 @@ class Trajectory:
 
 
 @dataclass(frozen=True)
+class StepStatistics:
+    """What each row of an adaptive solve took: steps accepted and rejected, and evaluations, each B int64."""
+
+    accepted: Tensor
+    rejected: Tensor
+    evaluations: Tensor
+
+
+@dataclass(frozen=True)
 class Solution:
     """Where a solve arrived.
 
@@ -57,6 +70,7 @@ class Solution:
     x: Tensor
     nfe: int
     trajectory: Trajectory | None = None
+    statistics: StepStatistics | None = None
     _stopped: dict[int, str] = field(default_factory=dict)  # rows that did not arrive, and why
     _sums: list[Tensor] = field(default_factory=list, repr=False)  # of the state after each step
 
@@ -84,11 +98,18 @@ class Solution:
         return self
 
 
-def evaluate(velocity: Velocity, x: Tensor, time: float) -> Tensor:
-    """The velocity at one time for all rows, in the dtype of the state x."""
+def evaluate(velocity: Velocity, x: Tensor, t: Time) -> Tensor:
+    """The velocity at one time for all rows, a number, or at B times; in the dtype of the state x."""
+    if isinstance(t, Tensor):
+        return velocity(x, t).to(x.dtype)
     at = getattr(velocity, "at", None)
-    v = at(x, time) if at is not None else velocity(x, x.new_full((len(x),), time))
+    v = at(x, t) if at is not None else velocity(x, x.new_full((len(x),), t))
     return v.to(x.dtype)
+
+
+def edges_of(velocity: Velocity) -> tuple[float, ...]:
+    """The times at which a velocity says that it jumps."""
+    return tuple(getattr(velocity, "edges", ()))
 
 
 def state(x: Tensor) -> Tensor:
@@ -117,9 +138,9 @@ class Solve:
         self.nfe = 0
         self._sums: list[Tensor] = []
         self._at = getattr(velocity, "at", None)
-        # The times of all rows, made once: nothing goes to the device between two steps.
-        times = torch.tensor(self.grid, dtype=self.x.dtype).to(x.device).unsqueeze(1).repeat(1, len(x))
-        self._times = dict(zip(self.grid, times.unbind(), strict=True))
+        self._times: dict[float, Tensor] = {}
+        if self._at is None:  # the times of all rows, made once: nothing goes to the device between two steps
+            self._add_times(self.grid)
 
     def v(self, x: Tensor, time: float) -> Tensor:
         """The velocity at one time for all rows, in the dtype of the state; counted."""
@@ -127,15 +148,20 @@ class Solve:
         if self._at is not None:
             v = self._at(x, time)
         else:
-            t = self._times.get(time)
-            v = self.velocity(x, x.new_full((len(x),), time) if t is None else t)
+            if time not in self._times:  # within a step: most likely in the middle, then of every step
+                self._add_times([time, *(t + (t_next - t) / 2 for t, t_next in pairwise(self.grid))])
+            v = self.velocity(x, self._times[time])
         return v if v.shape == x.shape and v.dtype == x.dtype else as_state(v, x)
+
+    def _add_times(self, times: list[float]) -> None:
+        rows = torch.tensor(times, dtype=self.x.dtype).to(self.x.device).unsqueeze(1).repeat(1, len(self.x))
+        self._times.update(zip(times, rows.unbind(), strict=True))
 
     def __iter__(self) -> Iterator[tuple[float, float]]:
         steps = len(self.grid) - 1
         for done, (t, t_next) in enumerate(pairwise(self.grid), start=1):
             yield t, t_next
-            self._sums.append(self.x.detach().sum())
+            self._sums.append((self.x.detach() if self.x.requires_grad else self.x).sum())
             if self.trajectory is not None:
                 self.trajectory.times.append(t_next)
                 self.trajectory.states.append(self.x)
@@ -146,10 +172,34 @@ class Solve:
     def jumps(self, t: float, t_next: float) -> bool:
         """Whether the velocity has an edge between two times: what was seen before it says nothing of what comes."""
         lo, hi = min(t, t_next), max(t, t_next)
-        return any(lo <= edge <= hi for edge in getattr(self.velocity, "edges", ()))
+        return any(lo <= edge <= hi for edge in edges_of(self.velocity))
 
     def solution(self) -> Solution:
         return Solution(self.x, self.nfe, self.trajectory, _sums=self._sums)
+
+
+def bound_sampler(name: str, options: Mapping[str, Any], seeds: Sequence[int]) -> Callable[..., Solution]:
+    """The sampler of that name with its own options, and with the seeds if it draws noise.
+
+    Raises UserError for an unknown name or option.
+    """
+    sampler = resolve("sampler", name)
+    own = {p.name for p in signature(sampler).parameters.values() if p.kind is p.KEYWORD_ONLY} - {"progress", "record"}
+    if unknown := [option for option in options if option not in own - {"seeds"}]:
+        raise UserError(f"sampler {name} has no option {unknown[0]!r}.{nearest(unknown[0], own - {'seeds'})}")
+    return partial(sampler, **options, **({"seeds": seeds} if "seeds" in own else {}))
+
+
+def check_seeds(seeds: Sequence[int], x: Tensor) -> None:
+    """Raises UserError for seeds that are not one whole number for each row of x."""
+    noise_from_seeds(seeds, (0,))  # refuses what is no seed
+    if len(seeds) != len(x):
+        raise UserError(f"{len(seeds)} seeds for {len(x)} pictures; give one seed for each picture")
+
+
+def noise_like(x: Tensor, seeds: Sequence[int], step: int, stream: str) -> Tensor:
+    """Standard normal, like x: row i a function of (seeds[i], step, stream) alone."""
+    return noise_from_seeds(seeds, x.shape[1:], step=step, stream=stream).to(x, non_blocking=True)
 
 
 def check_grid(grid: Sequence[float]) -> list[float]:

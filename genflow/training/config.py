@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from genflow.config import Choice, Named
 from genflow.flows.rectified import RectifiedFlowConfig
+from genflow.samplers.guides import CFG
 from genflow.training.optimizers import AdamWConfig
 
 
@@ -43,10 +44,14 @@ class SampleConfig:
     """How a run samples unless told otherwise."""
 
     sampler: Annotated[str, Named("sampler")] = "heun"
+    options: Any = None  # of the sampler, such as {rtol: 1e-3}
     steps: int = 20
+    grid: Annotated[str, Named("grid")] = "shifted"
     guidance: float = 2.0
     interval: tuple[float, float] = (0.0, 1.0)  # the times t in which guidance acts
-    shift: float = 1.0
+    guide: Annotated[Any, Choice("guidance")] = field(default_factory=CFG)
+    rescale: float = 0.0  # how far guidance keeps the standard deviation of the unguided velocity, 0 to 1
+    shift: Literal["resolution"] | float = 1.0
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import math
 import signal
 import time
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -291,15 +291,12 @@ class Trainer:
         prompts = (
             list(train.preview_prompts) or [self.dataset.caption(i) for i in range(0, len(self.dataset), every)][:16]
         )
-        solution = self.flow.sample(
-            prompts,
-            seeds=list(range(len(prompts))),
-            sampler=sample.sampler,
-            steps=sample.steps,
-            guidance=sample.guidance,
-            interval=sample.interval,
-            shift=sample.shift,
-        )
+        try:
+            how = {f.name: getattr(sample, f.name) for f in fields(sample)}
+            solution = self.flow.sample(prompts, seeds=list(range(len(prompts))), **how)
+        except UserError as error:  # a picture that cannot be drawn is no reason to lose the run
+            self.log.say(f"step {self.step}: no preview: {error}")
+            return
         path = self.run_folder / "previews" / f"step-{self.step:08d}.png"
         caption_grid(solution.x, prompts).save_atomic(path)
         self.log.say(f"step {self.step}: {path}")

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from genflow.errors import UserError
+from genflow.layers.modulation import Linear
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -64,7 +65,7 @@ def verified(model: nn.Module, precision: str) -> Iterator[None]:
     hooks = [
         module.register_forward_hook(lambda _m, _i, out: seen.append(out.dtype))
         for module in model.modules()
-        if type(module) is nn.Linear and module not in compiled
+        if type(module) in (nn.Linear, Linear) and module not in compiled
     ]
     try:
         yield

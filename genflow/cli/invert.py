@@ -1,0 +1,117 @@
+"""genflow invert RUN PICTURE..."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from pathlib import Path
+
+from genflow.cli.options import (
+    add_solving,
+    embed,
+    fit_image,
+    guided,
+    is_stochastic,
+    open_velocity,
+    read_image,
+    solver,
+    time_grid,
+)
+from genflow.errors import UserError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", help="a run's folder, one of its checkpoints, or a model folder")
+    parser.add_argument("pictures", nargs="+", metavar="PICTURE")
+    parser.add_argument(
+        "--prompt",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="what they show, one for all or one each (nothing)",
+    )
+    add_solving(parser, guidance="1 = none (1)", nargs="+", help="each way; several: each in turn")
+    parser.add_argument(
+        "--out", default="inverted", metavar="FOLDER", help="where grid.png and noise.safetensors go (./inverted)"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    prompts = args.prompt or [""]
+    if len(prompts) not in (1, len(args.pictures)):
+        raise UserError(f"{len(prompts)} prompts for {len(args.pictures)} pictures; give one, or one for each picture")
+
+    import torch
+    from tqdm import tqdm
+
+    from genflow.data.pictures import caption_grid
+    from genflow.samplers.editing import psnr, round_trip
+
+    files = [read_image(path) for path in args.pictures]
+    flow, settings = open_velocity(args, unguided=True)
+    if is_stochastic(settings):
+        raise UserError(f"sampler {settings['sampler']!r} draws noise, so it has no inverse; choose one such as 'heun'")
+    counts = args.steps or [settings.get("steps", 20)]
+    settings.pop("steps", None)
+    grids = [time_grid(settings, steps) for steps in counts]
+    x = torch.stack([fit_image(file, flow) for file in files])
+    chunks = torch.arange(len(x)).split(args.batch)
+
+    back, noise, nfe = [], torch.empty_like(x), []
+    with torch.no_grad(), tqdm(total=2 * len(chunks) * sum(counts), unit="step", disable=None) as bar:
+
+        def progress(*_: int) -> None:
+            bar.update(1)
+
+        condition = embed(flow, prompts)
+        condition = condition.expand(len(x)) if len(prompts) == 1 else condition
+        for grid in grids:
+            back.append(torch.empty_like(x))
+            for rows in chunks:
+                velocity = guided(flow, condition[rows], settings)
+                trip = round_trip(velocity, x[rows], grid, sampler=solver(settings), progress=progress)
+                back[-1][rows], noise[rows] = trip.x.clamp(-1, 1), trip.noise
+            nfe.append(trip.nfe)
+
+    errors = torch.stack([psnr(each, x) for each in back], 1).tolist()
+    _print_table(args.pictures, counts, nfe, errors, noise.flatten(1).std(1).tolist())
+    out = Path(args.out)
+    about = {"pictures": args.pictures, "prompts": prompts, "model": str(args.run), "ema": not args.no_ema, **settings}
+    captions = [
+        caption
+        for path, row in zip(args.pictures, errors, strict=True)
+        for caption in (
+            Path(path).stem,
+            *(f"{steps} steps: {db:.1f} dB" for steps, db in zip(counts, row, strict=True)),
+        )
+    ]
+    sheet = torch.stack([x, *back], 1).flatten(0, 1)
+    grid_settings = {**about, "steps": counts, "nfe": nfe, "psnr": errors}
+    caption_grid(sheet, captions, columns=1 + len(counts), settings=grid_settings).save_atomic(out / "grid.png")
+    _save_noise(out / "noise.safetensors", noise, {**about, "steps": counts[-1], "nfe": nfe[-1]})
+    print(f"grid.png and noise.safetensors, of {counts[-1]} steps, in {out}")
+    return 0
+
+
+def _print_table(
+    pictures: list[str], counts: list[int], nfe: list[int], errors: list[list[float]], spread: list[float]
+) -> None:
+    width = max(map(len, ("PSNR, dB", "evaluations", *pictures)))
+    print(f"{'PSNR, dB':{width}}" + "".join(f"  {f'{steps} steps':>9}" for steps in counts) + "  std of noise")
+    for path, row, std in zip(pictures, errors, spread, strict=True):
+        print(f"{path:{width}}" + "".join(f"  {db:9.2f}" for db in row) + f"  {std:12.2f}")
+    print(f"{'evaluations':{width}}" + "".join(f"  {each:9}" for each in nfe) + f"  {'1 = typical':>12}")
+
+
+def _save_noise(path: Path, noise: object, about: dict[str, object]) -> None:
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        save_file({"noise": noise}, temporary, metadata={"genflow": json.dumps(about)})  # type: ignore[dict-item]
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"could not write {path}: {getattr(error, 'strerror', None) or error}") from error

@@ -1,0 +1,164 @@
+"""What the drawing commands share: with which model and how to solve, and the pictures that people give."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from genflow.errors import UserError
+from genflow.registry import resolve, tag_of
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from torch import Tensor
+
+
+def add_solving(
+    parser: argparse.ArgumentParser, *, guidance: str = "1 = none", **steps: Any
+) -> argparse._ArgumentGroup:
+    """The options that `open_model` reads, as a group. guidance: its help; steps: more about that option."""
+    how = parser.add_argument_group("how (defaults: the run's own)")
+    how.add_argument("--sampler", metavar="NAME", help="see: genflow info sampler")
+    how.add_argument("--option", nargs="+", metavar="KEY=VALUE", help="of the sampler, see: genflow info NAME")
+    how.add_argument("--steps", type=int, metavar="N", **steps)
+    how.add_argument("--grid", metavar="NAME", help="of times, see: genflow info grid (the tuned one, if there is one)")
+    how.add_argument("--guidance", type=float, help=guidance)
+    how.add_argument(
+        "--interval", type=float, nargs=2, metavar=("LO", "HI"), help="the times t, 0 to 1, in which guidance acts"
+    )
+    how.add_argument(
+        "--guide", nargs="+", metavar=("NAME", "KEY=VALUE"), help="how it acts, see: genflow info guidance; its options"
+    )
+    how.add_argument("--rescale", type=float, help="bring the contrast of guided pictures back, 0 (not) to 1 (all)")
+    how.add_argument("--shift", type=_shift, help="of the time grid; 1 = none, resolution = by the picture's size")
+    how.add_argument("--batch", type=int, default=64, help="pictures at once; does not change them (64)")
+    how.add_argument("--no-ema", action="store_true", help="the last weights instead of their average")
+    how.add_argument("--device", help="cpu, cuda, mps (default: the best there is)")
+    return how
+
+
+def _shift(text: str) -> float | str:
+    return text if text == "resolution" else float(text)
+
+
+def open_model(args: argparse.Namespace, *, unguided: bool = False) -> tuple[Any, dict[str, Any]]:
+    """The model of args.run, and how to sample from it: its own settings with those that were asked for.
+
+    Where no sampler, grid or shift is asked for, those that `genflow tune` found for so many steps are taken. unguided:
+    without guidance unless it is asked for, whatever the model's own settings say.
+    """
+    import torch
+
+    from genflow.flows.store import load
+    from genflow.flows.tuned import tuned
+
+    if args.batch < 1:
+        raise UserError(f"--batch must be 1 or more, not {args.batch}")
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    flow: Any = load(args.run, ema=not args.no_ema, device=device)
+    settings = dict((flow.recipe or {}).get("sample", {}))
+    asked = {
+        "sampler": args.sampler,
+        "steps": args.steps,
+        "guidance": args.guidance,
+        "interval": tuple(args.interval) if args.interval is not None else None,
+        "guide": read_guide(args.guide) if args.guide else None,
+        "rescale": args.rescale,
+        "shift": args.shift,
+        "grid": args.grid,
+        "options": read_options("--option", args.option) if args.option else None,
+    }
+    if args.sampler is not None:
+        settings.pop("options", None)  # of another sampler
+    if unguided:
+        settings["guidance"] = 1.0
+    settings.update({key: value for key, value in asked.items() if value is not None})
+    own = all(asked[key] is None for key in ("sampler", "shift", "grid", "options"))
+    if own and isinstance(settings.get("steps"), int) and (found := tuned(args.run, settings["steps"])):
+        settings.update(sampler=found["sampler"], grid=found["grid"], options=None, shift=1.0)
+    if settings.get("guidance", 1) == 1:
+        for option in ("guide", "rescale"):
+            if asked[option] is not None:
+                raise UserError(f"--{option} does nothing without guidance; add --guidance 2, or any number but 1")
+    return flow, settings
+
+
+def open_velocity(args: argparse.Namespace, *, unguided: bool = False) -> tuple[Any, dict[str, Any]]:
+    """As `open_model`, for what needs a velocity. Raises UserError for other models."""
+    flow, settings = open_model(args, unguided=unguided)
+    if not hasattr(flow, "guided"):
+        raise UserError(f"{args.run} is a {type(flow).__name__}, which has no velocity to edit pictures with")
+    return flow, settings
+
+
+def is_stochastic(settings: dict[str, Any]) -> bool:
+    tag = tag_of(resolve("sampler", settings.get("sampler", "heun")))
+    return tag is not None and tag.metadata.get("family") == "sde"
+
+
+def solver(settings: dict[str, Any], seeds: Sequence[int] = ()) -> Any:
+    """The sampler with its options, and with the seeds if it draws noise."""
+    from genflow.samplers import bound_sampler
+
+    return bound_sampler(settings.get("sampler", "heun"), settings.get("options") or {}, seeds)
+
+
+def time_grid(settings: dict[str, Any], steps: int) -> list[float]:
+    grid = settings.get("grid", "shifted")
+    return resolve("grid", grid)(steps, settings.get("shift", 1.0)) if isinstance(grid, str) else grid
+
+
+def embed(flow: Any, prompts: list[str]) -> Any:
+    """The embedded condition of each prompt."""
+    return flow.embed(flow.text.encode(prompts).to(flow.device))
+
+
+def guided(flow: Any, condition: Any, settings: dict[str, Any], **changes: Any) -> Any:
+    """The velocity under an embedded condition, guided as the settings say."""
+    how = {k: v for k, v in settings.items() if k in ("guidance", "interval", "guide", "rescale")}
+    return flow.guided(condition, **{**how, **changes})
+
+
+def read_image(path: str) -> Image:
+    """A picture file of any kind. Raises UserError, with its name, for what is none."""
+    from genflow.data.images import BadImage, decode
+
+    try:
+        return decode(Path(path))
+    except BadImage as error:
+        raise UserError(f"{path}: {error}") from error
+
+
+def fit_image(image: Image, flow: Any) -> Tensor:
+    """The centre of a picture, as large as the model's own: C x H x W float32 in [-1, 1], on its device."""
+    from genflow.data.images import fit
+
+    channels, height, _ = flow.image_shape
+    return (fit(image, height, channels).float() / 127.5 - 1).to(flow.device)
+
+
+def read_guide(words: list[str]) -> dict[str, Any]:
+    """NAME KEY=VALUE ... as the section that a config would hold."""
+    return {"name": words[0], **read_options("--guide", words[1:])}
+
+
+def read_options(flag: str, words: list[str]) -> dict[str, Any]:
+    """KEY=VALUE ... as a mapping."""
+    options = {}
+    for word in words:
+        key, equals, text = word.partition("=")
+        if not equals or not key:
+            raise UserError(f"{flag}: {word!r} is not KEY=VALUE, such as eta=0.5")
+        options[key] = _value(text)
+    return options
+
+
+def _value(text: str) -> Any:
+    for read in (json.loads, float):
+        with contextlib.suppress(ValueError):
+            return read(text)
+    return text

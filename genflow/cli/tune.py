@@ -1,0 +1,136 @@
+"""genflow tune RUN --steps N"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any
+
+from genflow.cli.options import embed, guided, open_velocity
+from genflow.config import Choice, from_dict
+from genflow.errors import UserError
+
+if TYPE_CHECKING:
+    from genflow.samplers.tuning import Candidate, Tuning
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", help="a run's folder, one of its checkpoints, or a model folder")
+    parser.add_argument("--steps", type=int, required=True, metavar="N", help="of the grid that is learnt")
+    parser.add_argument(
+        "--samplers", nargs="+", default=[], metavar="NAME", help="to choose from (all of one evaluation a step)"
+    )
+    what = parser.add_argument_group("on which pictures")
+    what.add_argument("--images", type=int, default=32, metavar="N", help="a third of them only to check (32)")
+    what.add_argument(
+        "--prompt", action="append", default=[], metavar="TEXT", help="in turn (captions of the training data)"
+    )
+    what.add_argument("--seed", type=int, default=0, help="of the first; the next have the next seeds (0)")
+    add_guidance(parser)
+    parser.set_defaults(sampler=None, option=None, grid=None, shift=None, batch=1)
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.images < 2:
+        raise UserError(f"--images must be 2 or more, some to fit a grid to and some to check it, not {args.images}")
+
+    import torch
+
+    from genflow.flows.tuned import save_tuned
+    from genflow.functional import noise_from_seeds
+    from genflow.samplers.grids import shifted
+    from genflow.samplers.tuning import hand_made, tune
+
+    flow, settings = open_velocity(args)
+    last = last_time(flow)
+    prompts = args.prompt or captions(flow, args.run)
+    rows = [i for i in range(args.images) if i % 3 != 2] + list(range(2, args.images, 3))  # the last third checks
+    texts = [prompts[i * max(len(prompts) // args.images, 1) % len(prompts)] for i in rows]
+    noise = noise_from_seeds([args.seed + i for i in rows], flow.image_shape).to(flow.device)
+    with torch.no_grad():
+        velocity = guided(flow, embed(flow, texts), settings)
+        grids = hand_made(args.steps, last)
+        own = (flow.recipe or {}).get("sample", {}).get("shift", 1.0)
+        if isinstance(own, int | float) and own != 1:
+            grids[f"shifted {own}"] = shifted(args.steps, own)
+        fitted = sum(i % 3 != 2 for i in range(args.images))
+        tuning = tune(
+            velocity,
+            noise,
+            steps=args.steps,
+            samplers=args.samplers,
+            grids=grids,
+            last=last,
+            fitted=fitted,
+            say=_say,
+        )
+    best = tuning.best if tuning.wins else tuning.hand_made
+    _print_table(tuning, best)
+    found = {"sampler": best.sampler, "grid": best.grid, "name": best.name, "nfe": best.nfe, "error": best.held_out}
+    under = {key: settings[key] for key in ("guidance", "interval", "guide", "rescale") if key in settings}
+    file = save_tuned(args.run, args.steps, {**found, "images": args.images, "under": under})
+    print(f"saved in {file}; genflow sample {args.run} --steps {args.steps} draws with it")
+    return 0
+
+
+def add_guidance(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """The options of the velocity that `open_velocity` makes, as a group."""
+    how = parser.add_argument_group("how they are drawn (defaults: the run's own)")
+    how.add_argument("--guidance", type=float, help="1 = none")
+    how.add_argument(
+        "--interval", type=float, nargs=2, metavar=("LO", "HI"), help="the times t, 0 to 1, in which guidance acts"
+    )
+    how.add_argument(
+        "--guide", nargs="+", metavar=("NAME", "KEY=VALUE"), help="how it acts, see: genflow info guidance; its options"
+    )
+    how.add_argument("--rescale", type=float, help="bring the contrast of guided pictures back, 0 (not) to 1 (all)")
+    how.add_argument("--no-ema", action="store_true", help="the last weights instead of their average")
+    how.add_argument("--device", help="cpu, cuda, mps (default: the best there is)")
+    return how
+
+
+def captions(flow: Any, run: str) -> list[str]:
+    """The captions that a model was trained on. Raises UserError where its data are not to be had."""
+    try:
+        dataset = from_dict(_Data, {"data": flow.recipe["data"]}, where=run).data.build("train")
+    except (KeyError, UserError) as error:
+        raise UserError(f'no captions of {run}: {error}; say what to draw, --prompt "..."') from error
+    return [dataset.caption(i) for i in range(len(dataset))]
+
+
+def last_time(flow: Any) -> float:
+    """Where a fine solve takes the predicted picture: below t_min the velocity of x-prediction does not lead to it."""
+    return flow.config.t_min if getattr(flow.config, "prediction", None) == "x" else 0.0
+
+
+@dataclass(frozen=True)
+class _Data:
+    data: Annotated[Any, Choice("dataset")]
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
+def _print_table(tuning: Tuning, best: Candidate) -> None:
+    """The best hand-made, planned and tuned grid of every solver, on the held-out pictures."""
+    first: dict[tuple[str, str], Candidate] = {}
+    for c in sorted(tuning.candidates, key=lambda c: c.held_out):
+        kind = "tuned" if c.name == "tuned" else "planned" if c.learnt else "hand-made"
+        first.setdefault((c.sampler, kind), c)
+    print(
+        f"\n{'solver':12}{'grid':26}{'evaluations':>12}{'RMSE':>10}{'PSNR, dB':>10}   of the fine solve, held-out pictures"
+    )
+    for c in first.values():
+        print(f"{c.sampler:12}{c.name:26}{c.nfe:12}{c.held_out:10.4f}{psnr(c.held_out):10.2f}{'  *' * (c is best)}")
+    print(f"\nthe fine solve itself is known to {tuning.reference_error:.1g}")
+    if not tuning.wins:
+        print(f"the fitted grid does not hold: {best.sampler} on {best.name} is better; --images more may help")
+    print("times: " + " ".join(f"{t:.4g}" for t in best.grid))
+
+
+def psnr(rmse: float) -> float:
+    """Of pictures in [-1, 1], in dB."""
+    return math.inf if rmse == 0 else 20 * math.log10(2 / rmse)

@@ -1,0 +1,255 @@
+"""Plots: files of the right size that show what they were given, and genflow plot."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from PIL import Image
+
+import genflow.config
+from genflow.cli import main
+from genflow.data.emoji import EmojiConfig
+from genflow.errors import UserError
+from genflow.evaluation.plots import (
+    plot_errors,
+    plot_grids,
+    plot_strip,
+    plot_training,
+    plot_trajectories,
+    save_plot,
+)
+from genflow.flows.rectified import RectifiedFlowConfig
+from genflow.flows.store import save_model
+from genflow.flows.tuned import save_tuned
+from genflow.networks.mmdit import MMDiTConfig
+from genflow.text.trained import LearnedTextConfig
+
+matplotlib = pytest.importorskip("matplotlib")
+
+
+def words(figure):
+    """All that is written in a figure."""
+    from matplotlib.text import Text
+
+    return " | ".join(text.get_text() for text in figure.findobj(Text) if text.get_text())
+
+
+def metrics(n=40, **more):
+    return [
+        {"step": 10 * i, "loss": 2.0 / i, "loss_t0.000": 3.0 / i, "loss_t0.875": 1.0 / i, **more} for i in range(1, n)
+    ]
+
+
+def path(steps=4, batch=2, channels=3):
+    times = [1 - i / steps for i in range(steps + 1)]
+    return times, torch.rand(steps + 1, batch, channels, 6, 5, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+
+# -------------------------------------------------------------------------------------------------------------- figures
+
+
+@pytest.mark.parametrize("kind", ["png", "svg"])
+def test_a_saved_plot_is_whole_and_the_same_every_time(tmp_path, kind):
+    files = [tmp_path / "new" / f"{name}.{kind}" for name in "ab"]
+    for file in files:
+        save_plot(plot_training(metrics()), file)
+    assert files[0].read_bytes() == files[1].read_bytes()
+    assert sorted(p.name for p in (tmp_path / "new").iterdir()) == [f"a.{kind}", f"b.{kind}"]
+    if kind == "png":
+        with Image.open(files[0]) as image:
+            assert image.size == (9 * 150, int(3.4 * 150)) and len(image.convert("RGB").getcolors(10**6)) > 20
+    else:
+        assert files[0].read_text().rstrip().endswith("</svg>")
+
+
+def test_a_plot_that_cannot_be_written_is_told(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="could not write"):
+        save_plot(plot_training(metrics()), tmp_path / "file" / "a.png")
+
+
+def test_training_shows_the_loss_its_validation_and_its_parts():
+    figure = plot_training([*metrics(), {"step": 400, "validation_loss": 0.7}], title="of a run")
+    left, right = figure.axes
+    assert [line.get_label() for line in left.get_lines()][1:] == ["training, running median", "validation"]
+    assert left.get_lines()[2].get_ydata().tolist() == [0.7]
+    assert left.get_yscale() == right.get_yscale() == "log"
+    assert [line.get_label() for line in right.get_lines()] == ["0 – 0.125", "0.875 – 1"]
+    for word in ("Loss of a run", "optimiser step", "mean squared error", "t (0 = data)"):
+        assert word in words(figure)
+
+
+def test_the_running_median_takes_no_notice_of_one_spike():
+    lines = metrics(400)
+    lines[200]["loss"] = 1e6
+    raw, median = plot_training(lines).axes[0].get_lines()
+    assert max(raw.get_ydata()) == 1e6 and max(median.get_ydata()) <= 2.0
+
+
+@pytest.mark.parametrize("lines", [[], [{"step": 1}], [{"step": 1, "loss": None}]])
+def test_no_loss_is_no_plot(lines):
+    with pytest.raises(UserError, match="no loss to plot yet"):
+        plot_training(lines)
+
+
+def test_a_strip_has_the_states_and_what_they_foretell():
+    times, states = path(steps=20)
+    figure = plot_strip(times, states, -states, ["an otter", "a very long caption " * 9])
+    cells = [axes for axes in figure.axes if axes.get_images()]
+    assert len(cells) == 4 * 11  # of 21 times
+    first, below = (torch.tensor(axes.get_images()[0].get_array()) for axes in (cells[0], cells[11]))
+    torch.testing.assert_close(first, ((states[0, 0] + 1) / 2).permute(1, 2, 0))
+    torch.testing.assert_close(below, 1 - first)
+    text = words(figure)
+    assert "an otter" in text and "t = 0.9" in text and "z − t v" in text and "…" in text
+
+
+def test_a_strip_may_be_grey_but_not_of_latents():
+    for channels in (1, 3):
+        times, states = path(channels=channels)
+        plot_strip(times, states, states, ["a", "b"])
+    times, states = path(channels=4)
+    with pytest.raises(UserError, match="these have 4"):
+        plot_strip(times, states, states, ["a", "b"])
+
+
+@pytest.mark.parametrize("channels", [3, 4])
+def test_trajectories_show_how_far_they_bend(channels):
+    times, _ = path(steps=8)
+    noise, data, bend = torch.randn(3, 2, channels, 4, 4, generator=torch.Generator().manual_seed(0))
+    t = torch.tensor(times).view(-1, 1, 1, 1, 1)
+    straight = (1 - t) * data + t * noise
+    bent = straight + t * (1 - t) * bend * torch.tensor([0.0, 1.0]).view(2, 1, 1, 1)  # only the second
+    figure = plot_trajectories(times, bent, ["straight", "bent"], few=(times[::4], bent[::4]), title="euler, 2 steps")
+    right = figure.axes[1]
+    lines = {line.get_label(): line.get_ydata() for line in right.get_lines()}
+    assert max(lines["straight"]) < 1e-6
+    assert max(lines["bent"]) == pytest.approx(0.25 * bend[1].square().mean().sqrt().item(), rel=1e-5)
+    assert "euler, 2 steps" in words(figure) and "component 1" in words(figure)
+
+
+def test_errors_are_lines_with_evaluations_and_decibels():
+    curves = {"euler": [(4, 0.2), (8, 0.1)], "heun": [(3, 0.3), (7, 0.02)], "euler, equal steps": [(4, 0.4)]}
+    figure = plot_errors(curves, tuned=[(8, 0.002)], floor=1e-4)
+    axes = figure.axes[0]
+    assert [line.get_label() for line in axes.get_lines()] == ["euler, equal steps", "euler", "heun", "tuned"]
+    assert axes.get_lines()[2].get_xdata().tolist() == [3, 7] and axes.get_lines()[0].get_linestyle() == "--"
+    assert axes.get_ylim()[0] < 1e-4
+    for word in ("network evaluations", "RMSE", "PSNR, dB", "the fine solve itself"):
+        assert word in words(figure)
+
+
+def test_grids_are_rows_of_dots():
+    figure = plot_grids({"mine": [1.0, 0.5, 0.0], "tuned": [1.0, 0.9, 0.2, 0.0]}, marked=["tuned"], title="Mine")
+    left, right = figure.axes
+    assert [label.get_text() for label in left.get_yticklabels()] == ["tuned", "mine"]
+    assert left.get_lines()[1].get_xdata().tolist() == [1.0, 0.5, 0.0]
+    assert right.get_lines()[1].get_xdata().tolist() == [0.0]  # log-SNR, without its infinite ends
+    assert left.get_lines()[0].get_color() != left.get_lines()[1].get_color()
+
+
+def test_nobody_elses_plots_are_touched(tmp_path):
+    code = (
+        "import sys, matplotlib, pathlib; from genflow.evaluation.plots import plot_training, save_plot;"
+        "before = dict(matplotlib.rcParams);"
+        "save_plot(plot_training([{'step': 1, 'loss': 1.0}]), pathlib.Path(sys.argv[1]));"
+        "sys.exit(dict(matplotlib.rcParams) != before or 'matplotlib.pyplot' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code, str(tmp_path / "a.png")]).returncode == 0
+
+
+def test_without_matplotlib_there_is_one_line(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(UserError, match="pip install matplotlib"):
+        plot_training(metrics())
+
+
+# -------------------------------------------------------------------------------------------------------------- command
+
+TEXT = LearnedTextConfig(dim=8, heads=2, layers=1, max_tokens=8)
+MODEL = MMDiTConfig(
+    depth=1, hidden=16, heads=2, patch_size=8, in_channels=3, context_dim=8, pooled_dim=8, sample_size=2
+)
+FLOW = RectifiedFlowConfig(prediction="x")
+EVERY = ["training", "strip", "trajectories", "error", "grid"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A folder with a tiny model that never learned anything, and the metrics of a run."""
+    folder = tmp_path_factory.mktemp("plots") / "model"
+    torch.manual_seed(0)
+    flow = FLOW.build(MODEL.build(), TEXT.build(), image_shape=(3, 16, 16))
+    sections = {
+        "model": ("mmdit", MODEL),
+        "flow": ("rectified", FLOW),
+        "text": ("learned", TEXT),
+        "data": ("emoji", EmojiConfig(limit=5)),
+    }
+    config = {key: {"name": name, **genflow.config.to_dict(each)} for key, (name, each) in sections.items()}
+    config |= {"sample": {"sampler": "euler", "steps": 3, "guidance": 1.0}, "image_shape": [3, 16, 16]}
+    save_model(folder, config=config, state=flow.state_dict())
+    save_tuned(folder, 2, {"sampler": "ab2", "grid": [1.0, 0.4, 0.0], "nfe": 2, "error": 0.5})
+    lines = [json.dumps(line) for line in metrics()]
+    (folder / "metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 9')  # as it is being written
+    return folder
+
+
+@pytest.fixture
+def short(monkeypatch):
+    monkeypatch.setattr("genflow.cli.plot.BUDGETS", (2, 4))
+    monkeypatch.setattr("genflow.cli.plot.FINE", 8)
+    monkeypatch.setattr("genflow.samplers.tuning.FINE", 8)
+
+
+@pytest.mark.parametrize("kind", ["png", "svg"])
+def test_plot_writes_every_plot(model, short, tmp_path, kind, capsys):
+    arguments = ["plot", str(model), "--images", "2", "--format", kind, "--out", str(tmp_path), "--prompt", "a otter"]
+    assert main(arguments) == 0
+    assert sorted(p.stem for p in tmp_path.iterdir()) == sorted(EVERY)
+    assert all(p.suffix == f".{kind}" and p.stat().st_size > 5000 for p in tmp_path.iterdir())
+    assert capsys.readouterr().out.count("\n") == len(EVERY)
+
+
+def test_plot_draws_what_it_is_asked_to(model, short, tmp_path):
+    asked = ["plot", str(model), "--out", str(tmp_path), "--what", "strip", "--steps", "2", "--sampler", "heun"]
+    assert main(asked) == 0  # with captions of the training data
+    assert [p.name for p in tmp_path.iterdir()] == ["strip.png"]
+    with Image.open(tmp_path / "strip.png") as image:
+        assert image.width == pytest.approx((3 * 0.95 + 1.2) * 150, abs=1)
+        assert image.height == pytest.approx((4 * 1.92 + 0.25) * 150, abs=1)
+
+
+@pytest.mark.parametrize("sampler", ["euler_maruyama", "dopri5", "ab2"])
+def test_a_strip_of_any_kind_of_sampler(model, short, tmp_path, sampler):
+    asked = ["plot", str(model), "--out", str(tmp_path), "--what", "strip", "--sampler", sampler, "--prompt", "a"]
+    assert main(asked) == 0 and (tmp_path / "strip.png").exists()
+
+
+def test_a_model_without_metrics_has_all_other_plots(model, short, tmp_path, capsys):
+    (model / "metrics.jsonl").rename(tmp_path / "kept")
+    try:
+        assert main(["plot", str(model), "--what", "training", "--out", str(tmp_path / "out")]) == 2
+        assert "metrics.jsonl" in capsys.readouterr().err
+        assert main(["plot", str(model), "--images", "1", "--prompt", "a", "--out", str(tmp_path / "out")]) == 0
+        assert sorted(p.stem for p in (tmp_path / "out").iterdir()) == sorted(EVERY[1:])
+    finally:
+        (tmp_path / "kept").rename(model / "metrics.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--images", "0"], "--images must be 1 or more"),
+        (["--what", "strip", "--sampler", "hoin"], "no sampler is named 'hoin'"),
+        (["--what", "grid", "--steps", "0"], "nearest possible number is 1"),
+    ],
+)
+def test_mistakes_cost_one_line(model, arguments, message, capsys):
+    assert main(["plot", str(model), *arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
