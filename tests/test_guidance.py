@@ -483,3 +483,12 @@ def test_impossible_guidance_is_refused(options, near, c, u):
 def test_impossible_options_of_a_guide_are_refused(make, near):
     with pytest.raises(UserError, match=near):
         make()
+
+
+def test_one_tensor_is_no_tuple_of_conditions():
+    for make in (
+        lambda c: cfg(lambda x, t, c: x, c, c, 2.0),
+        lambda c: Conditioned(lambda x, t, c: x, c),
+    ):
+        with pytest.raises(UserError, match="a tuple of tensors"):
+            make(torch.zeros(2, 3))

@@ -310,7 +310,7 @@ def test_checkpointing_recomputes_and_compiling_compiles():
     sizes = {"in_channels": 1, "context_dim": 4, "pooled_dim": 4, "sample_size": 2}
     network = MMDiTConfig(depth=2, hidden=32, heads=2, **sizes).build()
     calls = []
-    network.blocks[0].image_mlp.register_forward_hook(lambda *_: calls.append(1))
+    network.blocks[0].image_mlp.fc1.register_forward_hook(lambda *_: calls.append(1))
     checkpoint_blocks(network)
     network(torch.randn(1, 1, 4, 4), torch.rand(1), torch.randn(1, 3, 4), torch.randn(1, 4)).sum().backward()
     assert len(calls) == 2
@@ -398,7 +398,7 @@ def test_sample_writes_pictures_that_say_how_they_were_made(tiny, tmp_path, caps
     from genflow.data.pictures import read_settings
 
     run, out = train(tiny()), tmp_path / "out"
-    (tmp_path / "prompts.txt").write_text("owl\n\nfox 🦊\n")
+    (tmp_path / "prompts.txt").write_text("\ufeffowl\n\nfox 🦊\n")
     arguments = ["sample", str(run), "--prompt", "", "--prompt-file", str(tmp_path / "prompts.txt"), "-n", "2"]
     assert main([*arguments, "--seed", "5", "--guidance", "2", "--out", str(out)]) == 0
     files = sorted(p.name for p in out.iterdir())
@@ -466,10 +466,64 @@ def test_guidance_is_set_in_the_config_and_by_options(tiny, tmp_path):
     assert len({*pictures}) == 3
 
 
-def test_a_preview_that_cannot_be_drawn_does_not_end_the_run(tiny, capsys):
-    run = train(tiny("train.preview_every=2", "sample.interval=[0.9,0.1]", "sample.guidance=2.0"))
+def test_a_preview_that_cannot_be_drawn_does_not_end_the_run(tiny, capsys, monkeypatch):
+    from genflow.flows.rectified import RectifiedFlow
+
+    def refused(*_, **__):
+        raise UserError("not finite")
+
+    monkeypatch.setattr(RectifiedFlow, "sample", refused)
+    run = train(tiny("train.preview_every=2"))
     assert newest_checkpoint(run).name == "step-00000004"
-    assert "step 2: no preview: guidance interval" in capsys.readouterr().err
+    assert "step 2: no preview: not finite" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.steps=0", "train: steps = 0 is too few; the least is 1"),
+        ("train.log_every=0", "log_every = 0 is too few"),
+        ("train.accumulation=0", "accumulation = 0 is too few"),
+        ("train.workers=-1", "workers = -1 is too few"),
+        ("train.decay=2", "decay = 2.0 is not within 0 .. 1"),
+        ("train.clip=.nan", "clip = nan is not within 0 .. inf"),
+        ("train.ema=2", "ema = 2.0 is not within 0 .. 0.28"),
+        ("train.optimizer.lr=-1", "train.optimizer: lr = -1.0 must be a finite number"),
+        ("train.optimizer.betas=[0.9, 1]", "must be 0 or more and below 1"),
+        ("train.trackers=[tensorbord]", "Did you mean 'tensorboard'"),
+        ("seed=-1", "seed = -1 is out of range"),
+        ("sample.steps=0", "sample: steps = 0 is too few"),
+        ("sample.guidance=.nan", "guidance = nan is not a finite number"),
+        ("sample.interval=[0.9, 0.1]", "is not 0 <= lo < hi <= 1"),
+        ("sample.options={rtol: 1}", "sampler euler has no option 'rtol'"),
+        ("sample.options=rtol", "options = 'rtol' must be a section"),
+        ("train.validation_split=nowhere", "no split"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_the_first_step(tiny, tmp_path, override, message):
+    with pytest.raises(UserError) as caught:
+        train(tiny("train.validate_every=4", override))
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json", "config.json"])
+def test_a_damaged_checkpoint_is_named(tiny, name):
+    run = train(tiny())
+    file = newest_checkpoint(run) / name
+    file.write_bytes(b"x" * file.stat().st_size)
+    with pytest.raises(UserError, match=r"step-00000004.* is damaged"):
+        train(tiny("train.steps=8"))
+
+
+def test_one_folder_is_trained_by_one_process(tiny, tmp_path):
+    fcntl = pytest.importorskip("fcntl")
+    (tmp_path / "run").mkdir()
+    with (tmp_path / "run" / ".lock").open("a") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="is being trained by another process"):
+            train(tiny())
+    assert newest_checkpoint(train(tiny())).name == "step-00000004"
 
 
 @pytest.mark.parametrize(
@@ -490,6 +544,10 @@ def test_a_preview_that_cannot_be_drawn_does_not_end_the_run(tiny, capsys):
         (["--guidance", "2", "--rescale", "1.5"], "rescale = 1.5"),
         (["--weak", "nowhere"], "--weak does nothing without guidance; add --guidance 2"),
         (["--guide", "apg"], "--guide does nothing"),
+        (["--size", "1000000"], "out of memory"),
+        (["--steps", "1000000000"], "is too many"),
+        (["--prompt", "\udcff"], "not UTF-8 text"),
+        (["--out", __file__], "is a file; name a folder"),
     ],
 )
 def test_sampling_mistakes(tiny, tmp_path, arguments, message, capsys):

@@ -1,5 +1,6 @@
-"""Fused attention: one call, several backends, chosen by what each declares it can do."""
+"""Fused attention: one call, one description of masks, several backends, chosen by what each declares it can do."""
 
-from genflow.attention.dispatch import Attention, Call, attention, attention_report
+from genflow.attention.dispatch import Attention, Call, attention, attention_backend, attention_report, choose
+from genflow.attention.masks import Mask
 
-__all__ = ["Attention", "Call", "attention", "attention_report"]
+__all__ = ["Attention", "Call", "Mask", "attention", "attention_backend", "attention_report", "choose"]

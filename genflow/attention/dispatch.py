@@ -1,47 +1,70 @@
-"""The attention call and the choice of its backend."""
+"""The attention call and the choice of its backend.
+
+Who chooses, the strongest first: the call's own `backend`, the context `attention_backend(...)`, the module's config
+(`default`), the environment variable GENFLOW_ATTENTION, and, where nobody has said anything, the fastest that can serve.
+The context is above the config because it is nearer: it is written around one piece of code, the config for a whole
+run. "auto" at any level leaves the choice to the next one. A choice is never overruled in silence: a backend that was
+named and cannot serve is refused with all the reasons.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from genflow.attention.known_bad import known_bad
+from genflow.attention.masks import NONE, Mask
 from genflow.errors import UserError, nearest
 from genflow.registry import api_export, names, resolve
 
-ORDER = ("sdpa", "math")  # what "auto" tries, fastest first
+ORDER = ("sdpa", "sdpa_efficient", "math")  # what "auto" tries, fastest first
+NEEDS = ("backward", "double_backward", "forward_ad")
+VARIABLE = "GENFLOW_ATTENTION"
+_BACKWARD = frozenset({"backward"})
+_scope: ContextVar[tuple[str, frozenset[str]]] = ContextVar("attention", default=("auto", frozenset()))
+
+Kernel = Callable[[Tensor, Tensor, Tensor, Mask, float | None], Tensor]
 
 
-@dataclass(frozen=True)
-class Call:
-    """What one attention call asks of a backend."""
+class Call(NamedTuple):
+    """What one attention call asks of a backend. mask: its kind; lq, lk: None where a compiled graph serves any."""
 
     device: str
     dtype: torch.dtype
     head_dim: int
-    masked: bool
-    needs: frozenset[str] = frozenset()  # of {"backward", "double_backward", "forward_ad"}
+    mask: str = "none"
+    lq: int | None = None
+    lk: int | None = None
+    needs: frozenset[str] = frozenset()  # of NEEDS
 
 
 @dataclass(frozen=True)
 class Attention:
     """A backend and what it can do: the capability record that the choice is made by.
 
-    fn: (q, k, v, key_mask | None, scale | None) -> o, all B x heads x L x head_dim; key_mask B x L bool, True = attend.
+    fn: (q, k, v, mask, scale | None) -> o, all B x heads x L x head_dim.
     available: returns why the backend cannot be had on this machine, or None.
+    limits: further reasons why it cannot serve a call, which the other fields cannot say.
     """
 
     name: str
-    fn: Callable[[Tensor, Tensor, Tensor, Tensor | None, float | None], Tensor]
+    fn: Kernel
     available: Callable[[], str | None] = lambda: None
     devices: frozenset[str] | None = None  # None: any
     dtypes: frozenset[torch.dtype] | None = None  # None: any floating dtype
     max_head_dim: int | None = None
     head_dim_multiple: int = 1
-    masks: bool = True
-    offers: frozenset[str] = field(default_factory=lambda: frozenset({"backward"}))
+    masks: tuple[str, ...] | None = None  # kinds; None: any
+    offers: frozenset[str] = _BACKWARD
+    limits: Callable[[Call], Iterable[str]] = lambda call: ()
 
     def refusals(self, call: Call) -> list[str]:
         """Every reason why this backend cannot serve the call; empty where it can."""
@@ -55,24 +78,20 @@ class Attention:
             reasons.append(f"takes head_dim up to {self.max_head_dim}, not {call.head_dim}")
         if call.head_dim % self.head_dim_multiple:
             reasons.append(f"takes head_dim in multiples of {self.head_dim_multiple}, not {call.head_dim}")
-        if call.masked and not self.masks:
-            reasons.append("takes no key mask")
+        if self.masks is not None and call.mask not in self.masks:
+            reasons.append(f"takes masks {', '.join(self.masks)}, not {call.mask}")
         for need in sorted(call.needs - self.offers):
             reasons.append(f"has no {need.replace('_', ' ')}")
-        return reasons
+        return [*reasons, *self.limits(call), *known_bad(self.name, call)]
 
 
 def choose(backend: str, call: Call) -> Attention:
     """The backend that serves the call: the one named, or for "auto" the first of ORDER that can.
 
-    Raises UserError with all the reasons where an explicit choice cannot serve.
+    Raises UserError with all the reasons where a backend that was named cannot serve.
     """
     if backend != "auto":
-        if backend not in names("attention"):
-            raise UserError(
-                f"attention backend {backend!r} is unknown.{nearest(backend, ['auto', *names('attention')])}"
-            )
-        record = resolve("attention", backend)()
+        record = resolve("attention", _checked(backend))()
         if reasons := record.refusals(call):
             raise UserError(f"attention backend {backend!r} cannot serve this call: {'; '.join(reasons)}")
         return record
@@ -83,29 +102,102 @@ def choose(backend: str, call: Call) -> Attention:
     raise UserError(f"no attention backend can serve {call}")
 
 
+@api_export("attention_backend")
+@contextmanager
+def attention_backend(name: str = "auto", *, needs: Iterable[str] = ()) -> Iterator[None]:
+    """Within: attention is computed by this backend, or by one that offers what is needed.
+
+    name: "auto" changes nothing. needs: of "backward", "double_backward", "forward_ad", in addition to what the calls
+    and outer contexts ask for. Holds for this thread (or async task) only, and for calls made within: a backward that
+    computes a checkpointed block again, outside or in autograd's own thread on a GPU, chooses as its own surroundings
+    say. Raises UserError for an unknown name or need.
+    """
+    outer, before = _scope.get()
+    token = _scope.set((outer if name == "auto" else _checked(name), before | _checked_needs(needs)))
+    try:
+        yield
+    finally:
+        _scope.reset(token)
+
+
 def attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    mask: Mask | None = None,
     *,
-    key_mask: Tensor | None = None,
     scale: float | None = None,
     backend: str = "auto",
+    default: str = "auto",
     needs: frozenset[str] = frozenset(),
 ) -> Tensor:
-    """softmax(q k^T scale) v.
+    """softmax(q k^T scale + mask) v, and zeros for a query that may attend to no key.
 
-    q: B x heads x Lq x head_dim; k, v: B x heads x Lk x head_dim; key_mask: B x Lk bool, True = attend (a row needs one
-    live key); scale: 1/sqrt(head_dim) by default. needs: "double_backward" or "forward_ad", which fused kernels lack.
-    Returns B x heads x Lq x head_dim. Raises UserError where an explicit backend cannot serve.
+    q: B x heads x Lq x head_dim; k, v: B x heads x Lk x head_dim, one dtype (under autocast: its dtype); scale:
+    1/sqrt(head_dim) by default. backend: this call's choice; default: the calling module's, which a context overrides.
+    needs: "double_backward" or "forward_ad", which fused kernels lack; "backward" is seen from the tensors.
+    Returns B x heads x Lq x head_dim. Raises UserError where a named backend cannot serve, or the tensors do not fit.
     """
-    if torch.is_grad_enabled() and q.requires_grad:
-        needs = needs | {"backward"}
-    call = Call(q.device.type, q.dtype, q.shape[-1], key_mask is not None, needs)
-    return choose(backend, call).fn(q, k, v, key_mask, scale)
+    batch, heads, lq, head_dim = q.shape
+    lk, device, dtype = k.shape[2], q.device.type, q.dtype
+    if device != "meta" and torch.is_autocast_enabled(device) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    elif not (dtype == k.dtype == v.dtype):
+        raise UserError(
+            f"attention: q is {str(dtype)[6:]}, k {str(k.dtype)[6:]}, v {str(v.dtype)[6:]}; cast them alike"
+        )
+    if mask is None:
+        mask = NONE
+    else:
+        mask.check(batch, heads, lq, lk)
+    scope, needed = _scope.get()
+    if needed:
+        needs = needs | needed
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        needs = needs | _BACKWARD
+    name = backend if backend != "auto" else scope if scope != "auto" else default
+    if torch.compiler.is_compiling():  # the choice is a constant of the graph, which may serve other lengths
+        head_dim = len(range(head_dim))  # a number to the graph, where it was a symbol
+        name = _constant(name, device, dtype, head_dim, mask.kind, needs)
+        return resolve("attention", name)().fn(q, k, v, mask, scale)
+    return _chosen(name, device, dtype, head_dim, mask.kind, lq, lk, needs).fn(q, k, v, mask, scale)
 
 
 @api_export("attention_report")
 def attention_report(call: Call) -> dict[str, list[str]]:
     """For every backend, why it cannot serve the call; an empty list where it can."""
     return {name: resolve("attention", name)().refusals(call) for name in names("attention")}
+
+
+@lru_cache(maxsize=1024)
+def _chosen(name: str, *call: Any) -> Attention:
+    return choose(_environment() if name == "auto" else name, Call(*call))
+
+
+@torch.compiler.assume_constant_result
+def _constant(name: str, device: str, dtype: torch.dtype, head_dim: int, mask: str, needs: frozenset[str]) -> str:
+    return _chosen(name, device, dtype, head_dim, mask, None, None, needs).name
+
+
+@cache
+def _environment() -> str:
+    """What the environment says, as it was at the first call."""
+    name = os.environ.get(VARIABLE) or "auto"
+    try:
+        return name if name == "auto" else _checked(name)
+    except UserError as error:
+        raise UserError(f"environment variable {VARIABLE}: {error}") from None
+
+
+def _checked(name: str) -> str:
+    if name not in names("attention"):
+        raise UserError(f"attention backend {name!r} is unknown.{nearest(name, ['auto', *names('attention')])}")
+    return name
+
+
+def _checked_needs(needs: Iterable[str]) -> frozenset[str]:
+    needs = frozenset([needs] if isinstance(needs, str) else needs)
+    for need in sorted(needs - {*NEEDS}):
+        raise UserError(f"attention: nothing is needed by the name {need!r}.{nearest(need, NEEDS)}")
+    return needs

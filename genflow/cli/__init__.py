@@ -1,4 +1,4 @@
-"""The command line: genflow train | sample | edit | invert | info."""
+"""The command line: genflow COMMAND, one module here for each of COMMANDS."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import errno
 import importlib
 import os
+import re
 import sys
 import warnings
 from collections.abc import Sequence
@@ -31,6 +32,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     warnings.showwarning = _one_line  # type: ignore[assignment]
     try:
+        for text in arguments:
+            if any("\ud800" <= c <= "\udfff" for c in text):
+                raise UserError(f"{text!r} is not UTF-8 text; write it, or name the file, in UTF-8")
         code = _dispatch(arguments)
         sys.stdout.flush()  # a closed pipe shows here, not when Python has gone
         return code
@@ -44,6 +48,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if error.errno not in OUTSIDE:
             raise
         print(f"genflow: {error.filename or 'a file'}: {error.strerror}", file=sys.stderr)
+        return 2
+    except (MemoryError, RuntimeError) as error:
+        # torch's own errors, by their words: torch may not be loaded
+        words = str(error).partition("\n")[0]
+        if not isinstance(error, MemoryError) and not re.search("out of memory|allocate memory", words):
+            raise
+        print(f"genflow: out of memory: {words}; ask for less at a time", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("genflow: interrupted", file=sys.stderr)

@@ -20,6 +20,7 @@ from genflow.cli.options import (
     read_image,
     solver,
     time_grid,
+    writable,
 )
 from genflow.errors import UserError
 
@@ -88,6 +89,7 @@ def run(args: argparse.Namespace) -> int:
     import torch
     from tqdm import tqdm
 
+    out = writable(args.out)
     files = [read_image(path) for path in (*args.pictures, *([args.into] if args.into else []))]
     flow, settings = open_velocity(args, unguided=way == "interpolation")
     if is_stochastic(settings) and (way not in ("image-to-image", "inpainting") or used.get("repeats", 1) > 1):
@@ -116,7 +118,7 @@ def run(args: argparse.Namespace) -> int:
     images = torch.cat([solution.x.clamp(-1, 1).cpu() for solution in solutions])
     named = {name: value for name in ("mask", "from", "into", "to") if (value := getattr(args, name)) is not None}
     about = {"way": way, **named, **used, "model": str(args.run), "ema": not args.no_ema, **settings}
-    _write(Path(args.out), args.pictures, x, mask, jobs, images, {**about, "nfe": solutions[0].nfe})
+    _write(out, args.pictures, x, mask, jobs, images, {**about, "nfe": solutions[0].nfe})
     print(f"{len(jobs)} pictures and grid.png in {args.out}: {way}, {solutions[0].nfe} network evaluations each")
     return 0
 

@@ -7,10 +7,13 @@ import dataclasses
 import inspect
 import os
 import platform
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from genflow.errors import UserError, nearest
 from genflow.registry import index, names, resolve, signature_of, tag_of
+
+if TYPE_CHECKING:
+    from genflow.attention import Call
 
 PLURAL = {
     "network": "networks (model)",
@@ -38,6 +41,8 @@ def run(args: argparse.Namespace) -> int:
     elif what is None or what in PLURAL:
         for kind in PLURAL if what is None else [what]:
             _list(kind)
+        if what == "attention":
+            _attention()
     else:
         kinds = [kind for kind in PLURAL if what in names(kind)]
         attrs = [(k, n) for k, group in index().items() for n, entry in group.items() if entry["attr"] == what]
@@ -92,7 +97,7 @@ def _system() -> None:
         print(f"cuda:{i}: {p.name}, {p.total_memory / 2**30:.0f} GiB, compute capability {p.major}.{p.minor}")
     if torch.backends.mps.is_available():
         print("mps: available")
-    from genflow.attention.dispatch import Call
+    from genflow.attention import choose
     from genflow.training.precision import DTYPES, matmul_tflops, refusal
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -101,10 +106,45 @@ def _system() -> None:
         reason = refusal(name, device)
         rate = "" if reason or device.type != "cpu" else f"matrix products at {matmul_tflops(dtype):.2f} TFLOP/s"
         print(f"  {name:22}{reason or rate or 'yes'}")
-    print("\nattention on this machine (a training call, head_dim 64)")
-    call = Call(
-        device.type, torch.float32 if device.type == "cpu" else torch.bfloat16, 64, False, frozenset({"backward"})
-    )
+    call = _training_call()
+    print(f"\nattention: {choose('auto', call).name} ({_words(call)}); genflow info attention says more")
+
+
+def _training_call() -> Call:
+    """What one attention call of a typical training step asks on this machine."""
+    import torch
+
+    from genflow.attention import Call
+
+    cuda = torch.cuda.is_available()
+    dtype = torch.bfloat16 if cuda else torch.float32
+    return Call("cuda" if cuda else "cpu", dtype, 64, "none", 272, 272, frozenset({"backward"}))
+
+
+def _words(call: Call) -> str:
+    return f"{str(call.dtype)[6:]} on {call.device}, head_dim {call.head_dim}, {', '.join(call.needs)}"
+
+
+def _attention() -> None:
+    """For a typical call: what this machine would use, why not the others, and what each backend can do here."""
+    from genflow.attention import attention_report, choose
+    from genflow.attention.dispatch import NEEDS
+    from genflow.attention.masks import KINDS
+
+    call = _training_call()
+    kinds = (*KINDS, "causal+keys", "causal+segments")
+    print(f"a training call on this machine: {_words(call)}\n\nthe choice, by mask")
+    chosen = [choose("auto", call._replace(mask=kind)).name for kind in kinds]
+    for backend in dict.fromkeys(chosen):
+        print(f"  {backend:22}{', '.join(kind for kind, name in zip(kinds, chosen) if name == backend)}")
+    print("\nthe others, without a mask")
+    for name, reasons in attention_report(call).items():
+        print(f"  {name:22}{'; '.join(reasons) or 'could serve'}" if name != chosen[0] else f"  {name:22}chosen")
+    print("\nwhat each can do for such tensors: masks; needs")
+    forward = call._replace(needs=frozenset())
     for name in names("attention"):
-        reasons = resolve("attention", name)().refusals(call)
-        print(f"  {name:22}{'; '.join(reasons) or 'yes'}")
+        refused = resolve("attention", name)().refusals
+        masks = [kind for kind in kinds if not refused(forward._replace(mask=kind))]
+        needs = [need.replace("_", " ") for need in NEEDS if not refused(call._replace(needs=frozenset({need})))]
+        able = f"{'all' if len(masks) == len(kinds) else ', '.join(masks)}; {', '.join(needs) or 'forward only'}"
+        print(f"  {name:22}{able if masks else 'nothing'}")

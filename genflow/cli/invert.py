@@ -17,6 +17,7 @@ from genflow.cli.options import (
     read_image,
     solver,
     time_grid,
+    writable,
 )
 from genflow.errors import UserError
 
@@ -48,6 +49,7 @@ def run(args: argparse.Namespace) -> int:
     from genflow.data.pictures import caption_grid
     from genflow.samplers.editing import psnr, round_trip
 
+    out = writable(args.out)
     files = [read_image(path) for path in args.pictures]
     flow, settings = open_velocity(args, unguided=True)
     if is_stochastic(settings):
@@ -76,7 +78,6 @@ def run(args: argparse.Namespace) -> int:
 
     errors = torch.stack([psnr(each, x) for each in back], 1).tolist()
     _print_table(args.pictures, counts, nfe, errors, noise.flatten(1).std(1).tolist())
-    out = Path(args.out)
     about = {"pictures": args.pictures, "prompts": prompts, "model": str(args.run), "ema": not args.no_ema, **settings}
     captions = [
         caption

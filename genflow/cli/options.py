@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -121,6 +122,17 @@ def guided(flow: Any, condition: Any, settings: dict[str, Any], **changes: Any) 
     """The velocity under an embedded condition, guided as the settings say."""
     how = {k: v for k, v in settings.items() if k in ("guidance", "interval", "guide", "rescale")}
     return flow.guided(condition, **{**how, **changes})
+
+
+def writable(folder: str) -> Path:
+    """The folder, which need not be there yet. Raises UserError where it cannot be: said before the drawing, not after."""
+    out = Path(folder)
+    there = next(path for path in (out.absolute(), *out.absolute().parents) if os.path.exists(path))
+    if not there.is_dir():
+        raise UserError(f"--out {out}: {there.name} is a file; name a folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"--out {out}: nothing can be written in {there}; name another folder")
+    return out
 
 
 def read_image(path: str) -> Image:

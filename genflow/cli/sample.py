@@ -6,7 +6,7 @@ import argparse
 import re
 from pathlib import Path
 
-from genflow.cli.options import add_solving, open_model
+from genflow.cli.options import add_solving, open_model, writable
 from genflow.errors import UserError
 
 
@@ -37,6 +37,7 @@ def run(args: argparse.Namespace) -> int:
     from genflow.data.pictures import caption_grid, to_picture
     from genflow.flows.store import load
 
+    out = writable(args.out)
     flow, settings = open_model(args)
     if args.classes and not hasattr(flow.text, "classes"):
         raise UserError(f"--class: {args.run} draws from text, not from classes; give --prompt {args.classes[0]!r}")
@@ -48,37 +49,40 @@ def run(args: argparse.Namespace) -> int:
     weak = load(args.weak, ema=not args.no_ema, device=flow.device) if args.weak else None
     wanted = [(prompt, args.seed + i) for i, prompt in enumerate(p for p in prompts for _ in range(args.n))]
 
-    images, nfe, out = [], 0, Path(args.out)
+    model = {"model": str(args.run), "ema": not args.no_ema, **settings}
+    if args.weak:
+        model["weak"] = args.weak
+    images, nfe = [], 0
     with tqdm(total=0, unit="step", dynamic_ncols=True, disable=None) as bar:
         batches = [wanted[i : i + args.batch] for i in range(0, len(wanted), args.batch)]
         bar.reset(total=len(batches) * settings.get("steps", 20))
-        for batch in batches:
+        for number, batch in enumerate(batches):
             texts, seeds = [p for p, _ in batch], [s for _, s in batch]
             solution = flow.sample(
                 texts, seeds=seeds, size=size, weak=weak, progress=lambda *_: bar.update(1), **settings
             )
-            nfe = solution.nfe
+            nfe = max(nfe, solution.nfe)
             images.append(solution.x.cpu())
-    x = torch.cat(images)
-    model = {"model": str(args.run), "ema": not args.no_ema, **settings, "nfe": nfe}
-    if args.weak:
-        model["weak"] = args.weak
-    for i, ((prompt, seed), image) in enumerate(zip(wanted, x, strict=True)):
-        name = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:40] or "empty"
-        to_picture(image, {"prompt": prompt, "seed": seed, **model}).save_atomic(out / f"{i:04d}-{name}-{seed}.png")
-    grid = caption_grid(
-        x, [p for p, _ in wanted], settings={"prompts": [p for p, _ in wanted], "seed": args.seed, **model}
-    )
-    grid.save_atomic(out / "grid.png")
+            for i, ((prompt, seed), image) in enumerate(zip(batch, images[-1], strict=True), number * args.batch):
+                about = {"prompt": prompt, "seed": seed, **model, "nfe": solution.nfe}
+                to_picture(image, about).save_atomic(out / f"{i:04d}-{_stem(prompt)}-{seed}.png")
+    captions = [prompt for prompt, _ in wanted]
+    about = {"prompts": captions, "seed": args.seed, **model, "nfe": nfe}
+    caption_grid(torch.cat(images), captions, settings=about).save_atomic(out / "grid.png")
     print(f"{len(wanted)} pictures and grid.png in {out} ({nfe} network evaluations each)")
     return 0
+
+
+def _stem(prompt: str) -> str:
+    """What a file name says of a prompt: its letters and digits, of any script."""
+    return re.sub(r"[\W_]+", "-", prompt.lower()).strip("-")[:40] or "empty"
 
 
 def _prompts(args: argparse.Namespace) -> list[str]:
     prompts = list(args.prompt) + list(args.classes)
     for name in args.prompt_file:
         try:
-            lines = Path(name).read_text(encoding="utf-8").splitlines()
+            lines = Path(name).read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"--prompt-file {name}: {getattr(error, 'strerror', None) or 'not UTF-8 text'}") from error
         prompts += [line for line in lines if line.strip()]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 
 
@@ -21,5 +22,6 @@ def run(args: argparse.Namespace) -> int:
         again = " ".join(["genflow train", args.config, *args.overrides])
         print(f"stopped and saved; to go on: {again}", file=sys.stderr)
         return 130
-    print(f'trained: {folder}; to draw: genflow sample {folder} --prompt "..."', file=sys.stderr)
+    if os.environ.get("RANK", "0") == "0":  # of several processes, one says so
+        print(f'trained: {folder}; to draw: genflow sample {folder} --prompt "..."', file=sys.stderr)
     return 0

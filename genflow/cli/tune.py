@@ -23,7 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--samplers", nargs="+", default=[], metavar="NAME", help="to choose from (all of one evaluation a step)"
     )
     what = parser.add_argument_group("on which pictures")
-    what.add_argument("--images", type=int, default=32, metavar="N", help="a third of them only to check (32)")
+    what.add_argument(
+        "--images", type=int, default=32, metavar="N", help="two thirds to fit a grid to, a third to check it (32)"
+    )
     what.add_argument(
         "--prompt", action="append", default=[], metavar="TEXT", help="in turn (captions of the training data)"
     )

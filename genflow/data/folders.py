@@ -21,11 +21,15 @@ CAPTION_KEYS = ("caption", "text", "prompt", "label")
 
 def existing(path: str, what: str) -> Path:
     """The path, or a UserError that names the nearest one there is."""
-    folder = Path(path).expanduser()
+    if not path.strip():
+        raise UserError(f"{what}: its path is empty; name a folder or a file")
     try:
+        folder = Path(path).expanduser()
         if folder.exists():
             return folder
         around = [p.name for p in folder.parent.iterdir()] if folder.parent.is_dir() else None
+    except RuntimeError as error:  # ~ of nobody
+        raise UserError(f"{what}: {path[:80]}: {error}") from error
     except OSError as error:
         raise UserError(f"{what}: {path[:80]}: {error.strerror}") from error
     near = f" {folder.parent} is not there either." if around is None else nearest_name(folder.name, around)

@@ -237,6 +237,8 @@ class RectifiedFlow(Flow):
         """The embedded condition of n samples: n rows, or one for all."""
         if isinstance(prompts, str):
             raise UserError("prompts must be a list of strings, such as ['a red apple'], not one string")
+        if not isinstance(prompts, Condition) and (other := [p for p in prompts if not isinstance(p, str)]):
+            raise UserError(f"prompts must be strings, such as 'a red apple' or '3', not {other[0]!r}")
         if n == 0:
             raise UserError("no seeds are given, so there is nothing to sample; give one seed for each picture")
         if len(prompts) not in (1, n):

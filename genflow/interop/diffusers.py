@@ -149,8 +149,11 @@ def config_from_diffusers(source: Mapping[str, object]) -> MMDiTConfig:
 def from_diffusers(module: Any) -> MMDiT:
     """A genflow MMDiT with the weights, dtype and device of a diffusers SD3Transformer2DModel.
 
-    Its position table is kept where it is not what the paper's formula gives. Raises UserError for an unknown layout.
+    Its position table is kept where it is not what the paper's formula gives. Raises UserError for another module and
+    for an unknown layout.
     """
+    if getattr(module, "config", None) is None or "caption_projection_dim" not in module.config:
+        raise UserError(f"from_diffusers takes a diffusers SD3Transformer2DModel, not a {type(module).__name__}")
     config = config_from_diffusers(module.config)
     state = state_from_diffusers(module.state_dict(), config)
     with torch.device("meta"):

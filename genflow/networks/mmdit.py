@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from genflow.attention import attention
+from genflow.attention import Mask, attention
 from genflow.errors import UserError
 from genflow.layers.embeddings import MLPEmbedder, PatchEmbed, sincos_2d, sinusoidal, unpatchify
 from genflow.layers.modulation import MLP, QKV, Linear, Modulation, gated_residual, joint_heads, modulated_norm
@@ -141,16 +141,16 @@ class MMDiT(nn.Module):
             raise UserError(f"mmdit: a picture of {height} x {width} does not divide into patches of {p}; try {near}")
         h, w = height // p, width // p
         dtype = self.final.weight.dtype
-        key_mask = None
+        mask = None
         if context_mask is not None:
-            key_mask = torch.cat([context_mask.new_ones(len(x), h * w), context_mask], dim=1)
+            mask = Mask(keys=torch.cat([context_mask.new_ones(len(x), h * w), context_mask], dim=1))
 
         x = self.patch(x)
         x = x + self.positions(h, w, x)
         c = F.silu(self.time_embed(sinusoidal(t, 256).to(dtype)) + self.pooled_embed(pooled))
         context = self.context_embed(context)
         for block in self.blocks:
-            x, context = block(x, context, c, key_mask)
+            x, context = block(x, context, c, mask)
         shift, scale = self.final_modulation(c)
         x = self.final(modulated_norm(x, shift, scale))
         return unpatchify(x, h, w, p)
@@ -182,18 +182,18 @@ class JointBlock(nn.Module):
         self.context_attention = SelfAttention(hidden, heads, qk_norm=qk_norm, project=not context_pre_only)
         self.context_mlp = None if context_pre_only else MLP(hidden, mlp_ratio * hidden)
 
-    def forward(self, x: Tensor, context: Tensor, c: Tensor, key_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """x: B x Lx x hidden; context: B x Lc x hidden; c: B x hidden; key_mask: B x (Lx + Lc). Returns both streams."""
+    def forward(self, x: Tensor, context: Tensor, c: Tensor, mask: Mask | None) -> tuple[Tensor, Tensor]:
+        """x: B x Lx x hidden; context: B x Lc x hidden; c: B x hidden; mask: over Lx + Lc keys. Returns both streams."""
         x_mod, context_mod = self.image_modulation(c), self.context_modulation(c)
         x_in = modulated_norm(x, x_mod[0], x_mod[1])
         context_in = modulated_norm(context, context_mod[0], context_mod[1])
         q, k, v = joint_heads([(self.image_attention.qkv, x_in), (self.context_attention.qkv, context_in)])
-        attended = attention(q, k, v, key_mask=key_mask, backend=self.backend)
+        attended = attention(q, k, v, mask, default=self.backend)
         x_out, context_out = attended.split([x.shape[1], context.shape[1]], dim=2)
 
         if self.image_attention2 is not None:
             own_in = modulated_norm(x, x_mod[6], x_mod[7])
-            own_out = attention(*joint_heads([(self.image_attention2.qkv, own_in)]), backend=self.backend)
+            own_out = attention(*joint_heads([(self.image_attention2.qkv, own_in)]), default=self.backend)
         x = self.image_attention.add_to(x, x_mod[2], x_out)
         if self.image_attention2 is not None:
             x = self.image_attention2.add_to(x, x_mod[8], own_out)

@@ -16,12 +16,16 @@ from genflow.errors import UserError
 from genflow.functional import shift_time
 from genflow.registry import grid_export
 
+MOST = 100_000  # steps; a slip of the finger would fill the memory with times
+
 
 def _check(steps: int, shift: float) -> None:
     if isinstance(steps, bool) or not isinstance(steps, Integral):
         raise UserError(f"steps = {steps!r} is not a whole number")
     if steps < 1:
         raise UserError(f"steps = {steps} is too few; the nearest possible number is 1")
+    if steps > MOST:
+        raise UserError(f"steps = {steps} is too many; the most is {MOST}")
     if not 0 < shift < math.inf:
         raise UserError(f"shift = {shift} must be positive; 1.0 is no shift")
 

@@ -33,6 +33,9 @@ class Conditioned:
     velocity: Callable[..., Tensor]
     cond: tuple[Tensor, ...]
 
+    def __post_init__(self) -> None:
+        _refuse_one(self.cond)
+
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
         return self.velocity(x, t, *_rows(self.cond, len(x)))
 
@@ -49,6 +52,10 @@ class OneNetwork:
     uncond: tuple[Tensor, ...]
     edges: ClassVar[tuple[float, ...]] = ()
     _pairs: dict[int, tuple[Tensor, ...]] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        _refuse_one(self.cond)
+        _refuse_one(self.uncond)
 
     def plain(self, x: Tensor, t: Time) -> Tensor:
         return evaluate(Conditioned(self.velocity, self.cond), x, t)
@@ -89,6 +96,11 @@ class TwoNetworks:
         return lambda rows: TwoNetworks(velocity(rows), weak(rows))
 
 
+def _refuse_one(cond: object) -> None:
+    if isinstance(cond, Tensor):  # whose rows would be taken for tensors
+        raise UserError("conditions are a tuple of tensors, such as (tokens, pooled) or (labels,), not one tensor")
+
+
 def _rows(tensors: tuple[Tensor, ...], n: int) -> tuple[Tensor, ...]:
     return tuple(a.expand(n, *a.shape[1:]) for a in tensors)
 
@@ -119,7 +131,8 @@ def cfg(
     and for scale 1, there is one plain call on cond. rescale: 0 .. 1, how far to bring each sample's standard deviation
     back to that of v_c (Lin et al. 2023, arXiv 2305.08891, sec. 3.4).
 
-    Raises UserError for a scale that is not finite, an interval that is not 0 <= lo < hi <= 1, and such a rescale.
+    Raises UserError for a scale that is not finite, an interval that is not 0 <= lo < hi <= 1, such a rescale, and for
+    conditions that are one tensor.
     """
     return Guided(OneNetwork(velocity, cond, uncond), scale, interval, guide, rescale)
 

@@ -39,8 +39,8 @@ def picard(
     A sweep evaluates the velocity at all states of a window in one batch and sums Euler's steps anew from the first. A
     state is verified once all those between it and the first stayed within tolerance (root mean square). Each row's
     window slides over what is verified; the states that come into it begin on the line of the last velocity. A sweep
-    verifies a step or more, so there are at most N. With tolerance 0 the result is Euler's up to rounding; with another it is off by
-    about tolerance times the velocity's Lipschitz constant.
+    verifies a step or more, so there are at most N. With tolerance 0 the result is Euler's, up to rounding; with another
+    it is off by about tolerance times the velocity's Lipschitz constant.
 
     It saves time, not work: nfe is N or more, for a wait of `sweeps` calls. The velocity gets up to window x B rows,
     each with a time of its own. With conditions by the row it needs `take`; without `take` it must accept any number of

@@ -96,7 +96,7 @@ def tune(
     Raises UserError for steps below 1, too few rows, and a solver that is unknown or not for so few fixed steps.
     """
     grids = hand_made(steps, last) if grids is None else {name: check_grid(grid) for name, grid in grids.items()}
-    costs = {name: evaluations(name, steps) for name in samplers} if samplers else _one_a_step(steps)
+    solvers = [name for name in samplers if evaluations(name, steps)] or _one_a_step(steps)
     n = len(noise) * 2 // 3 if fitted is None else fitted
     if not 0 < n < len(noise):
         raise UserError(f"{len(noise)} rows of noise, {n} of them to fit a grid to, leave none to check it; give more")
@@ -106,18 +106,17 @@ def tune(
         reference, trust = fine_solve(velocity, noise, last=last)
     contest = _Contest(velocity, noise, reference, n)
     learnt = plan(contest.few, contest.start, steps, rows=n, last=last)
-    say(f"{len(costs)} solvers on {len(grids)} hand-made grids and {len(learnt)} planned ones")
-    tries = [(name, grid, False) for name, grid in grids.items()] + [
-        (name, grid, True) for name, grid in learnt.items()
-    ]
-    found = sorted((contest.judge(sampler, *each) for sampler in costs for each in tries), key=_error)
-    for sampler in list(dict.fromkeys(c.sampler for c in found))[:FINALISTS]:
+    say(f"{len(solvers)} solvers on {len(grids)} hand-made grids and {len(learnt)} planned ones")
+    tries = [(name, grid, False) for name, grid in grids.items()]
+    tries += [(name, grid, True) for name, grid in learnt.items()]
+    found = sorted((contest.judge(solver, *each) for solver in solvers for each in tries), key=_error)
+    for solver in list(dict.fromkeys(c.sampler for c in found))[:FINALISTS]:
+        own = [c for c in found if c.sampler == solver]
         fits = []
-        for kind in (False, True):
-            for start in [c for c in found if c.sampler == sampler and c.learnt == kind][:1]:
-                grid = fit_grid(partial(contest.miss, sampler), start.grid)
-                fits.append(contest.judge(sampler, "tuned", grid, True))
-                say(f"{sampler}, fitted from {start.name}: RMSE {start.error:.3g} -> {fits[-1].error:.3g}")
+        for start in [c for c in own if not c.learnt][:1] + [c for c in own if c.learnt][:1]:
+            grid = fit_grid(partial(contest.miss, solver), start.grid)
+            fits.append(contest.judge(solver, "tuned", grid, True))
+            say(f"{solver}, fitted from {start.name}: RMSE {start.error:.3g} -> {fits[-1].error:.3g}")
         found.append(min(fits, key=_error))
     found.sort(key=lambda c: (c.error, c.name != "tuned"))
     if not math.isfinite(found[0].error):
@@ -126,8 +125,7 @@ def tune(
 
 
 class _Contest:
-    """Endpoints against those to reach. few, start: velocity and noise of the fitted rows, or of all where they hang
-    together."""
+    """Endpoints against those to reach. few, start: velocity and noise of the fitted rows, or of all without `take`."""
 
     def __init__(self, velocity: Velocity, noise: Tensor, reference: Tensor, fitted: int) -> None:
         self.velocity, self.noise, self.reference, self.fitted = velocity, noise, reference, fitted
@@ -256,7 +254,8 @@ def hand_made(steps: int, last: float = 0.0) -> dict[str, list[float]]:
 
     grids = make(steps)
     if last and steps > 1:
-        grids |= {f"{n}, last {last}": [last + (1 - last) * t for t in g] + [0.0] for n, g in make(steps - 1).items()}
+        squeezed = {name: [last + (1 - last) * t for t in grid[1:]] for name, grid in make(steps - 1).items()}
+        grids |= {f"{name}, last {last}": [1.0, *times, 0.0] for name, times in squeezed.items()}
     first: dict[tuple[float, ...], str] = {}
     for name, grid in grids.items():
         first.setdefault(tuple(grid), name)
@@ -286,13 +285,13 @@ def fixed_step() -> list[str]:
     return [n for n, tag in tags.items() if tag and tag.names[0] == n and tag.metadata.get("family") == "ode"]
 
 
-def _one_a_step(steps: int) -> dict[str, int]:
+def _one_a_step(steps: int) -> list[str]:
     """The fixed-step solvers that take so few steps at one evaluation each."""
-    costs = {}
+    found = []
     for name in fixed_step():
         with suppress(UserError):  # a multistep method that needs more steps
-            costs[name] = evaluations(name, steps)
-    return {name: nfe for name, nfe in costs.items() if nfe == steps}
+            found += [name] if evaluations(name, steps) == steps else []
+    return found
 
 
 def _error(candidate: Candidate) -> float:

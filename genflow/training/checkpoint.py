@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -80,9 +81,19 @@ def save_checkpoint(
 
 
 def load_checkpoint(folder: Path, *, model: nn.Module, optimizer: torch.optim.Optimizer, ema: EMA | None) -> dict:
-    """Put a whole checkpoint back in place; returns its state (step and the running sums of the log)."""
-    model.load_state_dict(load_file(folder / "model.safetensors"))
-    load_named_optimizer_state(optimizer, model, load_file(folder / "optimizer.safetensors"))
-    if ema is not None:
-        ema.load_state_dict(load_file(folder / "ema.safetensors"))
-    return json.loads((folder / "state.json").read_text())
+    """Put a whole checkpoint back in place; returns its state (step and the running sums of the log).
+
+    Raises UserError for one whose contents are damaged.
+    """
+    try:
+        state = json.loads((folder / "state.json").read_text())
+        model.load_state_dict(load_file(folder / "model.safetensors"))
+        load_named_optimizer_state(optimizer, model, load_file(folder / "optimizer.safetensors"))
+        if ema is not None:
+            ema.load_state_dict(load_file(folder / "ema.safetensors"))
+        return state
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"checkpoint {folder} is damaged ({reason}); remove it to go on from the one before, if there is one"
+        ) from error

@@ -2,13 +2,32 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from genflow.config import Choice, Named
+from genflow.errors import UserError
 from genflow.flows.rectified import RectifiedFlowConfig
+from genflow.registry import resolve
+from genflow.samplers import bound_sampler, cfg
 from genflow.samplers.guides import CFG
 from genflow.training.optimizers import AdamWConfig
+
+LEAST = {
+    "steps": 1,
+    "batch_size": 1,
+    "accumulation": 1,
+    "warmup": 0,
+    "workers": 0,
+    "log_every": 1,
+    "save_every": 1,
+    "keep": 1,
+    "preview_every": 0,
+    "validate_every": 0,
+    "validation_images": 1,
+}
+MOST = {"decay": 1.0, "clip": math.inf, "ema": 0.28, "max_bad": 1.0}  # of numbers from 0 on; no EMA profile is wider
 
 
 @dataclass(frozen=True)
@@ -38,6 +57,14 @@ class TrainConfig:
     max_bad: float = 0.05  # part of the data set that may turn out unreadable before the run is stopped
     trackers: tuple[str, ...] = ("tensorboard",)  # of accelerate's; metrics.jsonl is always written
 
+    def __post_init__(self) -> None:
+        for name, least in LEAST.items():
+            if (value := getattr(self, name)) < least:
+                raise UserError(f"{name} = {value} is too few; the least is {least}")
+        for name, most in MOST.items():
+            if not 0 <= (value := getattr(self, name)) <= most:
+                raise UserError(f"{name} = {value} is not within 0 .. {most:g}")
+
 
 @dataclass(frozen=True)
 class SampleConfig:
@@ -53,6 +80,14 @@ class SampleConfig:
     rescale: float = 0.0  # how far guidance keeps the standard deviation of the unguided velocity, 0 to 1
     shift: Literal["resolution"] | float = 1.0
 
+    def __post_init__(self) -> None:
+        """Refuse now what the sampler, the grid and the guide would refuse at the first preview."""
+        resolve("grid", self.grid)(self.steps, 1.0 if self.shift == "resolution" else self.shift)
+        if self.options is not None and not isinstance(self.options, dict):
+            raise UserError(f"options = {self.options!r} must be a section of keys, such as {{rtol: 1e-3}}")
+        bound_sampler(self.sampler, self.options or {}, ())
+        cfg(lambda x, t: x, (), (), self.guidance, interval=self.interval, guide=self.guide, rescale=self.rescale)
+
 
 @dataclass(frozen=True)
 class RunConfig:
@@ -66,3 +101,7 @@ class RunConfig:
     sample: SampleConfig = field(default_factory=SampleConfig)
     seed: int = 0
     out: str | None = None  # the run's folder; default: runs/<name of the config file>
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**63:
+            raise UserError(f"seed = {self.seed} is out of range; try 0")

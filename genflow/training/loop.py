@@ -89,12 +89,12 @@ class Trainer:
         optimizer = train.optimizer.build(self.flow)
         self.base_lr = [group["lr"] for group in optimizer.param_groups]
         self.conditions = PreparedConditions.prepare(self.dataset, self.text)
+        self.validation = self._validation_batches() if train.validate_every else []
         self.flow.to(accelerator.device).initialise(self.conditions.table)
         self.model, self.optimizer = accelerator.prepare(self.flow, optimizer)
         self.ema = EMA(self.flow, train.ema) if train.ema else None
         self.step, self.by_time = 0, LossByTime()
         self.checked = False  # whether the first forward has shown the precision that was asked
-        self.validation: list[Batch] = []
         self.bad: dict[str, str] = {}
         self._resume()
         self.log = Log(run, accelerator, steps=train.steps, start=self.step, batch_size=train.batch_size)
@@ -265,16 +265,17 @@ class Trainer:
             self.log.pause(time.monotonic() - begun)
         self.accelerator.wait_for_everyone()
 
+    def _validation_batches(self) -> list[Batch]:
+        """Read once, and before the first step: a split that is not there is said at once."""
+        train, data = self.config.train, self.config.data
+        dataset = data.build(train.validation_split)
+        n = min(len(dataset), train.validation_images)
+        sampler = [[(i, i) for i in range(j, min(j + train.batch_size, n))] for j in range(0, n, train.batch_size)]
+        conditions = PreparedConditions.prepare(dataset, self.text)
+        return list(loader(dataset, conditions, sampler, size=data.size, channels=data.channels))
+
     def _validate(self) -> None:
         train = self.config.train
-        if not self.validation:
-            dataset = self.config.data.build(train.validation_split)
-            n = min(len(dataset), train.validation_images)
-            sampler = [[(i, i) for i in range(j, min(j + train.batch_size, n))] for j in range(0, n, train.batch_size)]
-            conditions = PreparedConditions.prepare(dataset, self.text)
-            self.validation = list(
-                loader(dataset, conditions, sampler, size=self.config.data.size, channels=self.config.data.channels)
-            )
         sums: Tensor | float = 0.0
         for batch in self.validation:
             sums = sums + self.flow.validation_loss(batch.to(self.accelerator.device)) * len(batch.ids)
@@ -287,10 +288,8 @@ class Trainer:
 
     def _preview(self) -> None:
         train, sample = self.config.train, self.config.sample
-        every = max(len(self.dataset) // 16, 1)
-        prompts = (
-            list(train.preview_prompts) or [self.dataset.caption(i) for i in range(0, len(self.dataset), every)][:16]
-        )
+        captions = list(dict.fromkeys(self.dataset.captions))
+        prompts = list(train.preview_prompts) or captions[:: max(len(captions) // 16, 1)][:16]
         try:
             how = {f.name: getattr(sample, f.name) for f in fields(sample)}
             solution = self.flow.sample(prompts, seeds=list(range(len(prompts))), **how)

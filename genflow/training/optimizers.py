@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from genflow.errors import UserError
 from genflow.registry import optimizer_export
 
 
@@ -29,7 +31,20 @@ class AdamWConfig:
     eps: float = 1e-8
     weight_decay: float = 0.0
 
+    def __post_init__(self) -> None:
+        for name in ("lr", "eps", "weight_decay"):
+            if not 0 <= (value := getattr(self, name)) < math.inf:
+                raise UserError(
+                    f"{name} = {value} must be a finite number of 0 or more; the default is {_default(name)}"
+                )
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise UserError(f"betas = {self.betas} must be 0 or more and below 1, such as {_default('betas')}")
+
     def build(self, model: nn.Module) -> torch.optim.Optimizer:
         """One fused optimiser over every parameter that requires a gradient."""
         groups = decay_groups([p for p in model.parameters() if p.requires_grad], self.weight_decay)
         return torch.optim.AdamW(groups, lr=self.lr, betas=self.betas, eps=self.eps, fused=True)
+
+
+def _default(name: str) -> object:
+    return AdamWConfig.__dataclass_fields__[name].default

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator, PartialState
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import ProjectConfiguration
 
 from genflow.config import load, to_dict
-from genflow.errors import UserError
-from genflow.flows.store import newest_checkpoint
+from genflow.errors import UserError, nearest
+from genflow.flows.store import newest_checkpoint, read_config
 from genflow.registry import api_export
 from genflow.training.config import RunConfig
 from genflow.training.loop import Trainer
 from genflow.training.precision import resolve_precision
+
+try:
+    import fcntl
+except ImportError:  # not a system with such locks
+    fcntl = None  # type: ignore[assignment]
 
 # What may differ between a run and its continuation without making it another run.
 FREE = {
@@ -51,6 +57,7 @@ def train(config: str | Path | RunConfig, overrides: Sequence[str] = ()) -> Path
         asked = replace(asked, out=asked.out or f"runs/{Path(config).stem}")
     if asked.out is None:
         raise UserError("config: `out` is not set; name the run's folder")
+    _check_trackers(asked.train.trackers)
     run = Path(asked.out)
     asked = _as_saved(asked, run)
     device = PartialState(cpu=not (torch.cuda.is_available() or torch.backends.mps.is_available())).device
@@ -58,8 +65,16 @@ def train(config: str | Path | RunConfig, overrides: Sequence[str] = ()) -> Path
     asked = replace(asked, train=replace(asked.train, precision=precision))
     try:
         run.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        raise UserError(f"{run} is a file; name another folder as `out`") from error
     except OSError as error:
         raise UserError(f"cannot make the run's folder {run}: {error.strerror}") from error
+    with _alone(run):
+        _train(asked, run, device, precision, why)
+    return run
+
+
+def _train(asked: RunConfig, run: Path, device: torch.device, precision: str, why: str) -> None:
     accelerator = Accelerator(
         mixed_precision={"fp32": "no"}.get(precision, precision),
         cpu=device.type == "cpu",
@@ -69,7 +84,7 @@ def train(config: str | Path | RunConfig, overrides: Sequence[str] = ()) -> Path
     trainer = Trainer(asked, run, accelerator)
     if trainer.step >= asked.train.steps:
         trainer.log.say(f"{run} is already trained for {trainer.step} steps; set train.steps higher to go on")
-        return run
+        return
     if accelerator.is_main_process:
         _save_config(trainer.config, run)
         if asked.train.trackers:
@@ -80,7 +95,35 @@ def train(config: str | Path | RunConfig, overrides: Sequence[str] = ()) -> Path
     finally:
         trainer.log.close()
         accelerator.end_training()
-    return run
+
+
+@contextlib.contextmanager
+def _alone(run: Path) -> Iterator[None]:
+    """Hold the run's folder; the system lets go of it when the process ends, however it ends.
+
+    Raises UserError where another run of genflow holds it. Of several processes of one run, the main one asks.
+    """
+    if fcntl is None or not PartialState().is_main_process:
+        yield
+        return
+    with (run / ".lock").open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(
+                f"{run} is being trained by another process; wait for it, or choose another `out`"
+            ) from error
+        except OSError:  # a file system without locks
+            pass
+        yield
+
+
+def _check_trackers(trackers: Sequence[str]) -> None:
+    for name in trackers:
+        if name not in LOGGER_TYPE_TO_CLASS:
+            raise UserError(f"train.trackers: no tracker is named {name!r}.{nearest(name, LOGGER_TYPE_TO_CLASS)}")
+        if name not in map(str, get_available_trackers()):
+            raise UserError(f"train.trackers: {name} is not installed; install it, or leave it out")
 
 
 def _as_saved(config: RunConfig, run: Path) -> RunConfig:
@@ -88,7 +131,7 @@ def _as_saved(config: RunConfig, run: Path) -> RunConfig:
     folder = newest_checkpoint(run)
     if folder is None:
         return config
-    saved = json.loads((folder / "config.json").read_text())
+    saved = read_config(folder)
     if config.train.precision == "auto":
         config = replace(config, train=replace(config.train, precision=saved["train"]["precision"]))
     asked = to_dict(config)
