@@ -243,7 +243,7 @@ def _build_dataclass(schema: Any, node: _Node, path: str) -> Any:
         if key not in known:
             place = f" in {path}" if path else ""
             raise UserError(f"{child.where}: unknown key {key!r}{place}.{nearest(key, known)}")
-    values = {key: _build(hints[key], child, prefix + key) for key, child in given.items()}
+    values = {key: _build(hints[key], _named(known[key], child), prefix + key) for key, child in given.items()}
     for name, field in known.items():
         if name not in values and field.default is MISSING and field.default_factory is MISSING:
             raise UserError(f"{node.where}: {prefix}{name} is missing")
@@ -251,6 +251,15 @@ def _build_dataclass(schema: Any, node: _Node, path: str) -> Any:
         return schema(**values)
     except ValueError as error:
         raise UserError(f"{node.where}: {path + ': ' if path else ''}{error}") from error
+
+
+def _named(field: dataclasses.Field, node: _Node) -> _Node:
+    """A choice given by its fields alone is the default one."""
+    default = field.default_factory() if field.default_factory is not MISSING else field.default
+    tag = tag_of(type(default))
+    if tag is None or not isinstance(node.value, dict) or "name" in node.value:
+        return node
+    return dataclasses.replace(node, value={"name": _Node(tag.names[0], node.where, tag.names[0]), **node.value})
 
 
 def _build_choice(kind: str, node: _Node, path: str) -> Any:

@@ -66,6 +66,11 @@ def test_text_is_what_is_written(tmp_path):
     assert read(tmp_path, "steps: 5\ninner: {anything: {a: [1, x]}}\n").inner.anything == {"a": [1, "x"]}
 
 
+def test_a_choice_given_by_its_fields_is_the_default_one(tmp_path):
+    assert read(tmp_path, "steps: 5\n", "density.mean=1").density == LogitNormal(mean=1.0)
+    assert read(tmp_path, "steps: 5\ndensity: {std: 2}\n").density == LogitNormal(std=2.0)
+
+
 def test_overrides(tmp_path):
     assert read(tmp_path, "steps: 5\ninner:\n", "inner.rate=2").inner == Inner(rate=2.0)
     got = read(
@@ -106,7 +111,7 @@ def test_overrides(tmp_path):
         ("- 1\n", [], r"c.yaml:1: a config is a mapping"),
         ("steps: [1\n", [], r"c.yaml:\d: not YAML"),
         ("steps: 5\ndensity: {name: mod}\n", [], r"c.yaml:2: density: no density is named 'mod'. Did you mean 'mode'"),
-        ("steps: 5\ndensity: {scale: 1}\n", [], r"c.yaml:2: density needs a `name`"),
+        ("steps: 5\ndensity: {scale: 1}\n", [], r"c.yaml:2: unknown key 'scale' in density. Choose from: mean, std"),
         ("steps: 5\ndensity: {name: mode, mean: 1}\n", [], r"c.yaml:2: unknown key 'mean' in density"),
         ("steps: 5\nsampler: huen\n", [], r"c.yaml:2: sampler: no sampler is named 'huen'. Did you mean 'heun'"),
         ("steps: 5\n", ["inner.rte=1"], r"override 'inner.rte=1': unknown key 'rte' in inner. Did you mean 'rate'"),

@@ -216,5 +216,8 @@ def test_wrong_numbers_are_refused():
         MMDiTConfig(depth=2, hidden=30, heads=4, **SMALL).build()
     with pytest.raises(UserError, match="block 5"):
         MMDiTConfig(depth=2, dual_attention_layers=(5,), **SMALL).build()
+    for name in ("depth", "hidden", "patch_size"):
+        with pytest.raises(UserError, match=f"^{name} = 0 is too few; the least is 1$"):
+            MMDiTConfig(**{name: 0})
     with pytest.raises(UserError, match="pooled_dim is not set"):
         MMDiTConfig(depth=2, in_channels=3, context_dim=4, sample_size=4).build()

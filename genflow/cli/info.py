@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    what = args.what
+    what = {"data": "dataset", "model": "network"}.get(args.what, args.what)  # as a config's sections are called
     if what == "system":
         _system()
     elif what is None or what in PLURAL:

@@ -172,7 +172,6 @@ def to_diffusers(model: MMDiT) -> Any:
     config = model.config
     if config.mlp_ratio != 4:
         raise UserError(f"diffusers' SD3Transformer2DModel has mlp_ratio 4, this model {config.mlp_ratio}")
-    heads = config.heads or model.hidden // 64
     assert config.sample_size is not None
     with torch.device("meta"):
         module: Any = SD3Transformer2DModel(
@@ -180,8 +179,8 @@ def to_diffusers(model: MMDiT) -> Any:
             patch_size=config.patch_size,
             in_channels=config.in_channels,
             num_layers=config.depth,
-            attention_head_dim=model.hidden // heads,
-            num_attention_heads=heads,
+            attention_head_dim=model.hidden // model.heads,
+            num_attention_heads=model.heads,
             joint_attention_dim=config.context_dim,
             caption_projection_dim=model.hidden,
             pooled_projection_dim=config.pooled_dim,

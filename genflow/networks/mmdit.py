@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -40,6 +40,12 @@ class MMDiTConfig:
     pos_embed_max_size: int | None = None
     attention: str = "auto"
 
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if str(field.type).startswith("int") and value is not None and value < 1:
+                raise UserError(f"{field.name} = {value} is too few; the least is 1")
+
     def build(self) -> MMDiT:
         """The network, freshly initialised. Raises UserError where the numbers do not fit each other."""
         return MMDiT(self)
@@ -56,13 +62,13 @@ class MMDiT(nn.Module):
                 raise UserError(f"mmdit: {name} is not set, and no data set or text encoder is there to tell it")
         assert config.in_channels and config.context_dim and config.pooled_dim and config.sample_size
         hidden = config.hidden or 64 * config.depth
-        heads = config.heads or hidden // 64
+        heads = config.heads or max(hidden // 64, 1)
         if hidden % heads or hidden % 4:
             raise UserError(f"mmdit: hidden = {hidden} must be a multiple of 4 and of heads = {heads}")
         if wrong := [i for i in config.dual_attention_layers if not 0 <= i < config.depth]:
             raise UserError(f"mmdit: dual_attention_layers names block {wrong[0]}, but depth is {config.depth}")
         self.config = config
-        self.hidden = hidden
+        self.hidden, self.heads = hidden, heads
         self.patch = PatchEmbed(config.in_channels, hidden, config.patch_size)
         self.time_embed = MLPEmbedder(256, hidden)
         self.pooled_embed = MLPEmbedder(config.pooled_dim, hidden)

@@ -203,6 +203,7 @@ class Trainer:
             f"step {self.step + 1}: loss {loss}, gradient norm {norm}; the weights were left as they were before it. "
             f"Samples: {', '.join(mine[:16])}{' ...' if len(mine) > 16 else ''}. "
             + (f"Last good checkpoint: {last}" if last else "No checkpoint had been written yet")
+            + ". To go on, take a lower train.optimizer.lr or train.clip, or fp32"
         )
 
     def _any_rank(self, flag: bool) -> bool:

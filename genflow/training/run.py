@@ -30,6 +30,8 @@ except ImportError:  # not a system with such locks
 FREE = {
     "out",
     "train.steps",
+    "train.optimizer.lr",
+    "train.clip",
     "train.workers",
     "train.accumulation",
     "train.compile",
