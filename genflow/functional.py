@@ -99,7 +99,7 @@ def renoise(z: Tensor, noise: Tensor, t: float, t_up: float) -> Tensor:
 @api_export("shift_time")
 def shift_time(t: T, shift: float) -> T:
     """shift t / (1 + (shift - 1) t) (SD3, eq. 23): moves log_snr by -log(shift), above 1 towards noise."""
-    return shift * t / (1 + (shift - 1) * t)
+    return shift * t / (shift * t + (1 - t))  # exact at both ends
 
 
 @api_export("resolution_shift")

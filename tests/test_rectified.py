@@ -12,7 +12,8 @@ from genflow.conditions import Condition
 from genflow.errors import UserError
 from genflow.flows.densities import LogitNormal, Mixed, Uniform
 from genflow.flows.rectified import RectifiedFlowConfig
-from genflow.functional import Rng, noise_from_seeds
+from genflow.functional import Rng, noise_from_seeds, resolution_shift
+from genflow.registry import resolve
 from genflow.samplers import euler, heun, shifted
 from genflow.samplers.guides import APG
 
@@ -362,6 +363,30 @@ def test_every_option_changes_the_picture(change, flow):
     assert not torch.allclose(pictures[1], pictures[0])
     if len(change) > 1:
         assert not torch.allclose(pictures[1], pictures[2])
+
+
+@pytest.mark.parametrize("grid", ["shifted", "karras", "beta", "cosine"])
+@pytest.mark.parametrize("steps", [1, 2, 7, 60])
+def test_x_prediction_ends_in_the_predicted_picture(grid, steps):
+    """However many steps: below t_min the clamped velocity would leave noise behind."""
+
+    class Knows(TinyNet):
+        def forward(self, x, t, context, pooled, *, context_mask=None):
+            return torch.full_like(x, 0.3)
+
+    flow = make(network=Knows(), prediction="x", t_min=0.05)
+    times = flow.times(steps, grid)
+    assert len(times) == steps + 1 and times[0] == 1 and times[-1] == 0
+    assert steps == 1 or times[-2] == pytest.approx(0.05)
+    x = flow.sample(["a"], seeds=[1], sampler="euler", steps=steps, grid=grid).x
+    torch.testing.assert_close(x, torch.full_like(x, 0.3), rtol=0, atol=1e-5)
+    assert make(prediction="v").times(steps, grid) == resolve("grid", grid)(steps)
+    assert flow.times(steps, [1.0, 0.02, 0.0]) == [1.0, 0.02, 0.0]
+
+
+def test_the_shift_of_a_picture_s_size(flow):
+    assert flow.times(4, shift="resolution") == flow.times(4, shift=resolution_shift(math.prod(flow.image_shape[1:])))
+    assert flow.times(4, shift="resolution", size=(64, 64)) == flow.times(4, shift=resolution_shift(4096))
 
 
 def test_size_and_text_mask_and_modes():

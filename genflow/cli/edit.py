@@ -96,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(
             f"sampler {settings['sampler']!r} draws noise, which has no place here; take one such as 'heun'"
         )
-    grid = time_grid(settings, settings.get("steps", 20))
+    grid = time_grid(flow, settings, settings.get("steps", 20))
     x = torch.stack([fit_image(file, flow) for file in files])
     mask = _read_mask(args, files, flow) if args.mask else None
     if way == "interpolation":

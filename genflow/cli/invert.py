@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"sampler {settings['sampler']!r} draws noise, so it has no inverse; choose one such as 'heun'")
     counts = args.steps or [settings.get("steps", 20)]
     settings.pop("steps", None)
-    grids = [time_grid(settings, steps) for steps in counts]
+    grids = [time_grid(flow, settings, steps) for steps in counts]
     x = torch.stack([fit_image(file, flow) for file in files])
     chunks = torch.arange(len(x)).split(args.batch)
 

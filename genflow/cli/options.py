@@ -108,9 +108,8 @@ def solver(settings: dict[str, Any], seeds: Sequence[int] = ()) -> Any:
     return bound_sampler(settings.get("sampler", "heun"), settings.get("options") or {}, seeds)
 
 
-def time_grid(settings: dict[str, Any], steps: int) -> list[float]:
-    grid = settings.get("grid", "shifted")
-    return resolve("grid", grid)(steps, settings.get("shift", 1.0)) if isinstance(grid, str) else grid
+def time_grid(flow: Any, settings: dict[str, Any], steps: int) -> list[float]:
+    return flow.times(steps, settings.get("grid", "shifted"), settings.get("shift", 1.0))
 
 
 def embed(flow: Any, prompts: list[str]) -> Any:

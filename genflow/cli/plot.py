@@ -94,7 +94,7 @@ class _Plotter:
         self.args = args
         self.flow, self.settings = open_velocity(args)
         self.steps = self.settings.get("steps", 20)
-        self.times = time_grid(self.settings, self.steps)
+        self.times = time_grid(self.flow, self.settings, self.steps)
 
     def strip(self) -> Figure:
         import torch
@@ -158,7 +158,7 @@ class _Plotter:
             curves = {}
             for sampler in tqdm(fixed_step(), unit="sampler", disable=None):
                 steps = dict.fromkeys(steps_within(sampler, budget) for budget in BUDGETS)
-                curves[sampler] = [point(sampler, time_grid(own, n)) for n in steps if n]
+                curves[sampler] = [point(sampler, time_grid(self.flow, own, n)) for n in steps if n]
             learnt = [found for n in range(1, max(BUDGETS) + 1) if (found := tuned(self.args.run, n))]
             stars = [point(found["sampler"], found["grid"]) for found in learnt]
         return plot_errors(

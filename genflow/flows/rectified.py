@@ -183,11 +183,11 @@ class RectifiedFlow(Flow):
         """One picture for each prompt and seed; the picture of a seed does not depend on its batch mates.
 
         prompts: as many as seeds, or one for all of them; or a prepared condition. sampler: a registered name; options: its
-        own, such as {"rtol": 1e-3}. grid: a registered name, or the times themselves, whatever steps and shift say; shift:
-        a number, or "resolution" for the one of the picture's size (`resolution_shift`). guidance: its scale, 1 is none;
-        interval: the times at which it acts; guide: how, a registered name, one with its options, {"name": "apg", "eta":
-        0.5}, or a Guide; rescale: as in `cfg`. weak: a weaker model to move away from, in place of the empty prompt
-        (`autoguidance`). size: side, or height and width, in place of the trained size. progress: called as
+        own, such as {"rtol": 1e-3}. grid: a registered name (`times`), or the times themselves, whatever steps and shift
+        say; shift: a number, or "resolution" for the one of the picture's size (`resolution_shift`). guidance: its scale,
+        1 is none; interval: the times at which it acts; guide: how, a registered name, one with its options, {"name":
+        "apg", "eta": 0.5}, or a Guide; rescale: as in `cfg`. weak: a weaker model to move away from, in place of the
+        empty prompt (`autoguidance`). size: side, or height and width, in place of the trained size. progress: called as
         progress(done, steps) after every step. record: keep the trajectory.
 
         Returns x, B x C x H x W float32 in [-1, 1], and nfe. Raises UserError for what cannot be, and for NaN.
@@ -199,9 +199,7 @@ class RectifiedFlow(Flow):
             raise UserError(
                 f"size = {height} x {width} is not a picture's; this model was trained at {sides[0]} x {sides[1]}"
             )
-        if shift == "resolution":
-            shift = resolution_shift(height * width // getattr(self.network.config, "patch_size", 1) ** 2)
-        times = resolve("grid", grid)(steps, shift) if isinstance(grid, str) else check_grid(grid)
+        times = self.times(steps, grid, shift, size=(height, width))
         solve = bound_sampler(sampler, options or {}, seeds)
         noise = noise_from_seeds(seeds, (channels, height, width)).to(self.device)
         if weak is not None and (not isinstance(weak, RectifiedFlow) or weak.image_shape[0] != channels):
@@ -217,6 +215,29 @@ class RectifiedFlow(Flow):
                 velocity = autoguidance(strong, weaker, guidance, interval=interval, guide=rule, rescale=rescale)
             solution = solve(velocity, noise, times, progress=progress, record=record).checked()
         return replace(solution, x=solution.x.float().clamp(-1, 1))
+
+    def times(
+        self,
+        steps: int,
+        grid: str | Sequence[float] = "shifted",
+        shift: float | Literal["resolution"] = 1.0,
+        *,
+        size: tuple[int, int] | None = None,
+    ) -> list[float]:
+        """The steps + 1 times of a sample: those given, or of a registered grid.
+
+        For x-prediction a grid of a name is squeezed into 1 .. t_min, and its last step takes the predicted picture:
+        below t_min, where the velocity is clamped, more steps would leave noise behind.
+        """
+        if not isinstance(grid, str):
+            return check_grid(grid)
+        if shift == "resolution":
+            height, width = size or self.image_shape[1:]
+            shift = resolution_shift(height * width // getattr(self.network, "patch_size", 1) ** 2)
+        make, last = resolve("grid", grid), self.config.t_min
+        if self.config.prediction == "v" or steps < 2:
+            return make(steps, shift)
+        return [last + (1 - last) * t for t in make(steps - 1, shift)] + [0.0]
 
     def guided(
         self,

@@ -68,7 +68,7 @@ class MMDiT(nn.Module):
         if wrong := [i for i in config.dual_attention_layers if not 0 <= i < config.depth]:
             raise UserError(f"mmdit: dual_attention_layers names block {wrong[0]}, but depth is {config.depth}")
         self.config = config
-        self.hidden, self.heads = hidden, heads
+        self.hidden, self.heads, self.patch_size = hidden, heads, config.patch_size
         self.patch = PatchEmbed(config.in_channels, hidden, config.patch_size)
         self.time_embed = MLPEmbedder(256, hidden)
         self.pooled_embed = MLPEmbedder(config.pooled_dim, hidden)
