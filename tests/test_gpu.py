@@ -10,6 +10,8 @@ import torch
 from genflow.config import load
 from genflow.flows.store import newest_checkpoint
 from genflow.networks.mmdit import MMDiTConfig
+from genflow.registry import names, resolve, tag_of
+from genflow.samplers import cfg, uniform
 from genflow.training.config import RunConfig
 from genflow.training.run import train
 
@@ -42,3 +44,22 @@ def test_training_in_half_precision(tmp_path, precision):
     assert lines[-1]["loss"] < lines[0]["loss"]
     assert ("loss_scale" in lines[0]) == (precision == "fp16")
     assert newest_checkpoint(run).name == "step-00000030"
+
+
+ODE = [name for name in names("sampler") if tag_of(resolve("sampler", name)).metadata["family"] == "ode"]
+
+
+@pytest.mark.parametrize("name", ODE)
+def test_a_fixed_step_never_waits_for_the_device(name):
+    cond, uncond = torch.ones(4, 1, device="cuda"), torch.zeros(1, 1, device="cuda")
+    velocity = cfg(lambda x, t, c: x * t[:, None] + c, (cond,), (uncond,), 2.0, interval=(0.2, 0.8))
+    x = torch.randn(4, 3, device="cuda")
+    solve = resolve("sampler", name)
+    expected = solve(velocity, x, uniform(12)).x
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        got = solve(velocity, x, uniform(12)).x
+        plain = solve(lambda x, t: x * t[:, None], x, uniform(12)).x
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(got, expected) and plain.isfinite().all()

@@ -121,6 +121,8 @@ def test_nan_is_told_with_its_step_and_samples():
     assert solution.status == ["ok", "not finite (NaN or inf) from step 4 of 8 on", "ok"] and not solution.ok
     with pytest.raises(UserError, match="from step 4 of 8 on; samples 1 of 3"):
         solution.checked()
+    many = euler(velocity, torch.zeros(3, 2), uniform(40))
+    assert many.status[1] == "not finite (NaN or inf) from step 19 to 21 of 40 on"
     good = euler(lambda x, t: x, torch.zeros(2, 2), uniform(3))
     assert good.ok and good.checked() is good
 

@@ -72,16 +72,19 @@ class Solution:
     trajectory: Trajectory | None = None
     statistics: StepStatistics | None = None
     _stopped: dict[int, str] = field(default_factory=dict)  # rows that did not arrive, and why
-    _sums: list[Tensor] = field(default_factory=list, repr=False)  # of the state after each step
+    _sums: dict[int, Tensor] = field(default_factory=dict, repr=False)  # of the state, after some of the steps
 
     @cached_property
     def status(self) -> list[str]:
         """One word or line per row: "ok", or why the row is not what was asked. Waits for the device."""
         finite = self.x.detach().flatten(1).isfinite().all(1).tolist()
-        step = 0
+        where = ""
         if not all(finite) and self._sums:
-            step = int(torch.stack(self._sums).isfinite().cumprod(0).sum()) + 1
-        where = f" from step {step} of {len(self._sums)} on" if 0 < step <= len(self._sums) else ""
+            steps, sums = [0, *self._sums], torch.stack([*self._sums.values()])
+            good = int(sums.isfinite().cumprod(0).sum())
+            if good < len(sums):
+                first, last = steps[good] + 1, steps[good + 1]
+                where = f" from step {first}{f' to {last}' if last > first else ''} of {steps[-1]} on"
         return [
             self._stopped.get(i, "ok" if good else f"not finite (NaN or inf){where}") for i, good in enumerate(finite)
         ]
@@ -136,7 +139,7 @@ class Solve:
         self.progress = progress
         self.trajectory = Trajectory([self.grid[0]], [self.x], [0]) if record else None
         self.nfe = 0
-        self._sums: list[Tensor] = []
+        self._sums: dict[int, Tensor] = {}
         self._at = getattr(velocity, "at", None)
         self._times: dict[float, Tensor] = {}
         if self._at is None:  # the times of all rows, made once: nothing goes to the device between two steps
@@ -154,14 +157,17 @@ class Solve:
         return v if v.shape == x.shape and v.dtype == x.dtype else as_state(v, x)
 
     def _add_times(self, times: list[float]) -> None:
-        rows = torch.tensor(times, dtype=self.x.dtype).to(self.x.device).unsqueeze(1).repeat(1, len(self.x))
+        column = torch.tensor(times, dtype=self.x.dtype).unsqueeze(1).to(self.x.device, non_blocking=True)
+        rows = column.repeat(1, len(self.x))
         self._times.update(zip(times, rows.unbind(), strict=True))
 
     def __iter__(self) -> Iterator[tuple[float, float]]:
         steps = len(self.grid) - 1
+        every = -(-steps // 16)  # a sum costs little, but small networks do not cost much more
         for done, (t, t_next) in enumerate(pairwise(self.grid), start=1):
             yield t, t_next
-            self._sums.append((self.x.detach() if self.x.requires_grad else self.x).sum())
+            if done % every == 0 or done == steps:
+                self._sums[done] = (self.x.detach() if self.x.requires_grad else self.x).sum()
             if self.trajectory is not None:
                 self.trajectory.times.append(t_next)
                 self.trajectory.states.append(self.x)
