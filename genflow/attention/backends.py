@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from genflow.attention.cpu import MatrixBackward, serves
 from genflow.attention.dispatch import Attention, Call
 from genflow.attention.known_bad import HALF, capability
 from genflow.attention.masks import Mask, Packing, packed
@@ -34,6 +35,8 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float | None) -> T
     if q.is_mps:  # wrong for views that permute (pytorch/pytorch#181133)
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     if mask.kind == "none":
+        if serves(q, k):
+            return MatrixBackward.apply(q, k, v, scale)
         return F.scaled_dot_product_attention(q, k, v, scale=scale)
     lq, lk = q.shape[2], k.shape[2]
     if mask.kind == "causal" and lq == 1:
