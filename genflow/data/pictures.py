@@ -6,9 +6,10 @@ import json
 import os
 import tempfile
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -33,18 +34,23 @@ class Picture:
         info = PngInfo()
         if self.settings:
             info.add_itxt(METADATA, json.dumps(self.settings, ensure_ascii=False))
-        temporary = None
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".partial", delete=False) as file:
-                temporary = Path(file.name)
-                self.image.save(file, "PNG", pnginfo=info)
-            temporary.chmod(0o644)
-            os.replace(temporary, path)
-        except OSError as error:
-            if temporary is not None:
-                temporary.unlink(missing_ok=True)
-            raise UserError(f"could not write {path}: {error.strerror or error}") from error
+        write_atomic(path, lambda file: self.image.save(file, "PNG", pnginfo=info))
+
+
+def write_atomic(path: Path, write: Callable[[IO[bytes]], object]) -> None:
+    """A file, whole or not at all. Raises UserError where the disk refuses."""
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".partial", delete=False) as file:
+            temporary = Path(file.name)
+            write(file)
+        temporary.chmod(0o644)
+        os.replace(temporary, path)
+    except OSError as error:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+        raise UserError(f"could not write {path}: {error.strerror or error}") from error
 
 
 @api_export("to_picture")

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import functools
 import math
-import os
-import tempfile
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -18,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from genflow.data.pictures import write_atomic
 from genflow.errors import UserError
 from genflow.functional import log_snr
 from genflow.registry import api_export, resolve
@@ -80,19 +79,9 @@ def _figure(width: float, height: float) -> Figure:
 @styled
 def save_plot(figure: Figure, path: Path) -> None:
     """Write a figure, as the ending of path says (.png, .svg), whole or not at all. Raises UserError."""
-    temporary = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".partial", delete=False) as file:
-            temporary = Path(file.name)
-            kind = path.suffix.removeprefix(".")
-            figure.savefig(file, format=kind, metadata={"Date": None} if kind == "svg" else None)
-        temporary.chmod(0o644)
-        os.replace(temporary, path)
-    except OSError as error:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
-        raise UserError(f"could not write {path}: {error.strerror or error}") from error
+    kind = path.suffix.removeprefix(".")
+    metadata = {"Date": None} if kind == "svg" else None
+    write_atomic(path, lambda file: figure.savefig(file, format=kind, metadata=metadata))
 
 
 # ------------------------------------------------------------------------------------------------------------- training
