@@ -31,6 +31,14 @@ class Named:
     kind: str
 
 
+@dataclass(frozen=True)
+class Owned:
+    """Marks a field whose dataclass is told by another field: the attribute `attribute` of its value."""
+
+    field: str
+    attribute: str
+
+
 @dataclass
 class _Node:
     """A YAML value that remembers where it was written. value: scalar, list of _Node or dict of str to _Node."""
@@ -243,7 +251,15 @@ def _build_dataclass(schema: Any, node: _Node, path: str) -> Any:
         if key not in known:
             place = f" in {path}" if path else ""
             raise UserError(f"{child.where}: unknown key {key!r}{place}.{nearest(key, known)}")
-    values = {key: _build(hints[key], _named(known[key], child), prefix + key) for key, child in given.items()}
+    owned = {key: marker for key in given if (marker := _owner(hints[key])) is not None}
+    values = {
+        key: _build(hints[key], _named(known[key], child), prefix + key)
+        for key, child in given.items()
+        if key not in owned
+    }
+    for key, marker in owned.items():
+        owner = values[marker.field] if marker.field in values else known[marker.field].default_factory()  # type: ignore
+        values[key] = _build_dataclass(getattr(owner, marker.attribute), given[key], prefix + key)
     for name, field in known.items():
         if name not in values and field.default is MISSING and field.default_factory is MISSING:
             raise UserError(f"{node.where}: {prefix}{name} is missing")
@@ -251,6 +267,10 @@ def _build_dataclass(schema: Any, node: _Node, path: str) -> Any:
         return schema(**values)
     except ValueError as error:
         raise UserError(f"{node.where}: {path + ': ' if path else ''}{error}") from error
+
+
+def _owner(hint: Any) -> Owned | None:
+    return next((m for m in get_args(hint)[1:] if isinstance(m, Owned)), None)
 
 
 def _named(field: dataclasses.Field, node: _Node) -> _Node:

@@ -153,9 +153,16 @@ class Rng:
         counter = index.to("cpu", torch.int64) * _signed(_GAMMA)
         return _mix(_mix(counter + key) ^ key)
 
-    def uniform(self, stream: str, index: Tensor) -> Tensor:
-        """Uniform numbers inside (0, 1), the ends excluded. index: B int64 -> B float64 on the CPU."""
-        return (_shift_right(self.bits(stream, index), 12).double() + 0.5) * 2.0**-52
+    def uniform(self, stream: str, index: Tensor, shape: Sequence[int] = ()) -> Tensor:
+        """Uniform numbers inside (0, 1), the ends excluded. index: B int64 -> B x *shape float64 on the CPU.
+
+        Within a row they are the outputs of splitmix64, its state starting at the row's bits.
+        """
+        bits = self.bits(stream, index)
+        if shape:
+            steps = torch.arange(1, math.prod(shape) + 1) * _signed(_GAMMA)
+            bits = _mix(bits[:, None] + steps).view(len(bits), *shape)
+        return (_shift_right(bits, 12).double() + 0.5) * 2.0**-52
 
     def normal(self, stream: str, index: Tensor, shape: Sequence[int]) -> Tensor:
         """Standard normal numbers. index: B int64 -> B x *shape float32 on the CPU.

@@ -73,7 +73,7 @@ def trained(run: str, rows: int) -> Problem:
     how = {key: sample[key] for key in ("guidance", "interval", "guide", "rescale") if key in sample}
     velocity = flow.guided(flow.embed(flow.text.encode(prompts)), **how)
     about = f"{Path(run).resolve().name}, guidance {how.get('guidance', 1.0)}; {rows} captions of its training data"
-    noise = noise_from_seeds(range(len(prompts)), flow.image_shape)
+    noise = noise_from_seeds(range(len(prompts)), flow.shape)
     return Problem("run", about, velocity, noise, last_time(flow))
 
 

@@ -69,7 +69,7 @@ def test_info_system_says_what_runs_here(capsys):
         (["info", "hoin"], "nothing is called 'hoin'"),
         (["train", "no-such.yaml"], "cannot read config no-such.yaml"),
         (["sample", "no-such-run", "--prompt", "x"], "no-such-run does not exist"),
-        (["sample", "no-such-run"], "nothing to draw"),
+        (["sample", "no-such-run"], "no-such-run does not exist"),
         (["sample", "x", "--prompt-file", "nothing.txt"], "--prompt-file nothing.txt"),
     ],
 )

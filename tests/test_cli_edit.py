@@ -29,12 +29,12 @@ FLOW = RectifiedFlowConfig()
 
 def make_model(folder: Path) -> Path:
     torch.manual_seed(0)
-    flow = FLOW.build(MODEL.build(), TEXT.build(), image_shape=(3, 16, 16))
+    flow = FLOW.build(MODEL.build(), TEXT.build(), shape=(3, 16, 16))
     for p in flow.network.parameters():
         torch.nn.init.normal_(p, std=0.2)
     sections = {"model": ("mmdit", MODEL), "flow": ("rectified", FLOW), "text": ("learned", TEXT)}
     config = {key: {"name": name, **genflow.config.to_dict(each)} for key, (name, each) in sections.items()}
-    config |= {"sample": {"sampler": "euler", "steps": 3, "guidance": 2.0}, "image_shape": [3, 16, 16]}
+    config |= {"sample": {"sampler": "euler", "steps": 3, "guidance": 2.0}, "shape": [3, 16, 16]}
     save_model(folder, config=config, state=flow.state_dict())
     return folder
 

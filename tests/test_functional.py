@@ -134,6 +134,18 @@ def test_seed_step_stream_and_index_each_change_the_draw():
         assert abs(np.corrcoef(base, other)[0, 1]) < 0.06, name
 
 
+def test_uniform_rows_are_uniform_and_hang_on_their_counter_only():
+    rng, index = Rng(1, 2), torch.tensor([5, 0, 2**62, 7])
+    u = rng.uniform("dequantize", index, (3, 40, 40))
+    assert u.shape == (4, 3, 40, 40) and u.dtype == torch.float64 and u.min() > 0 and u.max() < 1
+    assert stats.kstest(u.flatten().numpy(), "uniform").pvalue > 1e-3
+    assert np.abs(np.corrcoef(u.flatten(1).numpy()) - np.eye(4)).max() < 0.06
+    assert abs(np.corrcoef(u[..., 1:].flatten(), u[..., :-1].flatten())[0, 1]) < 0.03
+    assert torch.equal(rng.uniform("dequantize", index[2:3], (3, 40, 40))[0], u[2])
+    assert len(u.flatten().unique()) == u.numel()
+    assert rng.uniform("dequantize", torch.arange(0), (3, 2)).shape == (0, 3, 2)
+
+
 def test_normal_is_normal():
     rows = Rng(1).normal("noise", torch.arange(200), (100,))
     assert stats.kstest(rows.flatten().numpy(), "norm").pvalue > 1e-3

@@ -72,7 +72,7 @@ def dataset_of(pictures: list[bytes]) -> ImageDataset:
 def load_all(dataset, *, workers=0, flip=False, steps=4, size=16):
     conditions = PreparedConditions.prepare(dataset, LearnedTextConfig(dim=8, heads=2).build())
     sampler = StreamSampler(len(dataset), seed=1, batch_size=4, steps=steps)
-    return list(loader(dataset, conditions, sampler, size=size, channels=3, flip=flip, seed=1, workers=workers))
+    return list(loader(dataset, conditions, sampler, shape=(3, size, size), flip=flip, seed=1, workers=workers))
 
 
 def test_batches_hold_what_they_say():
@@ -82,10 +82,10 @@ def test_batches_hold_what_they_say():
     rgb = {0: (1, -1, -1), 1: (-1, 1, -1), 2: (-1, -1, 1), 3: (-1, -1, -1), 4: (1, 1, 1)}
     text = LearnedTextConfig(dim=8, heads=2).build()
     for batch in batches:
-        assert batch.image.dtype == torch.float32 and batch.image.shape == (4, 3, 16, 16)
+        assert batch.x.dtype == torch.float32 and batch.x.shape == (4, 3, 16, 16)
         for row in range(4):
             i = int(batch.index[row])
-            assert tuple(batch.image[row, :, 0, 0].tolist()) == rgb[i]
+            assert tuple(batch.x[row, :, 0, 0].tolist()) == rgb[i]
             assert batch.ids[row] == f"file{i}" and batch.captions[row] == f"caption {i % 3}"
             assert torch.equal(batch.condition.tokens[row], text.encode([f"caption {i % 3}"]).tokens[0])
     assert torch.cat([b.position for b in batches]).tolist() == list(range(16))
@@ -115,7 +115,7 @@ def test_nothing_to_batch_is_refused():
 def test_workers_change_nothing():
     dataset = dataset_of([png((i * 20, 0, 0)) for i in range(7)])
     for a, b in zip(load_all(dataset, flip=True), load_all(dataset, workers=2, flip=True), strict=True):
-        assert torch.equal(a.image, b.image) and torch.equal(a.position, b.position) and a.ids == b.ids
+        assert torch.equal(a.x, b.x) and torch.equal(a.position, b.position) and a.ids == b.ids
 
 
 def test_flips_depend_on_the_position_alone():
@@ -125,14 +125,14 @@ def test_flips_depend_on_the_position_alone():
     image.save(out, "PNG")
     dataset = dataset_of([out.getvalue()] * 3)
     batches = load_all(dataset, flip=True, steps=50)
-    turned = torch.cat([b.image[:, 0, 0, 0] for b in batches]) > 0
+    turned = torch.cat([b.x[:, 0, 0, 0] for b in batches]) > 0
     index = torch.cat([b.index for b in batches])
     for i in range(3):
         assert 0.25 < turned[index == i].float().mean() < 0.75
     conditions = PreparedConditions.prepare(dataset, LearnedTextConfig(dim=8, heads=2).build())
-    for one in loader(dataset, conditions, [[(2, p)] for p in range(200)], size=16, channels=3, flip=True, seed=1):
-        assert bool(one.image[0, 0, 0, 0] > 0) == bool(turned[one.position[0]])
-    assert not any((b.image[:, 0, 0, 0] > 0).any() for b in load_all(dataset))
+    for one in loader(dataset, conditions, [[(2, p)] for p in range(200)], shape=(3, 16, 16), flip=True, seed=1):
+        assert bool(one.x[0, 0, 0, 0] > 0) == bool(turned[one.position[0]])
+    assert not any((b.x[:, 0, 0, 0] > 0).any() for b in load_all(dataset))
 
 
 def test_bad_pictures_are_passed_over_and_named():
@@ -141,7 +141,7 @@ def test_bad_pictures_are_passed_over_and_named():
     assert {i for b in batches for i in b.index.tolist()} == {0, 4}
     assert {name for b in batches for name, _ in b.bad} == {"file1", "file2", "file3"}
     for a, b in zip(batches, load_all(dataset_of(pictures), workers=1), strict=True):
-        assert torch.equal(a.image, b.image) and a.bad == b.bad
+        assert torch.equal(a.x, b.x) and a.bad == b.bad
 
 
 def test_nothing_but_bad_pictures_is_an_error():
@@ -184,7 +184,7 @@ def test_large_data_sets_are_not_kept(monkeypatch):
     kept = load_all(dataset)
     monkeypatch.setattr(loading, "MEMORY", 100)
     for a, b in zip(kept, load_all(dataset), strict=True):
-        assert torch.equal(a.image, b.image) and a.bad == b.bad
+        assert torch.equal(a.x, b.x) and a.bad == b.bad
     with pytest.raises(BadImage):
         loading._Pictures(dataset, size=16, channels=3)[7]
 
@@ -193,7 +193,7 @@ def test_workers_leave_interrupts_to_the_main_process():
     dataset = dataset_of([png()] * 3)
     conditions = PreparedConditions.prepare(dataset, LearnedTextConfig(dim=8, heads=2).build())
     sampler = StreamSampler(3, seed=0, batch_size=2, steps=20)
-    batches = loader(dataset, conditions, sampler, size=16, channels=3, workers=1)
+    batches = loader(dataset, conditions, sampler, shape=(3, 16, 16), workers=1)
     next(batches)
     (worker,) = multiprocessing.active_children()
     os.kill(worker.pid, signal.SIGINT)
@@ -203,8 +203,8 @@ def test_workers_leave_interrupts_to_the_main_process():
 @pytest.mark.gpu
 def test_batches_are_pinned_where_there_is_a_gpu():
     batch = load_all(dataset_of([png()] * 3), workers=1)[0]
-    assert batch.image.is_pinned() and batch.condition.tokens.is_pinned()
-    assert batch.to("cuda").image.is_cuda and batch.to("cuda").condition.mask.is_cuda
+    assert batch.x.is_pinned() and batch.condition.tokens.is_pinned()
+    assert batch.to("cuda").x.is_cuda and batch.to("cuda").condition.mask.is_cuda
 
 
 # ----------------------------------------------------------------------------------------------------- their conditions

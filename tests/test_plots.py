@@ -183,7 +183,7 @@ def model(tmp_path_factory):
     """A folder with a tiny model that never learned anything, and the metrics of a run."""
     folder = tmp_path_factory.mktemp("plots") / "model"
     torch.manual_seed(0)
-    flow = FLOW.build(MODEL.build(), TEXT.build(), image_shape=(3, 16, 16))
+    flow = FLOW.build(MODEL.build(), TEXT.build(), shape=(3, 16, 16))
     sections = {
         "model": ("mmdit", MODEL),
         "flow": ("rectified", FLOW),
@@ -191,7 +191,7 @@ def model(tmp_path_factory):
         "data": ("emoji", EmojiConfig(limit=5)),
     }
     config = {key: {"name": name, **genflow.config.to_dict(each)} for key, (name, each) in sections.items()}
-    config |= {"sample": {"sampler": "euler", "steps": 3, "guidance": 1.0}, "image_shape": [3, 16, 16]}
+    config |= {"sample": {"sampler": "euler", "steps": 3, "guidance": 1.0}, "shape": [3, 16, 16]}
     save_model(folder, config=config, state=flow.state_dict())
     save_tuned(folder, 2, {"sampler": "ab2", "grid": [1.0, 0.4, 0.0], "nfe": 2, "error": 0.5})
     lines = [json.dumps(line) for line in metrics()]

@@ -68,13 +68,13 @@ class TinyText(nn.Module):
 
 @dataclass
 class Batch:
-    image: torch.Tensor
+    x: torch.Tensor
     condition: Condition
     position: torch.Tensor
 
 
 def make(*, network=None, text=None, **config):
-    return RectifiedFlowConfig(**config).build(network or TinyNet(), text or TinyText(), image_shape=SHAPE)
+    return RectifiedFlowConfig(**config).build(network or TinyNet(), text or TinyText(), shape=SHAPE)
 
 
 def make_batch(n=6, start=0):
@@ -104,7 +104,7 @@ def test_loss_is_the_formula(prediction):
     assert 0 < kept.sum() < 6 and (u < 0.3).any()
     expected = []
     for i in range(6):
-        x, t = batch.image[i], u[i]
+        x, t = batch.x[i], u[i]
         z = (1 - t) * x + t * noise[i]
         c = batch.condition[[i]] if kept[i] else TinyText().null()
         output = flow.network(z[None], t[None], c.tokens, c.pooled)[0]
@@ -124,7 +124,7 @@ def test_loss_is_the_formula(prediction):
 def test_the_perfect_network_has_no_loss_in_both_predictions():
     """Constant data: x is known, and so is the velocity. The clamp at t_min leaves no floor under the loss."""
     batch = make_batch()
-    batch.image[:] = 0.25
+    batch.x[:] = 0.25
 
     class KnowsX(nn.Module):
         def forward(self, x, t, context, pooled, *, context_mask=None):
@@ -146,7 +146,7 @@ def test_loss_of_a_sample_does_not_depend_on_its_batch(flow):
     batch, rng = make_batch(), Rng(1, 2)
     together = flow.loss(batch, rng)
     for i in range(6):
-        alone = flow.loss(Batch(batch.image[[i]], batch.condition[[i]], batch.position[[i]]), rng)
+        alone = flow.loss(Batch(batch.x[[i]], batch.condition[[i]], batch.position[[i]]), rng)
         torch.testing.assert_close(alone.per_sample[0], together.per_sample[i])
         assert alone.t[0] == together.t[i]
     assert not torch.equal(flow.loss(batch, Rng(1, 3)).t, together.t)
@@ -210,31 +210,33 @@ def test_whitening_is_identity_until_fitted_and_then_used_everywhere(flow):
     whitened, batch = make(whiten=0.1).eval(), make_batch()
     pictures = [f.sample(["prompt 1"], seeds=[1], steps=2, guidance=2.0).x for f in (flow, whitened)]
     assert torch.equal(*pictures)
-    whitened.initialise(batch.condition)
+    whitened.initialise(batch.condition, lambda: batch)
     assert whitened.loss(batch, Rng(0)).loss != flow.loss(batch, Rng(0)).loss
-    assert not torch.equal(whitened.validation_loss(batch), flow.validation_loss(batch))
+    assert whitened.validate(batch) != flow.validate(batch)
     assert not torch.equal(whitened.sample(["prompt 1"], seeds=[1], steps=2, guidance=2.0).x, pictures[0])
     again = make(whiten=0.1).eval()
     again.load_state_dict(whitened.state_dict())
-    assert torch.equal(again.encode(batch.image), whitened.encode(batch.image))
+    assert torch.equal(again.encode(batch.x), whitened.encode(batch.x))
 
 
 def test_validation_loss_asks_the_same_questions_every_time():
     flow, batch = make(drop_condition=1.0), make_batch()  # dropped conditions would show
     flow.train()
     flow.network.conv.eval()
-    first = flow.validation_loss(batch, levels=5)
-    assert first.shape == (5,) and not first.requires_grad
-    assert torch.equal(flow.validation_loss(batch, levels=5), first)  # dropout is off
+    first = flow.validate(batch, levels=5)
+    assert len(first) == 6 and not any(value.requires_grad for value in first.values())
+    assert flow.validate(batch, levels=5) == first  # dropout is off
     assert flow.network.dropout.training and flow.training and not flow.network.conv.training  # and all is as it was
-    assert flow.validation_loss(batch).shape == (8,)
+    assert len(flow.validate(batch)) == 9
 
     flow.eval()
     noise = Rng(0).normal("noise", batch.position, SHAPE)
-    for level, t in zip(first, (0.1, 0.3, 0.5, 0.7, 0.9), strict=True):
-        z = (1 - t) * batch.image + t * noise
+    mean, *levels = first.values()
+    torch.testing.assert_close(mean, torch.stack(levels).mean())
+    for level, t in zip(levels, (0.1, 0.3, 0.5, 0.7, 0.9), strict=True):
+        z = (1 - t) * batch.x + t * noise
         v = flow.velocity(z, torch.full((6,), t), batch.condition)
-        torch.testing.assert_close(level, ((v - (noise - batch.image)) ** 2).mean().detach())
+        torch.testing.assert_close(level, ((v - (noise - batch.x)) ** 2).mean().detach())
 
 
 # ------------------------------------------------------------------------------------------------------------- sampling
@@ -385,7 +387,7 @@ def test_x_prediction_ends_in_the_predicted_picture(grid, steps):
 
 
 def test_the_shift_of_a_picture_s_size(flow):
-    assert flow.times(4, shift="resolution") == flow.times(4, shift=resolution_shift(math.prod(flow.image_shape[1:])))
+    assert flow.times(4, shift="resolution") == flow.times(4, shift=resolution_shift(math.prod(flow.shape[1:])))
     assert flow.times(4, shift="resolution", size=(64, 64)) == flow.times(4, shift=resolution_shift(4096))
 
 
@@ -427,7 +429,7 @@ def test_a_bfloat16_network_keeps_a_float32_state():
         ({"guide": {"name": "apg", "momentum": 2.0}}, "guide: momentum = 2.0 is not between -1 and 1"),
         ({"guide": 5}, "apg, cfg, cfg_zero"),
         ({"rescale": 2.0}, "try 1.0"),
-        ({"weak": "runs/weak"}, "rectified flow with 2 channels, not a str"),
+        ({"weak": "runs/weak"}, "rectified flow of .2, 4, 4., not a str"),
     ],
     ids=str,
 )
@@ -444,7 +446,7 @@ def test_impossible_samples_are_refused(options, message, flow):
 @pytest.mark.parametrize("prediction", ["v", "x"])
 def test_encode_and_decode_are_inverses(prediction):
     flow = make(prediction=prediction, t_min=0.2).eval()
-    x, condition = make_batch().image, make_batch().condition
+    x, condition = make_batch().x, make_batch().condition
     z = flow.encode(x, condition, steps=20)
     assert (z - x).abs().mean() > 0.05 and not torch.equal(flow.encode(x, steps=20), z)
     for c in (condition, None):
@@ -455,16 +457,16 @@ def test_encode_and_decode_are_inverses(prediction):
 
 def test_encode_wants_one_condition_or_one_for_each_picture(flow):
     batch = make_batch()
-    one = flow.encode(batch.image, batch.condition[[0]], steps=2)
-    assert torch.equal(one, flow.encode(batch.image, batch.condition[[0] * 6], steps=2))
+    one = flow.encode(batch.x, batch.condition[[0]], steps=2)
+    assert torch.equal(one, flow.encode(batch.x, batch.condition[[0] * 6], steps=2))
     for verb in (flow.encode, flow.decode):
         with pytest.raises(UserError, match="2 conditions for 6 pictures"):
-            verb(batch.image, batch.condition[[0, 1]])
+            verb(batch.x, batch.condition[[0, 1]])
 
 
 def test_log_prob_refuses_with_its_reason(flow):
     with pytest.raises(UserError, match="ODE solve with its divergence"):
-        flow.log_prob(make_batch().image)
+        flow.log_prob(make_batch().x)
 
 
 @pytest.mark.parametrize(

@@ -75,7 +75,7 @@ def tiny_text(monkeypatch):
 
 def make_flow(trainable=True, seed=0):
     torch.manual_seed(seed)
-    flow = FLOW.build(MODEL.build(), TinyTextConfig(trainable).build(), image_shape=(3, 8, 8))
+    flow = FLOW.build(MODEL.build(), TinyTextConfig(trainable).build(), shape=(3, 8, 8))
     with torch.no_grad():
         for i, p in enumerate(p for p in flow.parameters() if p.requires_grad):
             p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(100 * seed + i)) * 0.05)
@@ -90,7 +90,7 @@ def config_of(trainable=True):
         "text": {"name": "tiny", "trainable": trainable},
         "data": {"name": "emoji", "size": 8},
         "sample": {"steps": 3},
-        "image_shape": [3, 8, 8],
+        "shape": [3, 8, 8],
     }
 
 
@@ -119,7 +119,7 @@ def test_what_is_saved_comes_back(tmp_path, trainable):
     flow = make_flow(trainable).eval()
     save_model(tmp_path / "m", config=config_of(trainable), state=flow.state_dict())
     again = load(tmp_path / "m")
-    assert not again.training and again.config == FLOW and again.image_shape == (3, 8, 8)
+    assert not again.training and again.config == FLOW and again.shape == (3, 8, 8)
     assert again.recipe == config_of(trainable)
     for key, value in flow.state_dict().items():
         assert torch.equal(again.state_dict()[key], value), key
@@ -254,7 +254,7 @@ def _without(path, part):
         (lambda m: (m / "config.json").write_bytes(b"\xff\xfe"), r"config\.json is damaged"),
         (lambda m: (m / "config.json").write_text("[1]"), r"config\.json has no 'model'"),
         (lambda m: _json(m / "config.json", lambda c: c.pop("text")), "no 'text'"),
-        (lambda m: _json(m / "config.json", lambda c: c.update(image_shape=[8, 8])), r"\[3, 32, 32\]"),
+        (lambda m: _json(m / "config.json", lambda c: c.update(shape=[8, 8])), r"\[3, 32, 32\]"),
         (
             lambda m: _json(m / "config.json", lambda c: c["model"].update(depht=3)),
             "config.json.*depht.*'depth'",

@@ -19,7 +19,7 @@ from genflow.cli import main
 from genflow.config import load
 from genflow.errors import UserError
 from genflow.flows.store import checkpoints, newest_checkpoint
-from genflow.training.apply import checkpoint_blocks, compile_blocks
+from genflow.training.apply import checkpointed, compile_blocks
 from genflow.training.config import RunConfig
 from genflow.training.ema import EMA, power_gamma
 from genflow.training.loop import learning_rate
@@ -220,7 +220,7 @@ def test_validation_asks_the_same_questions(tiny, tmp_path):
     run = train(tiny("train.validate_every=4"))
     line = [json.loads(x) for x in (run / "metrics.jsonl").read_text().splitlines() if "validation_loss" in x][-1]
     flow = load_flow(run)
-    assert line["validation_loss"] > 0 and flow.image_shape == (3, 16, 16)
+    assert line["validation_loss"] > 0 and flow.shape == (3, 16, 16)
 
 
 def test_the_saved_average_is_what_is_loaded(tiny):
@@ -311,13 +311,13 @@ def test_checkpointing_recomputes_and_compiling_compiles():
     network = MMDiTConfig(depth=2, hidden=32, heads=2, **sizes).build()
     calls = []
     network.blocks[0].image_mlp.fc1.register_forward_hook(lambda *_: calls.append(1))
-    checkpoint_blocks(network)
+    checkpointed(network)
     network(torch.randn(1, 1, 4, 4), torch.rand(1), torch.randn(1, 3, 4), torch.randn(1, 4)).sum().backward()
     assert len(calls) == 2
     compile_blocks(network)
     assert all(block._compiled_call_impl is not None for block in network.blocks)
     with pytest.raises(UserError, match="has no `blocks`"):
-        checkpoint_blocks(torch.nn.Linear(1, 1))
+        checkpointed(torch.nn.Linear(1, 1))
 
 
 # ------------------------------------------------------------------------------------------------------------ precision

@@ -249,7 +249,7 @@ FLOW = RectifiedFlowConfig(prediction="x")
 def model(tmp_path):
     """A folder with a tiny model that never learned anything."""
     torch.manual_seed(0)
-    flow = FLOW.build(MODEL.build(), TEXT.build(), image_shape=(3, 16, 16))
+    flow = FLOW.build(MODEL.build(), TEXT.build(), shape=(3, 16, 16))
     for p in flow.network.parameters():
         torch.nn.init.normal_(p, std=0.2)
     sections = {
@@ -259,7 +259,7 @@ def model(tmp_path):
         "data": ("emoji", EmojiConfig(limit=5)),
     }
     config = {key: {"name": name, **genflow.config.to_dict(each)} for key, (name, each) in sections.items()}
-    config |= {"sample": {"sampler": "euler", "steps": 3, "guidance": 1.5, "shift": 3.0}, "image_shape": [3, 16, 16]}
+    config |= {"sample": {"sampler": "euler", "steps": 3, "guidance": 1.5, "shift": 3.0}, "shape": [3, 16, 16]}
     save_model(tmp_path / "model", config=config, state=flow.state_dict())
     return tmp_path / "model"
 

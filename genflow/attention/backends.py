@@ -34,20 +34,22 @@ def sdpa() -> Attention:
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float | None) -> Tensor:
     if q.is_mps:  # wrong for views that permute (pytorch/pytorch#181133)
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-    if mask.kind == "none":
-        if serves(q, k):
-            return MatrixBackward.apply(q, k, v, scale)
-        return F.scaled_dot_product_attention(q, k, v, scale=scale)
     lq, lk = q.shape[2], k.shape[2]
-    if mask.kind == "causal" and lq == 1:
-        return F.scaled_dot_product_attention(q, k, v, scale=scale)
+    if mask.kind == "none" or (mask.kind == "causal" and lq == 1):
+        return _unmasked(q, k, v, scale, False)
     if mask.kind == "causal" and lq == lk:  # torch aligns the first query with the first key; alike only here
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+        return _unmasked(q, k, v, scale, True)
     live = mask.full(q, lq, lk)
     if q.is_cpu or live is None:  # there, rows without a live key come out as zeros
         return F.scaled_dot_product_attention(q, k, v, attn_mask=live, scale=scale)
     live, dead = _revived(live)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=live, scale=scale).masked_fill(dead, 0)
+
+
+def _unmasked(q: Tensor, k: Tensor, v: Tensor, scale: float | None, causal: bool) -> Tensor:
+    if serves(q, k):
+        return MatrixBackward.apply(q, k, v, scale, causal)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale)
 
 
 def _revived(live: Tensor) -> tuple[Tensor, Tensor]:

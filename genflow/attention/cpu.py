@@ -40,13 +40,13 @@ def serves(q: Tensor, k: Tensor) -> bool:
 
 
 class MatrixBackward(torch.autograd.Function):
-    """softmax(q k^T scale) v. q: B x heads x Lq x head_dim; k, v: B x heads x Lk x head_dim."""
+    """softmax(q k^T scale) v. q: B x heads x Lq x head_dim; k, v: B x heads x Lk x head_dim; causal: Lq = Lk."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
-        ctx.scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float | None, causal: bool) -> Tensor:
+        ctx.scale, ctx.causal = 1 / math.sqrt(q.shape[-1]) if scale is None else scale, causal
         ctx.save_for_backward(q, k, v)
-        return F.scaled_dot_product_attention(q, k, v, scale=ctx.scale)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=ctx.scale)
 
     @staticmethod
     @once_differentiable
@@ -56,11 +56,13 @@ class MatrixBackward(torch.autograd.Function):
         dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
         scaled, grad = q * ctx.scale, grad.contiguous()
         samples = max(CHUNK // (q.shape[1] * q.shape[2] * k.shape[2]), 1)
+        dead = torch.full(q.shape[2:3] + k.shape[2:3], -torch.inf, dtype=q.dtype).triu(1) if ctx.causal else None
         for i in (slice(start, start + samples) for start in range(0, len(q), samples)):
-            p = torch.softmax(scaled[i] @ k[i].transpose(-2, -1), -1, dtype=torch.float32)
+            s = scaled[i] @ k[i].transpose(-2, -1)
+            p = torch.softmax(s if dead is None else s.add_(dead), -1, dtype=torch.float32)
             dp = (grad[i] @ v[i].transpose(-2, -1)).float()
             ds = torch._softmax_backward_data(dp, p, -1, torch.float32).mul_(ctx.scale).to(q.dtype)
             dv[i] = p.to(q.dtype).transpose(-2, -1) @ grad[i]
             dq[i] = ds @ k[i]
             dk[i] = ds.transpose(-2, -1) @ q[i]
-        return dq, dk, dv, None
+        return dq, dk, dv, None, None

@@ -17,6 +17,7 @@ from genflow.errors import UserError, nearest
 COMMANDS = {
     "train": "train a model from a config, or go on with a run",
     "sample": "draw pictures with a trained model",
+    "eval": "how probable a trained model finds held-out data",
     "edit": "edit real pictures with a trained model",
     "invert": "real pictures to noise and back: how well they survive it",
     "tune": "learn the time grid that suits a trained model best",

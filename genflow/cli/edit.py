@@ -16,7 +16,7 @@ from genflow.cli.options import (
     fit_image,
     guided,
     is_stochastic,
-    open_velocity,
+    open_model,
     read_image,
     solver,
     time_grid,
@@ -91,7 +91,9 @@ def run(args: argparse.Namespace) -> int:
 
     out = writable(args.out)
     files = [read_image(path) for path in (*args.pictures, *([args.into] if args.into else []))]
-    flow, settings = open_velocity(args, unguided=way == "interpolation")
+    flow, settings = open_model(args, unguided=way == "interpolation")
+    if not hasattr(flow, "guided"):
+        return _between(args, way, used, flow, files, out)
     if is_stochastic(settings) and (way not in ("image-to-image", "inpainting") or used.get("repeats", 1) > 1):
         raise UserError(
             f"sampler {settings['sampler']!r} draws noise, which has no place here; take one such as 'heun'"
@@ -120,6 +122,29 @@ def run(args: argparse.Namespace) -> int:
     about = {"way": way, **named, **used, "model": str(args.run), "ema": not args.no_ema, **settings}
     _write(out, args.pictures, x, mask, jobs, images, {**about, "nfe": solutions[0].nfe})
     print(f"{len(jobs)} pictures and grid.png in {args.out}: {way}, {solutions[0].nfe} network evaluations each")
+    return 0
+
+
+def _between(
+    args: argparse.Namespace, way: str, used: dict[str, Any], flow: Any, files: Sequence[Image], out: Path
+) -> int:
+    """Frames by a bijection: each picture and the last one to noise, and the arc between back to pictures."""
+    import torch
+
+    from genflow.samplers.interpolation import slerp
+
+    if not args.into:
+        raise UserError(f"{args.run} is a {type(flow).__name__}, which has no velocity: it can only go --into a picture")
+    x, frames = torch.stack([fit_image(file, flow) for file in files]), used["frames"]
+    condition = flow.text.encode(["".join(args.prompt)])
+    z = flow.encode(x, condition)
+    jobs = [(i, {"prompt": "".join(args.prompt), "frame": k}) for i in range(len(args.pictures)) for k in range(frames)]
+    images = []
+    for part in (jobs[i : i + args.batch] for i in range(0, len(jobs), args.batch)):
+        fractions = torch.tensor([cell["frame"] / max(frames - 1, 1) for _, cell in part])
+        images.append(flow.decode(slerp(z[[i for i, _ in part]], z[-1:], fractions), condition).clamp(-1, 1).cpu())
+    _write(out, args.pictures, x, None, jobs, torch.cat(images), {"way": way, "into": args.into, "model": str(args.run)})
+    print(f"{len(jobs)} pictures and grid.png in {args.out}: {way} through the flow's noise, and exactly back")
     return 0
 
 
@@ -154,7 +179,7 @@ def _read_mask(args: argparse.Namespace, files: Sequence[Image], flow: Any) -> T
         if image.width * file.height != image.height * file.width:
             sizes = f"{image.width} x {image.height} pixels, but {name} is {file.width} x {file.height}"
             raise UserError(f"the mask {args.mask} is {sizes}; make it as large as the picture")
-    mask = fit(image, flow.image_shape[1], 1).unsqueeze(0).to(flow.device) > 127
+    mask = fit(image, flow.shape[1], 1).unsqueeze(0).to(flow.device) > 127
     if not mask.any():
         raise UserError(f"the mask {args.mask} has no white part, so there is nothing to draw")
     return mask

@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from genflow.cli.options import (
     add_solving,
@@ -13,13 +14,16 @@ from genflow.cli.options import (
     fit_image,
     guided,
     is_stochastic,
-    open_velocity,
+    open_model,
     read_image,
     solver,
     time_grid,
     writable,
 )
 from genflow.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,7 +55,9 @@ def run(args: argparse.Namespace) -> int:
 
     out = writable(args.out)
     files = [read_image(path) for path in args.pictures]
-    flow, settings = open_velocity(args, unguided=True)
+    flow, settings = open_model(args, unguided=True)
+    if not hasattr(flow, "guided"):
+        return _by_bijection(args, prompts, flow, torch.stack([fit_image(file, flow) for file in files]), out)
     if is_stochastic(settings):
         raise UserError(f"sampler {settings['sampler']!r} draws noise, so it has no inverse; choose one such as 'heun'")
     counts = args.steps or [settings.get("steps", 20)]
@@ -92,6 +98,28 @@ def run(args: argparse.Namespace) -> int:
     caption_grid(sheet, captions, columns=1 + len(counts), settings=grid_settings).save_atomic(out / "grid.png")
     _save_noise(out / "noise.safetensors", noise, {**about, "steps": counts[-1], "nfe": nfe[-1]})
     print(f"grid.png and noise.safetensors, of {counts[-1]} steps, in {out}")
+    return 0
+
+
+def _by_bijection(args: argparse.Namespace, prompts: list[str], flow: Any, x: Tensor, out: Path) -> int:
+    """A normalizing flow's one pass each way."""
+    import torch
+
+    from genflow.data.pictures import caption_grid
+    from genflow.samplers.editing import psnr
+
+    condition = flow.text.encode(prompts if len(prompts) == len(x) else prompts * len(x))
+    z = torch.cat([flow.encode(x[rows], condition[rows]) for rows in torch.arange(len(x)).split(args.batch)])
+    back = torch.cat([flow.decode(z[rows], condition[rows]) for rows in torch.arange(len(x)).split(args.batch)])
+    errors = psnr(back, x).tolist()
+    _print_table(args.pictures, [1], [1], [[db] for db in errors], z.flatten(1).std(1).tolist())
+    print(f"the largest error of a value in [-1, 1]: {float((back - x).abs().max()):.2g}")
+    captions = [c for path, db in zip(args.pictures, errors, strict=True) for c in (Path(path).stem, f"back: {db:.1f} dB")]
+    about = {"pictures": args.pictures, "prompts": prompts, "model": str(args.run), "ema": not args.no_ema, "psnr": errors}
+    sheet = torch.stack([x, back.clamp(-1, 1)], 1).flatten(0, 1).cpu()
+    caption_grid(sheet, captions, columns=2, settings=about).save_atomic(out / "grid.png")
+    _save_noise(out / "noise.safetensors", z.cpu(), about)
+    print(f"grid.png and noise.safetensors in {out}")
     return 0
 
 

@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +37,7 @@ def add_solving(
     )
     how.add_argument("--rescale", type=float, help="bring the contrast of guided pictures back, 0 (not) to 1 (all)")
     how.add_argument("--shift", type=_shift, help="of the time grid; 1 = none, resolution = by the picture's size")
+    how.add_argument("--temperature", type=float, help="of a normalizing flow: standard deviation of the noise")
     how.add_argument("--batch", type=int, default=64, help="pictures at once; does not change them (64)")
     how.add_argument("--no-ema", action="store_true", help="the last weights instead of their average")
     how.add_argument("--device", help="cpu, cuda, mps (default: the best there is)")
@@ -72,13 +74,18 @@ def open_model(args: argparse.Namespace, *, unguided: bool = False) -> tuple[Any
         "shift": args.shift,
         "grid": args.grid,
         "options": read_options("--option", args.option) if args.option else None,
+        "temperature": getattr(args, "temperature", None),
     }
+    takes = [f.name for f in fields(flow.config.sampling)]
+    if wrong := [key for key, value in asked.items() if value is not None and key not in takes]:
+        flag = {"options": "option"}.get(wrong[0], wrong[0])
+        raise UserError(f"--{flag} does nothing for a {type(flow).__name__}; what it takes: {', '.join(takes)}")
     if args.sampler is not None:
         settings.pop("options", None)  # of another sampler
     if unguided:
         settings["guidance"] = 1.0
     settings.update({key: value for key, value in asked.items() if value is not None})
-    own = all(asked[key] is None for key in ("sampler", "shift", "grid", "options"))
+    own = "grid" in takes and all(asked[key] is None for key in ("sampler", "shift", "grid", "options"))
     if own and isinstance(settings.get("steps"), int) and (found := tuned(args.run, settings["steps"])):
         settings.update(sampler=found["sampler"], grid=found["grid"], options=None, shift=1.0)
     if settings.get("guidance", 1) == 1:
@@ -148,7 +155,7 @@ def fit_image(image: Image, flow: Any) -> Tensor:
     """The centre of a picture, as large as the model's own: C x H x W float32 in [-1, 1], on its device."""
     from genflow.data.images import fit
 
-    channels, height, _ = flow.image_shape
+    channels, height, _ = flow.shape
     return (fit(image, height, channels).float() / 127.5 - 1).to(flow.device)
 
 

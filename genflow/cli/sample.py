@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import json
 import re
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from genflow.cli.options import add_solving, open_model, writable
 from genflow.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,15 +45,23 @@ def run(args: argparse.Namespace) -> int:
 
     out = writable(args.out)
     flow, settings = open_model(args)
+    if not prompts and flow.text.max_tokens:
+        raise UserError('nothing to draw: give --prompt "...", --prompt-file FILE or --class NAME')
+    if prompts and not flow.text.max_tokens:
+        raise UserError(f"{args.run} hears no condition; leave --prompt, --prompt-file and --class out")
     if args.classes and not hasattr(flow.text, "classes"):
         raise UserError(f"--class: {args.run} draws from text, not from classes; give --prompt {args.classes[0]!r}")
     if args.size and len(args.size) > 2:
         raise UserError(f"--size takes one or two numbers, not {len(args.size)}")
-    size = (args.size[0], args.size[-1]) if args.size else None
+    more: dict[str, Any] = {"size": (args.size[0], args.size[-1])} if args.size else {}
+    if (args.weak or args.size) and not hasattr(flow, "guided"):
+        flag = "--weak" if args.weak else "--size"
+        raise UserError(f"{flag} is for models of a velocity; {args.run} is a {type(flow).__name__}")
     if args.weak and settings.get("guidance", 1) == 1:
         raise UserError("--weak does nothing without guidance; add --guidance 2, or any number but 1")
-    weak = load(args.weak, ema=not args.no_ema, device=flow.device) if args.weak else None
-    wanted = [(prompt, args.seed + i) for i, prompt in enumerate(p for p in prompts for _ in range(args.n))]
+    if args.weak:
+        more["weak"] = load(args.weak, ema=not args.no_ema, device=flow.device)
+    wanted = [(prompt, args.seed + i) for i, prompt in enumerate(p for p in prompts or [""] for _ in range(args.n))]
 
     model = {"model": str(args.run), "ema": not args.no_ema, **settings}
     if args.weak:
@@ -55,21 +69,36 @@ def run(args: argparse.Namespace) -> int:
     images, nfe = [], 0
     with tqdm(total=0, unit="step", dynamic_ncols=True, disable=None) as bar:
         batches = [wanted[i : i + args.batch] for i in range(0, len(wanted), args.batch)]
-        bar.reset(total=len(batches) * settings.get("steps", 20))
+        bar.reset(total=len(batches) * settings.get("steps", 1))
         for number, batch in enumerate(batches):
             texts, seeds = [p for p, _ in batch], [s for _, s in batch]
-            solution = flow.sample(
-                texts, seeds=seeds, size=size, weak=weak, progress=lambda *_: bar.update(1), **settings
-            )
+            solution = flow.sample(texts, seeds=seeds, progress=lambda *_: bar.update(1), **more, **settings)
             nfe = max(nfe, solution.nfe)
             images.append(solution.x.cpu())
+            if solution.x.dim() == 2:
+                continue
             for i, ((prompt, seed), image) in enumerate(zip(batch, images[-1], strict=True), number * args.batch):
                 about = {"prompt": prompt, "seed": seed, **model, "nfe": solution.nfe}
                 to_picture(image, about).save_atomic(out / f"{i:04d}-{_stem(prompt)}-{seed}.png")
     captions = [prompt for prompt, _ in wanted]
     about = {"prompts": captions, "seed": args.seed, **model, "nfe": nfe}
+    if len(flow.shape) == 1:
+        return _save_points(torch.cat(images), captions, out, about)
     caption_grid(torch.cat(images), captions, settings=about).save_atomic(out / "grid.png")
     print(f"{len(wanted)} pictures and grid.png in {out} ({nfe} network evaluations each)")
+    return 0
+
+
+def _save_points(points: Tensor, captions: list[str], out: Path, about: dict[str, object]) -> int:
+    from genflow.data.pictures import write_atomic
+    from genflow.data.points import point_picture
+
+    rows = [",".join([*(f"x{i}" for i in range(points.shape[1])), "caption"])]
+    rows += [",".join([*map(repr, row), json.dumps(text)]) for row, text in zip(points.tolist(), captions, strict=True)]
+    write_atomic(out / "samples.csv", lambda file: file.write("\n".join([*rows, ""]).encode()))
+    print(f"{len(points)} vectors in {out / 'samples.csv'}")
+    if points.shape[1] == 2:
+        replace(point_picture(points), settings=about).save_atomic(out / "points.png")
     return 0
 
 
@@ -86,6 +115,4 @@ def _prompts(args: argparse.Namespace) -> list[str]:
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"--prompt-file {name}: {getattr(error, 'strerror', None) or 'not UTF-8 text'}") from error
         prompts += [line for line in lines if line.strip()]
-    if not prompts:
-        raise UserError('nothing to draw: give --prompt "...", --prompt-file FILE or --class NAME')
     return prompts

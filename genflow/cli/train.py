@@ -13,6 +13,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from genflow.flows.store import find_model, read_config
     from genflow.training.loop import Interrupted
     from genflow.training.run import train
 
@@ -23,5 +24,6 @@ def run(args: argparse.Namespace) -> int:
         print(f"stopped and saved; to go on: {again}", file=sys.stderr)
         return 130
     if os.environ.get("RANK", "0") == "0":  # of several processes, one says so
-        print(f'trained: {folder}; to draw: genflow sample {folder} --prompt "..."', file=sys.stderr)
+        hears = read_config(find_model(folder))["text"]["name"] != "none"
+        print(f"trained: {folder}; to draw: genflow sample {folder}{' --prompt "..."' * hears}", file=sys.stderr)
     return 0

@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
     prompts = args.prompt or captions(flow, args.run)
     rows = [i for i in range(args.images) if i % 3 != 2] + list(range(2, args.images, 3))  # the last third checks
     texts = [prompts[i * max(len(prompts) // args.images, 1) % len(prompts)] for i in rows]
-    noise = noise_from_seeds([args.seed + i for i in rows], flow.image_shape).to(flow.device)
+    noise = noise_from_seeds([args.seed + i for i in rows], flow.shape).to(flow.device)
     with torch.no_grad():
         velocity = guided(flow, embed(flow, texts), settings)
         grids = hand_made(args.steps, last)

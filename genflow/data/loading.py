@@ -5,7 +5,7 @@ from __future__ import annotations
 import mmap
 import multiprocessing
 import signal
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -16,11 +16,14 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from genflow.conditions import Condition
 from genflow.data.images import BadImage, ImageDataset, fit
+from genflow.data.pairs import PairsDataset, Rows
 from genflow.data.prepared import PreparedConditions
+from genflow.data.vectors import VectorDataset
 from genflow.errors import UserError
 from genflow.functional import Rng
 from genflow.registry import api_export
 
+Samples = ImageDataset | VectorDataset | PairsDataset
 MEMORY = 512 * 2**20  # bytes of decoded pictures kept
 
 
@@ -28,28 +31,32 @@ MEMORY = 512 * 2**20  # bytes of decoded pictures kept
 class Batch:
     """B samples.
 
-    image: B x C x H x W float32 in [-1, 1]; condition: B rows, prepared; position: B int64, the place in the endless
-    stream of samples, which all randomness hangs on; index: B int64, the row in the data set; ids and captions: B;
-    bad: (identifier, reason) of the pictures that could not be read and were passed over.
+    x: B x C x H x W float32 in [-1, 1], or B x D for vectors; condition: B rows, prepared; position: B int64, the place in
+    the endless stream of samples, which all randomness hangs on; index: B int64, the row in the data set; ids and captions:
+    B; bad: (identifier, reason) of the pictures that could not be read and were passed over; noise: as x, where the data
+    set holds the noise that each sample belongs to.
     """
 
-    image: Tensor
+    x: Tensor
     condition: Condition
     position: Tensor
     index: Tensor
     ids: list[str]
     captions: list[str]
     bad: list[tuple[str, str]]
+    noise: Tensor | None = None
 
     def to(self, device: torch.device | str) -> Batch:
         """On a device; position and index, which only count, stay on the CPU."""
-        image = self.image.to(device, non_blocking=True)
-        return replace(self, image=image, condition=self.condition.to(device))
+        x = self.x.to(device, non_blocking=True)
+        noise = None if self.noise is None else self.noise.to(device, non_blocking=True)
+        return replace(self, x=x, noise=noise, condition=self.condition.to(device))
 
     def pin_memory(self) -> Batch:
         c = self.condition
         condition = Condition(c.tokens.pin_memory(), c.mask.pin_memory(), c.pooled.pin_memory())
-        return replace(self, image=self.image.pin_memory(), condition=condition)
+        noise = None if self.noise is None else self.noise.pin_memory()
+        return replace(self, x=self.x.pin_memory(), noise=noise, condition=condition)
 
 
 @api_export("StreamSampler")
@@ -130,14 +137,35 @@ class _Pictures:
                 self.known[index] = True
         return pixels
 
+    def batch(self, indices: list[int], turned: Tensor | None) -> Tensor:
+        """B x C x H x W float32 in [-1, 1]; those where turned is True mirrored."""
+        pixels = torch.stack([self[i] for i in indices])
+        if turned is not None:
+            pixels = torch.where(turned.view(-1, 1, 1, 1), pixels.flip(-1), pixels)
+        return pixels.float().div_(127.5).sub_(1)
+
+
+class _Rows:
+    """The rows of a table of numbers, or of pairs, which are all good."""
+
+    def __init__(self, rows: Tensor | Rows) -> None:
+        self.rows = rows
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self.rows[index]
+
+    def batch(self, indices: list[int], turned: Tensor | None) -> Tensor:
+        """B x D, or B x *shape of pairs, float32."""
+        return self.rows[torch.tensor(indices)].float()
+
 
 class _Batches(Dataset[Batch | UserError]):
     """The batch of a list of (index, position); a bad picture is replaced by the next good one."""
 
     def __init__(
-        self, dataset: ImageDataset, conditions: PreparedConditions, pictures: _Pictures, *, flip: bool, seed: int
+        self, dataset: Samples, conditions: PreparedConditions, source: _Pictures | _Rows, *, flip: bool, seed: int
     ) -> None:
-        self.dataset, self.conditions, self.pictures, self.flip, self.seed = dataset, conditions, pictures, flip, seed
+        self.dataset, self.conditions, self.source, self.flip, self.seed = dataset, conditions, source, flip, seed
 
     def __getitem__(self, keys: list[tuple[int, int]]) -> Batch | UserError:
         bad: list[tuple[str, str]] = []
@@ -146,18 +174,16 @@ class _Batches(Dataset[Batch | UserError]):
         except UserError as error:
             return error  # raised by the reader: what a worker raises comes with its traceback
         index, position = torch.tensor(good), torch.tensor([p for _, p in keys])
-        pixels = torch.stack([self.pictures[i] for i in good])
-        if self.flip:
-            turned = Rng(self.seed).uniform("flip", position) < 0.5
-            pixels = torch.where(turned.view(-1, 1, 1, 1), pixels.flip(-1), pixels)
+        turned = Rng(self.seed).uniform("flip", position) < 0.5 if self.flip else None
         return Batch(
-            image=pixels.float().div_(127.5).sub_(1),
+            x=self.source.batch(good, turned),
             condition=self.conditions[index],
             position=position,
             index=index,
             ids=[self.dataset.identifiers[i] for i in good],
             captions=[self.dataset.captions[i] for i in good],
             bad=bad,
+            noise=self.dataset.noise[index] if isinstance(self.dataset, PairsDataset) else None,
         )
 
     def _good(self, index: int, bad: list[tuple[str, str]]) -> int:
@@ -165,7 +191,7 @@ class _Batches(Dataset[Batch | UserError]):
         n = len(self.dataset)
         for i in ((index + offset) % n for offset in range(n)):
             try:
-                self.pictures[i]
+                self.source[i]
                 return i
             except BadImage as error:
                 bad.append((self.dataset.identifiers[i], str(error)))
@@ -174,27 +200,32 @@ class _Batches(Dataset[Batch | UserError]):
 
 @api_export("loader")
 def loader(
-    dataset: ImageDataset,
+    dataset: Samples,
     conditions: PreparedConditions,
     batches: Iterable[list[tuple[int, int]]],
     *,
-    size: int,
-    channels: int,
+    shape: Sequence[int],
     flip: bool = False,
     seed: int = 0,
     workers: int = 0,
 ) -> Iterator[Batch]:
     """Batches in the order of `batches` (a StreamSampler), read by `workers` processes (0: by this one).
 
-    Raises UserError where no picture at all can be read, and for workers where processes cannot be forked.
+    shape: of a sample, (C, H, H) for pictures, which are fitted to it, or (D,) for vectors. Raises UserError where no
+    picture at all can be read, and for workers where processes cannot be forked.
     """
-    if size < 1 or channels not in (1, 3):
-        raise UserError(f"data: size={size} must be 1 or more, channels={channels} must be 1 or 3")
+    source: _Pictures | _Rows
+    if isinstance(dataset, ImageDataset):
+        channels, size, _ = shape
+        if size < 1 or channels not in (1, 3):
+            raise UserError(f"data: size={size} must be 1 or more, channels={channels} must be 1 or 3")
+        source = _Pictures(dataset, size=size, channels=channels)
+    else:
+        source = _Rows(dataset.rows)
     if workers and "fork" not in multiprocessing.get_all_start_methods():
         raise UserError(f"workers={workers}: this system cannot fork processes; set 0")
-    pictures = _Pictures(dataset, size=size, channels=channels)
     reader = DataLoader(
-        _Batches(dataset, conditions, pictures, flip=flip, seed=seed),
+        _Batches(dataset, conditions, source, flip=flip, seed=seed),
         batch_size=None,  # an item is a batch already
         sampler=batches,
         collate_fn=_as_it_is,

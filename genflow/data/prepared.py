@@ -6,6 +6,7 @@ import os
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -13,10 +14,16 @@ from tqdm import tqdm
 
 from genflow.cachedir import cache_folder
 from genflow.conditions import Condition
-from genflow.data.images import ImageDataset
 from genflow.errors import UserError
 from genflow.registry import api_export
 from genflow.text import TextEncoder
+
+
+class Captioned(Protocol):
+    """A data set, as far as its captions."""
+
+    captions: list[str]
+
 
 CHUNK = 4096  # captions encoded at a time
 MEMORY = 2**30  # bytes of one of a table's tensors; beyond them it lies on disk
@@ -31,7 +38,7 @@ class PreparedConditions:
     row: Tensor
 
     @staticmethod
-    def prepare(dataset: ImageDataset, text: TextEncoder) -> PreparedConditions:
+    def prepare(dataset: Captioned, text: TextEncoder) -> PreparedConditions:
         """Encode a data set's captions, on the CPU. Raises UserError for those that the encoder refuses."""
         distinct = list(dict.fromkeys(dataset.captions))
         where = {caption: i for i, caption in enumerate(distinct)}

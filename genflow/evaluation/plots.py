@@ -92,32 +92,36 @@ def save_plot(figure: Figure, path: Path) -> None:
 def plot_training(lines: Sequence[Mapping[str, Any]], title: str = "") -> Figure:
     """The lines of metrics.jsonl: the loss, faint as it was and its running median, its validation, and the loss by time.
 
-    Raises UserError where there is no loss in them.
+    A flow whose loss has no times is one of likelihood: it has one panel. Raises UserError where there is no loss in them.
     """
     import matplotlib
 
     steps, loss = _series(lines, "loss")
     if not len(steps):
         raise UserError("there is no loss to plot yet; let the run write its first line of metrics")
-    figure = _figure(9, 3.4)
-    left, right = figure.subplots(1, 2)
+    bins = sorted({key for line in lines for key in line if key.startswith("loss_t")})
+    figure = _figure(9 if bins else 5.5, 3.4)
+    panels = figure.subplots(1, 2 if bins else 1, squeeze=False)[0]
+    left = panels[0]
     left.plot(steps, loss, color=FAINT, linewidth=0.5, alpha=0.6)
     left.plot(*_smooth(steps, loss), color=INK, label="training, running median")
     checks, validation = _series(lines, "validation_loss")
     if len(checks):
         left.plot(checks, validation, "o-", color=ACCENT, label="validation")
-    left.set(title=f"Loss {title}".strip(), xlabel="optimiser step", ylabel="mean squared error of the velocity")
-    bins = sorted({key for line in lines for key in line if key.startswith("loss_t")})
-    colours = matplotlib.colormaps["viridis"](np.linspace(0, 0.92, max(len(bins), 1)))
+    what = "mean squared error of the velocity" if bins else "negative log-likelihood (bits/dim of pictures, nats else)"
+    left.set(title=f"Loss {title}".strip(), xlabel="optimiser step", ylabel=what)
+    left.legend()
+    if not bins:
+        return figure
+    right = panels[1]
+    colours = matplotlib.colormaps["viridis"](np.linspace(0, 0.92, len(bins)))
     for key, colour in zip(bins, colours, strict=False):
         begin = float(key.removeprefix("loss_t"))
         right.plot(*_smooth(*_series(lines, key)), color=colour, label=f"{begin:.3g} – {begin + 1 / 8:.3g}")
     right.set(title="By time, running medians", xlabel="optimiser step")
-    for axes in (left, right):
+    for axes in panels:
         axes.set_yscale("log")
-    left.legend()
-    if bins:
-        right.legend(title="t (0 = data)", loc="center left", bbox_to_anchor=(1, 0.5), reverse=True)
+    right.legend(title="t (0 = data)", loc="center left", bbox_to_anchor=(1, 0.5), reverse=True)
     return figure
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
@@ -21,32 +21,35 @@ from genflow.samplers import Solution
 class Batch(Protocol):
     """What a loss reads of a batch.
 
-    image: B x C x H x W in [-1, 1]; condition: B rows, prepared; position: B int64, the counters of its randomness.
+    x: B x C x H x W in [-1, 1], or B x D; condition: B rows, prepared; position: B int64, the counters of its randomness.
     """
 
-    image: Tensor
+    x: Tensor
     condition: Condition
     position: Tensor
 
 
 @dataclass(frozen=True)
 class LossOutput:
-    """loss: the scalar to descend; parts: what it is made of, by name, detached; per_sample and t: B, detached."""
+    """loss: the scalar to descend; parts: what it is made of, by name, detached; per_sample: B, detached.
+
+    t: B, the times at which it was asked, for flows that have times.
+    """
 
     loss: Tensor
     parts: dict[str, Tensor]
     per_sample: Tensor
-    t: Tensor
+    t: Tensor | None = None
 
 
 @api_export("Flow")
 class Flow(nn.Module, ABC):
     """A transport between noise and data: the one interface that training, sampling and evaluation know.
 
-    image_shape: C x H x W of the pictures it was made for; recipe: the config it was loaded with, if it was.
+    shape: of the samples it was made for, (C, H, W) or (D,); recipe: the config it was loaded with, if it was.
     """
 
-    image_shape: tuple[int, int, int]
+    shape: tuple[int, ...]
     recipe: dict[str, Any] | None = None
     no_density: ClassVar[str] = "this flow offers no likelihood"
     no_inverse: ClassVar[str] = "this flow has no inverse"
@@ -59,27 +62,44 @@ class Flow(nn.Module, ABC):
         """The loss, as a forward, so that wrappers of modules (DDP and its like) see it."""
         return self.loss(batch, rng)
 
-    def initialise(self, condition: Condition) -> None:
-        """Fit what depends on the training data before the first step. condition: its prepared conditions."""
+    def initialise(self, table: Condition, first: Callable[[], Batch]) -> None:
+        """Fit what depends on the training data before the first step, alike on every rank.
+
+        table: the prepared conditions of the data; first: reads the first batch of the run, of all ranks together.
+        """
 
     @abstractmethod
     def loss(self, batch: Batch, rng: Rng) -> LossOutput:
         """The training loss of a batch, its randomness from rng at batch.position."""
 
     @abstractmethod
+    def validate(self, batch: Batch) -> dict[str, Tensor]:
+        """What a held-out batch tells, by name: "validation_loss" first, the same questions at every call."""
+
+    @abstractmethod
     def sample(self, prompts: Sequence[str] | Condition, *, seeds: Sequence[int]) -> Solution:
-        """One picture per seed, B x C x H x W float32 in [-1, 1]; the same alone as in any batch."""
+        """One sample per seed, B x *shape float32 (pictures in [-1, 1]); the same alone as in any batch."""
 
     def log_prob(self, x: Tensor, condition: Condition | None = None) -> Tensor:
-        """Nats per picture, B. Raises UserError, with the reason, where it would not be honest."""
+        """Log density in nats, B. Raises UserError, with the reason, where it would not be honest."""
         raise UserError(f"log_prob: {self.no_density}")
 
+    def bits_per_dim(
+        self, x: Tensor, condition: Condition | None = None, *, k: int = 1, position: Tensor | None = None
+    ) -> Tensor:
+        """-log2 P per dimension of pictures on their grey levels, B. Raises UserError where it would not be honest."""
+        raise UserError(f"bits_per_dim: {self.no_density}")
+
+    def likelihood_note(self, k: int) -> str:
+        """How the likelihoods of this flow are counted, to stand beside every figure."""
+        raise UserError(f"likelihood: {self.no_density}")
+
     def encode(self, x: Tensor, condition: Condition | None = None) -> Tensor:
-        """Pictures to noise. Raises UserError where there is no such map."""
+        """Data to noise. Raises UserError where there is no such map."""
         raise UserError(f"encode: {self.no_inverse}")
 
     def decode(self, z: Tensor, condition: Condition | None = None) -> Tensor:
-        """Noise to pictures, the inverse of encode. Raises UserError where there is no such map."""
+        """Noise to data, the inverse of encode. Raises UserError where there is no such map."""
         raise UserError(f"decode: {self.no_inverse}")
 
 

@@ -1,4 +1,4 @@
-"""Rectified flow: a network learns the velocity of straight paths between pictures and noise.
+"""Rectified flow: a network learns the velocity of straight paths between pictures and noise, or that of other paths.
 
 Liu et al. 2022 (arXiv 2209.03003), Lipman et al. 2022 (arXiv 2210.02747); the recipe of SD3 (arXiv 2403.03206).
 """
@@ -16,19 +16,15 @@ from torch import Tensor, nn
 from genflow.conditions import Condition
 from genflow.config import Choice, from_dict
 from genflow.errors import UserError
-from genflow.flows.base import Batch, Flow, LossOutput, evaluating
+from genflow.flows.base import Batch, LossOutput, evaluating
+from genflow.flows.conditioned import ConditionedFlow
+from genflow.flows.couplings import Coupling, Independent, Paired
 from genflow.flows.densities import Density, LogitNormal
-from genflow.functional import (
-    Rng,
-    interpolate,
-    noise_from_seeds,
-    path_velocity,
-    resolution_shift,
-    velocity_from_x,
-)
-from genflow.layers.whitening import Whitening
-from genflow.registry import api_export, flow_export, resolve
-from genflow.samplers import Progress, Solution, Velocity, bound_sampler, cfg, check_grid, heun, uniform
+from genflow.flows.paths import LinearPath, PathConfig, rows_like
+from genflow.flows.sampling import SolveConfig
+from genflow.functional import Rng, noise_from_seeds, resolution_shift, velocity_from_x
+from genflow.registry import api_export, flow_export, resolve, tag_of
+from genflow.samplers import Progress, Solution, Velocity, bound_sampler, cfg, check_grid, heun, uniform, velocity_from
 from genflow.samplers.guidance import Conditioned, autoguidance
 from genflow.samplers.guides import Guide
 
@@ -38,14 +34,21 @@ from genflow.samplers.guides import Guide
 class RectifiedFlowConfig:
     """How a rectified flow is trained.
 
-    density: of the training times. prediction: what the network gives, the velocity, or the clean picture x, which
-    becomes v = (z - x) / max(t, t_min) (JiT, arXiv 2511.13720). drop_condition: part of the samples trained without
-    their condition, for guidance. text_mask: hide padding tokens from the network (SD3 shows them). whiten: the ridge
-    of a whitening of the pooled text vectors, fitted to the training captions (layers/whitening.py); none leaves them.
+    density: of the training times, which are the path's own. path: on which the network learns (flows/paths.py); samplers
+    see the straight one. coupling: which noise a sample is joined with (flows/couplings.py). prediction: what the network
+    gives: v, the path's velocity dx_s/ds; x, the clean picture, which becomes v = (z - x) / max(t, t_min) (JiT, arXiv
+    2511.13720); or eps, the noise, from which sampling starts at 1 - t_min, where it still tells of the picture.
+    drop_condition: part of the samples trained without their condition, for guidance. text_mask: hide padding tokens from
+    the network (SD3 shows them). whiten: the ridge of a whitening of the pooled text vectors, fitted to the training
+    captions (layers/whitening.py); none leaves them.
     """
 
+    sampling: ClassVar[type] = SolveConfig
+
     density: Annotated[Density, Choice("density")] = field(default_factory=LogitNormal)
-    prediction: Literal["v", "x"] = "v"
+    path: Annotated[PathConfig, Choice("path")] = field(default_factory=LinearPath)
+    coupling: Annotated[Coupling, Choice("coupling")] = field(default_factory=Independent)
+    prediction: Literal["v", "x", "eps"] = "v"
     t_min: float = 0.05
     drop_condition: float = 0.1
     text_mask: bool = False
@@ -60,105 +63,117 @@ class RectifiedFlowConfig:
         if self.whiten is not None and not 0 < self.whiten < math.inf:
             raise UserError(f"whiten = {self.whiten} must be positive, such as 0.1, or none")
 
-    def build(self, network: nn.Module, text: nn.Module, *, image_shape: Sequence[int]) -> RectifiedFlow:
-        """The flow around a network and a text encoder. image_shape: C, H, W."""
-        channels, height, width = image_shape
-        return RectifiedFlow(self, network, text, image_shape=(channels, height, width))
+    def build(self, network: nn.Module, text: nn.Module, *, shape: Sequence[int]) -> RectifiedFlow:
+        """The flow around a network and a text encoder. shape: of a sample, C, H, W or D. Raises UserError."""
+        return RectifiedFlow(self, network, text, shape=shape)
 
 
 @api_export("RectifiedFlow")
-class RectifiedFlow(Flow):
-    """A velocity network under the verbs of a flow.
+class RectifiedFlow(ConditionedFlow):
+    """A velocity network under the verbs of a flow. network: called as network(z, t, tokens, pooled, context_mask=...)."""
 
-    network: called as network(z, t, tokens, pooled, context_mask=...), like MMDiT. text: a module that turns prepared
-    conditions into embedded ones, with encode(prompts) and null() for prepared ones. A text encoder that is not
-    trainable stays out of the state dict: its name says what it is.
-    """
-
-    text: Any
     no_density: ClassVar[str] = (
         "the likelihood of a velocity needs an ODE solve with its divergence, which this version does not have"
     )
 
     def __init__(
-        self,
-        config: RectifiedFlowConfig,
-        network: nn.Module,
-        text: nn.Module,
-        *,
-        image_shape: tuple[int, int, int],
+        self, config: RectifiedFlowConfig, network: nn.Module, text: nn.Module, *, shape: Sequence[int]
     ) -> None:
-        super().__init__()
+        super().__init__(network, text, shape=shape, whiten=config.whiten)
         self.config = config
-        self.network = network
-        self.text = text
-        self.image_shape = image_shape
-        self.whitening = None if config.whiten is None else Whitening(self.text.pooled_dim, config.whiten)
-        if not text.trainable:
-            self.register_state_dict_post_hook(_without_text)
-            self.register_load_state_dict_post_hook(_text_not_missing)
+        self.path = config.path.build()
+        self._straight = config.path == LinearPath()
 
-    def initialise(self, condition: Condition) -> None:
-        """Fit the whitening to the prepared conditions of the training data."""
-        if self.whitening is not None:
-            with torch.no_grad():
-                self.whitening.fit(self.text(condition.to(self.device)).pooled)
-
-    def embed(self, condition: Condition) -> Condition:
-        """A prepared condition as the network takes it."""
-        condition = self.text(condition)
-        if self.whitening is None:
-            return condition
-        return replace(condition, pooled=self.whitening(condition.pooled))
+    @property
+    def t_max(self) -> float:
+        """Where sampling starts, from t_max noise: 1, or the last time of ours at which the network tells of a picture."""
+        last = 1 - self.config.t_min if self.config.prediction == "eps" else 1.0
+        return min(self.path.t_max, last)
 
     def velocity(self, z: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        """v at (z, t) under an embedded condition. z: B x C x H x W; t: B. Returns z's shape and dtype."""
+        """v = dz/dt of the straight path at (z, t) under an embedded condition. z: B x C x H x W; t: B. As z."""
         return self._velocity(z, t, condition.tokens, condition.mask, condition.pooled)
 
     def _velocity(self, z: Tensor, t: Tensor, tokens: Tensor, mask: Tensor, pooled: Tensor) -> Tensor:
+        def model(x: Tensor, s: Tensor) -> Tensor:
+            return self._predict(x, s, tokens, mask, pooled)
+
         config = self.config
-        dtype = next((p.dtype for p in self.network.parameters()), z.dtype)
-        context_mask = mask if config.text_mask else None
-        output = self.network(z.to(dtype), t, tokens.to(dtype), pooled.to(dtype), context_mask=context_mask).to(z.dtype)
-        return output if config.prediction == "v" else velocity_from_x(z, output, t, config.t_min)
+        if config.prediction == "x":
+            if self._straight:
+                return velocity_from_x(z, model(z, t), t, config.t_min)
+            s = self.path.s_of_t(t.double().clamp(self.path.t_min, self.path.t_max)).to(t.dtype)
+            scale = rows_like(self.path.alpha(s) + self.path.sigma(s), z)
+            return velocity_from_x(z, model(scale * z, s), t, config.t_min)
+        if config.prediction == "v":
+            return model(z, t) if self._straight else velocity_from(model, self.path, "velocity")(z, t)
+        return velocity_from(model, replace(self.path, t_max=self.t_max), "eps")(z, t)
+
+    def _predict(self, x: Tensor, s: Tensor, tokens: Tensor, mask: Tensor, pooled: Tensor) -> Tensor:
+        """What the network answers at (x_s, s), in x's dtype."""
+        dtype = next((p.dtype for p in self.network.parameters()), x.dtype)
+        context_mask = mask if self.config.text_mask else None
+        return self.network(x.to(dtype), s, tokens.to(dtype), pooled.to(dtype), context_mask=context_mask).to(x.dtype)
 
     def loss(self, batch: Batch, rng: Rng) -> LossOutput:
-        """E ||v(z_t, t) - (noise - x)||^2, the mean over each picture, then over the batch.
+        """The mean square error of what the network predicts, over each picture, then over the batch.
 
-        With x-prediction the target is (z_t - x) / max(t, t_min), the same but for t < t_min, where the clamp would
-        otherwise ask for a picture that is not x. Draws by batch.position: streams "t", "noise" and "drop".
+        Of v: E ||v(x_s, s) - dx_s/ds||^2, where dx_s/ds is noise - x on the straight path (flow matching). Of eps:
+        E ||eps(x_s, s) - noise||^2 (Ho et al. 2020, arXiv 2006.11239, eq. 14). Of x: E ||x(x_s, s) - x||^2 over
+        max(t, t_min)^2, the error of the straight velocity. Draws by batch.position: streams "t", "noise" and "drop"; then
+        the coupling joins noise and samples.
         """
         config, position = self.config, batch.position
-        x = batch.image.float()
-        t = config.density(rng.uniform("t", position)).float().to(x.device)
-        noise = rng.normal("noise", position, x.shape[1:]).to(x.device)
+        x = batch.x.float()
+        s = config.density(rng.uniform("t", position)).float().to(x.device)
         keep = (rng.uniform("drop", position) >= config.drop_condition).to(x.device)
-        condition = self.embed(batch.condition.where(keep, self.text.null().to(x.device)))
-        per_sample = self._error(x, noise, t, condition)
+        condition = batch.condition.where(keep, self.text.null().to(x.device))
+        noise = config.coupling(x, self._noise(batch, rng), condition)
+        per_sample = self._error(x, noise, s, self.embed(condition))
         loss = per_sample.mean()
-        return LossOutput(loss, {"velocity": loss.detach()}, per_sample.detach(), t)
+        name = "noise" if config.prediction == "eps" else "velocity"
+        return LossOutput(loss, {name: loss.detach()}, per_sample.detach(), s)
 
-    def _error(self, x: Tensor, noise: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        """Mean square error of the velocity for each sample: B, float32."""
-        z = interpolate(x, noise, t)
-        if self.config.prediction == "v":
-            target = path_velocity(x, noise)
+    def _noise(self, batch: Batch, rng: Rng) -> Tensor:
+        """The noise of a batch before it is coupled: drawn, or its own. Raises UserError where it has none of its own."""
+        if not isinstance(self.config.coupling, Paired):
+            return rng.normal("noise", batch.position, batch.x.shape[1:]).to(batch.x.device)
+        own = getattr(batch, "noise", None)
+        if own is None:
+            raise UserError("coupling paired: the data holds no noise; take data pairs, or coupling independent")
+        return own.float()
+
+    def _error(self, x: Tensor, noise: Tensor, s: Tensor, condition: Condition) -> Tensor:
+        """Mean square error of the prediction at times s for each sample: B, float32."""
+        prediction, path = self.config.prediction, self.path
+        alpha, sigma = (rows_like(a, x) for a in (path.alpha(s), path.sigma(s)))
+        output = self._predict(alpha * x + sigma * noise, s, condition.tokens, condition.mask, condition.pooled)
+        if prediction == "x":
+            error = (output - x) / (sigma / (alpha + sigma)).clamp(min=self.config.t_min)
+        elif prediction == "eps":
+            error = output - noise
         else:
-            target = velocity_from_x(z, x, t, self.config.t_min)
-        return (self.velocity(z, t, condition) - target).square().flatten(1).mean(1)
+            assert path.rates is not None
+            d_alpha, d_sigma = (rows_like(a, x) for a in path.rates(s))
+            error = output - (d_alpha * x + d_sigma * noise)
+        return error.square().flatten(1).mean(1)
 
     @torch.no_grad()
-    def validation_loss(self, batch: Batch, levels: int = 8) -> Tensor:
-        """The loss at the fixed times (i + 1/2) / levels with fixed noise: one number per level (SD3, sec. 5.3).
+    def validate(self, batch: Batch, levels: int = 8) -> dict[str, Tensor]:
+        """The loss at the fixed times (i + 1/2) / levels with fixed noise, and their mean (SD3, sec. 5.3).
 
-        No condition is dropped. The noise hangs on batch.position alone, so that every call asks the same questions.
+        No condition is dropped. The noise hangs on batch.position alone, so that every call asks the same questions; it is
+        coupled as in training, within this batch.
         """
-        x = batch.image.float()
-        noise = Rng(0).normal("noise", batch.position, x.shape[1:]).to(x.device)
+        x, noise = batch.x.float(), self._noise(batch, Rng(0))
+        if len(x) > 1:  # what is left at the end of a split may be a single sample
+            noise = self.config.coupling(x, noise, batch.condition)
         with evaluating(self):
             condition = self.embed(batch.condition)
             times = [(i + 0.5) / levels for i in range(levels)]
-            return torch.stack([self._error(x, noise, x.new_full((len(x),), t), condition).mean() for t in times])
+            losses = [self._error(x, noise, x.new_full((len(x),), t), condition).mean() for t in times]
+        by_time = {f"validation_t{t:.3f}": loss for t, loss in zip(times, losses, strict=True)}
+        return {"validation_loss": torch.stack(losses).mean(), **by_time}
 
     @torch.no_grad()
     def sample(
@@ -193,28 +208,38 @@ class RectifiedFlow(Flow):
         Returns x, B x C x H x W float32 in [-1, 1], and nfe. Raises UserError for what cannot be, and for NaN.
         """
         rule = from_dict(_Guidance, {"guide": guide}, where="sample").guide
-        channels, *sides = self.image_shape
-        height, width = sides if size is None else (size, size) if isinstance(size, int) else size
-        if min(height, width) < 1:
-            raise UserError(
-                f"size = {height} x {width} is not a picture's; this model was trained at {sides[0]} x {sides[1]}"
-            )
-        times = self.times(steps, grid, shift, size=(height, width))
+        shape = self.shape if size is None else self._of_size(size)
+        times = self.times(steps, grid, shift, size=shape[1:])
         solve = bound_sampler(sampler, options or {}, seeds)
-        noise = noise_from_seeds(seeds, (channels, height, width)).to(self.device)
-        if weak is not None and (not isinstance(weak, RectifiedFlow) or weak.image_shape[0] != channels):
-            has = f" with {weak.image_shape[0]} channels" if isinstance(weak, RectifiedFlow) else ""
-            raise UserError(f"weak must be a rectified flow with {channels} channels, not a {type(weak).__name__}{has}")
+        if draws_noise(sampler) and not self.config.coupling.independent:
+            raise UserError(
+                f"sampler {sampler!r} draws noise, which is right for coupling independent alone; choose one such as 'heun'"
+            )
+        noise = self.t_max * noise_from_seeds(seeds, shape).to(self.device)
+        if weak is not None and (not isinstance(weak, RectifiedFlow) or weak.shape[0] != shape[0]):
+            has = f" of {tuple(weak.shape)}" if isinstance(weak, RectifiedFlow) else ""
+            raise UserError(f"weak must be a rectified flow of {shape}, not a {type(weak).__name__}{has}")
         with evaluating(self), evaluating(self if weak is None else weak):
-            condition = self._embed(prompts, len(seeds))
+            condition = self.embed_prompts(prompts, len(seeds))
             if weak is None:
                 velocity = self.guided(condition, guidance=guidance, interval=interval, guide=rule, rescale=rescale)
             else:
                 strong = Conditioned(self._velocity, _tensors(condition))
-                weaker = Conditioned(weak._velocity, _tensors(weak._embed(prompts, len(seeds))))
+                weaker = Conditioned(weak._velocity, _tensors(weak.embed_prompts(prompts, len(seeds))))
                 velocity = autoguidance(strong, weaker, guidance, interval=interval, guide=rule, rescale=rescale)
             solution = solve(velocity, noise, times, progress=progress, record=record).checked()
-        return replace(solution, x=solution.x.float().clamp(-1, 1))
+        x = solution.x.float()
+        return replace(solution, x=x.clamp(-1, 1) if x.dim() == 4 else x)
+
+    def _of_size(self, size: int | tuple[int, int]) -> tuple[int, ...]:
+        """The shape of a picture of that size. Raises UserError for what is none."""
+        if len(self.shape) != 3:
+            raise UserError(f"size = {size} is for pictures; this model makes vectors of {self.shape[0]} numbers")
+        height, width = (size, size) if isinstance(size, int) else size
+        if min(height, width) < 1:
+            trained = " x ".join(map(str, self.shape[1:]))
+            raise UserError(f"size = {height} x {width} is not a picture's; this model was trained at {trained}")
+        return (self.shape[0], height, width)
 
     def times(
         self,
@@ -222,22 +247,22 @@ class RectifiedFlow(Flow):
         grid: str | Sequence[float] = "shifted",
         shift: float | Literal["resolution"] = 1.0,
         *,
-        size: tuple[int, int] | None = None,
+        size: Sequence[int] | None = None,
     ) -> list[float]:
         """The steps + 1 times of a sample: those given, or of a registered grid.
 
-        For x-prediction a grid of a name is squeezed into 1 .. t_min, and its last step takes the predicted picture:
-        below t_min, where the velocity is clamped, more steps would leave noise behind.
+        A grid of a name starts at t_max. For x-prediction it is squeezed into t_max .. t_min, and its last step takes the
+        predicted picture: below t_min, where the velocity is clamped, more steps would leave noise behind.
         """
         if not isinstance(grid, str):
             return check_grid(grid)
         if shift == "resolution":
-            height, width = size or self.image_shape[1:]
-            shift = resolution_shift(height * width // getattr(self.network, "patch_size", 1) ** 2)
-        make, last = resolve("grid", grid), self.config.t_min
-        if self.config.prediction == "v" or steps < 2:
-            return make(steps, shift)
-        return [last + (1 - last) * t for t in make(steps - 1, shift)] + [0.0]
+            pixels = math.prod(size or self.shape[1:])
+            shift = resolution_shift(pixels // getattr(self.network, "patch_size", 1) ** 2)
+        make, first, last = resolve("grid", grid), self.t_max, self.config.t_min
+        if self.config.prediction != "x" or steps < 2:
+            return [first * t for t in make(steps, shift)]
+        return [last + (first - last) * t for t in make(steps - 1, shift)] + [0.0]
 
     def guided(
         self,
@@ -254,19 +279,6 @@ class RectifiedFlow(Flow):
         uncond = _tensors(self.embed(self.text.null().to(self.device))) if guidance != 1 else cond
         return cfg(self._velocity, cond, uncond, guidance, interval=interval, guide=rule, rescale=rescale)
 
-    def _embed(self, prompts: Sequence[str] | Condition, n: int) -> Condition:
-        """The embedded condition of n samples: n rows, or one for all."""
-        if isinstance(prompts, str):
-            raise UserError("prompts must be a list of strings, such as ['a red apple'], not one string")
-        if not isinstance(prompts, Condition) and (other := [p for p in prompts if not isinstance(p, str)]):
-            raise UserError(f"prompts must be strings, such as 'a red apple' or '3', not {other[0]!r}")
-        if n == 0:
-            raise UserError("no seeds are given, so there is nothing to sample; give one seed for each picture")
-        if len(prompts) not in (1, n):
-            raise UserError(f"{len(prompts)} prompts for {n} seeds; give one prompt, or one for each seed")
-        condition = prompts if isinstance(prompts, Condition) else self.text.encode(list(prompts))
-        return self.embed(condition.to(self.device))
-
     @torch.no_grad()
     def encode(self, x: Tensor, condition: Condition | None = None, *, steps: int = 50) -> Tensor:
         """Pictures to noise, along the unguided ODE by Heun's method. condition: prepared; none is the empty one."""
@@ -278,14 +290,15 @@ class RectifiedFlow(Flow):
         return self._solve(z, condition, uniform(steps))
 
     def _solve(self, x: Tensor, condition: Condition | None, times: Sequence[float]) -> Tensor:
-        prepared = self.text.null() if condition is None else condition
-        if len(prepared) not in (1, len(x)):
-            raise UserError(
-                f"{len(prepared)} conditions for {len(x)} pictures; give one condition, or one for each picture"
-            )
         with evaluating(self):
-            embedded = self.embed(prepared.to(self.device)).expand(len(x))
+            embedded = self.embed_rows(condition, len(x))
             return heun(lambda z, t: self.velocity(z, t, embedded), x.to(self.device), times).x
+
+
+def draws_noise(sampler: str) -> bool:
+    """Whether the sampler of that name draws noise on the way."""
+    tag = tag_of(resolve("sampler", sampler))
+    return tag is not None and tag.metadata.get("family") == "sde"
 
 
 @dataclass(frozen=True)
@@ -295,12 +308,3 @@ class _Guidance:
 
 def _tensors(condition: Condition) -> tuple[Tensor, Tensor, Tensor]:
     return condition.tokens, condition.mask, condition.pooled
-
-
-def _without_text(_module: nn.Module, state: dict[str, Tensor], prefix: str, _metadata: dict) -> None:
-    for key in [key for key in state if key.startswith(f"{prefix}text.")]:
-        del state[key]
-
-
-def _text_not_missing(_module: nn.Module, incompatible: Any) -> None:
-    incompatible.missing_keys[:] = [key for key in incompatible.missing_keys if not key.startswith("text.")]

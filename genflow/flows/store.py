@@ -1,6 +1,6 @@
 """Models on disk: safetensors and JSON, written so that a reader sees a whole file or none.
 
-A model folder holds config.json (the sections model, flow, text, data, sample, and image_shape), model.safetensors and
+A model folder holds config.json (the sections model, flow, text, data, sample, and shape), model.safetensors and
 perhaps ema.safetensors. A checkpoint is one with a guard file, complete.json, written last: {"files": {name: bytes}}.
 A run keeps its checkpoints in checkpoints/step-XXXXXXXX.
 """
@@ -108,7 +108,7 @@ def save_model(
 ) -> None:
     """Write a model folder: config.json, model.safetensors, and ema.safetensors where there is an average.
 
-    config: sections as plain dicts, with image_shape. Each file is flushed and moved into place; config.json goes first
+    config: sections as plain dicts, with shape. Each file is flushed and moved into place; config.json goes first
     and comes back last, so that a folder cut short is never taken for a model. Raises UserError where the disk refuses.
     """
     folder = Path(folder)
@@ -176,7 +176,7 @@ def load(path: str | Path, *, ema: bool = True, device: str | torch.device = "cp
     folder = find_model(path)
     config = read_config(folder)
     recipe = from_dict(Recipe, {name: config[name] for name in ("model", "flow", "text")}, where=str(folder / CONFIG))
-    flow = recipe.flow.build(recipe.model.build(), recipe.text.build(), image_shape=config["image_shape"])
+    flow = recipe.flow.build(recipe.model.build(), recipe.text.build(), shape=config["shape"])
     files = [folder / MODEL]
     if ema and (folder / EMA).exists():
         files.insert(0, folder / EMA)
@@ -220,13 +220,13 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder} has no {CONFIG}: it is no run or model, or its saving was cut short") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is damaged ({error}); copy it again or save the model again") from error
-    wanted = ("model", "flow", "text", "image_shape")
+    wanted = ("model", "flow", "text", "shape")
     missing = [name for name in wanted if name not in config] if isinstance(config, dict) else list(wanted)
     if missing:
         raise UserError(f"{path} has no {missing[0]!r}: it is not a genflow model's; save the model again")
-    shape = config["image_shape"]
-    if not (isinstance(shape, list) and len(shape) == 3 and all(isinstance(n, int) and n > 0 for n in shape)):
-        raise UserError(f"{path}: image_shape = {shape} is not [channels, height, width], such as [3, 32, 32]")
+    shape = config["shape"]
+    if not (isinstance(shape, list) and len(shape) in (1, 3) and all(isinstance(n, int) and n > 0 for n in shape)):
+        raise UserError(f"{path}: shape = {shape} is not [channels, height, width], such as [3, 32, 32], or [numbers]")
     return config
 
 

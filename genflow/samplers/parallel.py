@@ -13,6 +13,7 @@ from torch import Tensor
 
 from genflow.errors import UserError
 from genflow.registry import sampler_export
+from genflow.samplers.fixed_point import verified
 from genflow.samplers.solution import Progress, Solution, Trajectory, Velocity, as_state, check_grid, state
 
 
@@ -82,14 +83,14 @@ def picard(
         sums = torch.stack(list(accumulate((_over(h, x) * v).unbind(1), initial=states[:, 0])), dim=1)
 
         # ... see which states stayed: the one after them is right too, as the step from the last of them ...
-        stayed = (sums - states)[:, 1:].flatten(2).square().mean(2).sqrt() <= tolerance
-        verified = torch.minimum(1 + stayed.cumprod(1).sum(1).cpu(), (h != 0).sum(1))
+        change = (sums - states)[:, 1:].flatten(2).square().mean(2).sqrt()
+        settled = torch.minimum(verified(change, tolerance).cpu(), (h != 0).sum(1))
         if path is not None:
-            path.add(sums, at, verified, spent)
+            path.add(sums, at, settled, spent)
 
         # ... and slide the windows there.
-        at = at + verified
-        kept = (places + verified[:, None]).clamp(max=size)
+        at = at + settled
+        kept = (places + settled[:, None]).clamp(max=size)
         ahead = _over(clock[(at[:, None] + places).clamp(max=steps)] - times.gather(1, kept), x)
         states = sums[_to(torch.arange(len(x)), x)[:, None], _to(kept, x)]
         states = torch.where(ahead == 0, states, states + ahead * v[:, -1:])  # a guess may be NaN, and 0 NaN is too
@@ -108,8 +109,8 @@ class _Path:
         self.states = x.unsqueeze(0).repeat_interleave(len(grid), dim=0)
         self.nfe = torch.zeros(len(grid), dtype=torch.int64)
 
-    def add(self, sums: Tensor, at: Tensor, verified: Tensor, spent: Tensor) -> None:
-        rows, places = (torch.arange(sums.shape[1] - 1) < verified[:, None]).nonzero(as_tuple=True)
+    def add(self, sums: Tensor, at: Tensor, settled: Tensor, spent: Tensor) -> None:
+        rows, places = (torch.arange(sums.shape[1] - 1) < settled[:, None]).nonzero(as_tuple=True)
         steps = at[rows] + places + 1
         self.states[_to(steps, sums), _to(rows, sums)] = sums[_to(rows, sums), _to(places + 1, sums)]
         self.nfe.scatter_reduce_(0, steps, spent[rows], "amax")

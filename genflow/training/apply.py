@@ -9,6 +9,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from genflow.errors import UserError
+from genflow.flows.bijections.base import Bijection
+from genflow.flows.bijections.memory import reversible
 
 
 def _blocks(network: nn.Module, what: str) -> Iterable[nn.Module]:
@@ -18,10 +20,17 @@ def _blocks(network: nn.Module, what: str) -> Iterable[nn.Module]:
     return blocks
 
 
-def checkpoint_blocks(network: nn.Module) -> None:
-    """Keep only each block's inputs for the backward and run its forward again there (arXiv 1604.06174)."""
+def checkpointed(network: nn.Module) -> nn.Module:
+    """The network with less kept for the backward, and computed again there.
+
+    Of a network of blocks each block's inputs are kept (Chen et al. 2016, arXiv 1604.06174); of another bijection only its
+    output (flows/bijections/memory.py).
+    """
+    if isinstance(network, Bijection) and not hasattr(network, "blocks"):
+        return reversible(network)
     for block in _blocks(network, "train.checkpointing"):
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore[method-assign]
+    return network
 
 
 def compile_blocks(network: nn.Module) -> None:

@@ -6,12 +6,10 @@ import math
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from genflow.config import Choice, Named
+from genflow.config import Choice, Owned
 from genflow.errors import UserError
 from genflow.flows.rectified import RectifiedFlowConfig
-from genflow.registry import resolve
-from genflow.samplers import bound_sampler, cfg
-from genflow.samplers.guides import CFG
+from genflow.text.none import NoTextConfig
 from genflow.training.optimizers import AdamWConfig
 
 LEAST = {
@@ -44,7 +42,7 @@ class TrainConfig:
     clip: float = 1.0  # global gradient norm; 0 turns clipping off
     ema: float = 0.05  # relative width of the power-function EMA profile (training/ema.py); 0 turns it off
     compile: bool = False  # torch.compile each block
-    checkpointing: bool = False  # recompute each block in the backward
+    checkpointing: bool = False  # keep less for the backward and compute it again (training/apply.py)
     workers: int = 0  # data-loading processes
     log_every: int = 20
     save_every: int = 500
@@ -67,41 +65,20 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
-class SampleConfig:
-    """How a run samples unless told otherwise."""
-
-    sampler: Annotated[str, Named("sampler")] = "heun"
-    options: Any = None  # of the sampler, such as {rtol: 1e-3}
-    steps: int = 20
-    grid: Annotated[str, Named("grid")] = "shifted"
-    guidance: float = 2.0
-    interval: tuple[float, float] = (0.0, 1.0)  # the times t in which guidance acts
-    guide: Annotated[Any, Choice("guidance")] = field(default_factory=CFG)
-    rescale: float = 0.0  # how far guidance keeps the standard deviation of the unguided velocity, 0 to 1
-    shift: Literal["resolution"] | float = 1.0
-
-    def __post_init__(self) -> None:
-        """Refuse now what the sampler, the grid and the guide would refuse at the first preview."""
-        resolve("grid", self.grid)(self.steps, 1.0 if self.shift == "resolution" else self.shift)
-        if self.options is not None and not isinstance(self.options, dict):
-            raise UserError(f"options = {self.options!r} must be a section of keys, such as {{rtol: 1e-3}}")
-        bound_sampler(self.sampler, self.options or {}, ())
-        cfg(lambda x, t: x, (), (), self.guidance, interval=self.interval, guide=self.guide, rescale=self.rescale)
-
-
-@dataclass(frozen=True)
 class RunConfig:
-    """One run: data, text, model, flow, training, sampling."""
+    """One run: data, model, text, flow, training, sampling."""
 
     data: Annotated[Any, Choice("dataset")]
-    text: Annotated[Any, Choice("text")]
     model: Annotated[Any, Choice("network")]
+    text: Annotated[Any, Choice("text")] = field(default_factory=NoTextConfig)
     flow: Annotated[Any, Choice("flow")] = field(default_factory=RectifiedFlowConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
-    sample: SampleConfig = field(default_factory=SampleConfig)
+    sample: Annotated[Any, Owned("flow", "sampling")] = None  # default: the flow's own
     seed: int = 0
     out: str | None = None  # the run's folder; default: runs/<name of the config file>
 
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**63:
             raise UserError(f"seed = {self.seed} is out of range; try 0")
+        if self.sample is None:
+            object.__setattr__(self, "sample", self.flow.sampling())

@@ -18,16 +18,18 @@ from torch import Tensor, nn
 from genflow.config import to_dict
 from genflow.data.loading import Batch, PreparedConditions, StreamSampler, loader
 from genflow.data.pictures import caption_grid
+from genflow.data.points import point_picture
 from genflow.errors import UserError
 from genflow.flows.store import newest_checkpoint
 from genflow.functional import Rng
-from genflow.training.apply import checkpoint_blocks, compile_blocks
+from genflow.training.apply import checkpointed, compile_blocks
 from genflow.training.checkpoint import load_checkpoint, save_checkpoint
 from genflow.training.config import RunConfig
 from genflow.training.ema import EMA
 from genflow.training.log import T_BINS, Log, LossByTime
 from genflow.training.precision import verified
 
+POINTS = 4096  # of a preview of vectors
 MAX_HALVINGS = 24  # of the fp16 loss scale for one batch, before the run is given up
 
 
@@ -71,8 +73,8 @@ class Trainer:
         self.dataset = config.data.build("train")
         torch.manual_seed(config.seed)  # the initial weights hang on nothing else
         self.text = config.text.build()
-        self.image_shape = (config.data.channels, config.data.size, config.data.size)
-        self.config = config = replace(config, model=fit_to(config.model, self.text, self.image_shape))
+        self.shape = shape_of(config.data)
+        self.config = config = replace(config, model=fit_to(config.model, self.text, self.shape))
         per_micro = accelerator.num_processes * train.accumulation
         if train.batch_size % per_micro:
             near = max(round(train.batch_size / per_micro), 1) * per_micro
@@ -81,16 +83,16 @@ class Trainer:
                 f"{train.accumulation} micro-batches; try {near}"
             )
         network = config.model.build()
-        self.flow = config.flow.build(network, self.text, image_shape=self.image_shape)
         if train.checkpointing:
-            checkpoint_blocks(network)
+            network = checkpointed(network)
+        self.flow = config.flow.build(network, self.text, shape=self.shape)
         if train.compile:
             compile_blocks(network)
         optimizer = train.optimizer.build(self.flow)
         self.base_lr = [group["lr"] for group in optimizer.param_groups]
         self.conditions = PreparedConditions.prepare(self.dataset, self.text)
         self.validation = self._validation_batches() if train.validate_every else []
-        self.flow.to(accelerator.device).initialise(self.conditions.table)
+        self.flow.to(accelerator.device).initialise(self.conditions.table, self._first_batch)
         self.model, self.optimizer = accelerator.prepare(self.flow, optimizer)
         self.ema = EMA(self.flow, train.ema) if train.ema else None
         self.step, self.by_time = 0, LossByTime()
@@ -110,6 +112,12 @@ class Trainer:
         if self.accelerator.scaler is not None and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
 
+    def _first_batch(self) -> Batch:
+        """The samples of the first step, of all ranks and micro-batches together."""
+        sampler = StreamSampler(len(self.dataset), seed=self.config.seed, batch_size=self.config.train.batch_size, steps=1)
+        batch = next(loader(self.dataset, self.conditions, sampler, shape=self.shape))
+        return batch.to(self.accelerator.device)
+
     def batches(self) -> Iterator[Batch]:
         """The run's micro-batches from the present step on."""
         train, accelerator = self.config.train, self.accelerator
@@ -123,14 +131,12 @@ class Trainer:
             start_step=self.step,
             steps=train.steps,
         )
-        data = self.config.data
         yield from loader(
             self.dataset,
             self.conditions,
             sampler,
-            size=data.size,
-            channels=data.channels,
-            flip=data.flip,
+            shape=self.shape,
+            flip=getattr(self.config.data, "flip", False),
             seed=self.config.seed,
             workers=train.workers,
         )
@@ -189,7 +195,8 @@ class Trainer:
             self.optimizer.zero_grad()
             if not overflow:  # an overflow in fp16 only halves the loss scale: the same step is done again
                 for per_sample, t in parts:
-                    self.by_time.add(per_sample, t)
+                    if t is not None:
+                        self.by_time.add(per_sample, t)
                 return loss, norm
         raise UserError(f"step {self.step}: gradients overflow fp16 at every loss scale; train with bf16 or fp32")
 
@@ -245,7 +252,7 @@ class Trainer:
             save_checkpoint(
                 self.run_folder,
                 self.step,
-                config={**to_dict(self.config), "image_shape": list(self.image_shape)},
+                config={**to_dict(self.config), "shape": list(self.shape)},
                 model=self.flow,
                 optimizer=self.optimizer.optimizer,
                 ema=self.ema,
@@ -268,47 +275,58 @@ class Trainer:
 
     def _validation_batches(self) -> list[Batch]:
         """Read once, and before the first step: a split that is not there is said at once."""
-        train, data = self.config.train, self.config.data
-        dataset = data.build(train.validation_split)
+        train = self.config.train
+        dataset = self.config.data.build(train.validation_split)
         n = min(len(dataset), train.validation_images)
         sampler = [[(i, i) for i in range(j, min(j + train.batch_size, n))] for j in range(0, n, train.batch_size)]
         conditions = PreparedConditions.prepare(dataset, self.text)
-        return list(loader(dataset, conditions, sampler, size=data.size, channels=data.channels))
+        return list(loader(dataset, conditions, sampler, shape=self.shape))
 
     def _validate(self) -> None:
-        train = self.config.train
-        sums: Tensor | float = 0.0
+        sums: dict[str, float] = {}
         for batch in self.validation:
-            sums = sums + self.flow.validation_loss(batch.to(self.accelerator.device)) * len(batch.ids)
-        assert isinstance(sums, Tensor)
-        levels = sums / sum(len(batch.ids) for batch in self.validation)
-        mean = float(levels.mean())
-        self.log.say(f"step {self.step}: validation loss {mean:.4f} ({train.validation_split})")
-        by_level = {f"validation_t{(i + 0.5) / len(levels):.3f}": float(v) for i, v in enumerate(levels)}
-        self.log.write(self.step, {"validation_loss": mean, **by_level})
+            for name, value in self.flow.validate(batch.to(self.accelerator.device)).items():
+                sums[name] = sums.get(name, 0.0) + float(value) * len(batch.ids)
+        values = {name: total / sum(len(batch.ids) for batch in self.validation) for name, total in sums.items()}
+        split = self.config.train.validation_split
+        self.log.say(f"step {self.step}: validation loss {values['validation_loss']:.4f} ({split})")
+        self.log.write(self.step, values)
 
     def _preview(self) -> None:
         train, sample = self.config.train, self.config.sample
         captions = list(dict.fromkeys(self.dataset.captions))
         prompts = list(train.preview_prompts) or captions[:: max(len(captions) // 16, 1)][:16]
+        n = len(prompts)
+        if len(self.shape) == 1:  # points are looked at by the thousand
+            prompts, n = [prompts[i % n] for i in range(POINTS)], POINTS
+        elif n == 1:
+            prompts, n = prompts * 16, 16
         try:
             how = {f.name: getattr(sample, f.name) for f in fields(sample)}
-            solution = self.flow.sample(prompts, seeds=list(range(len(prompts))), **how)
+            x = self.flow.sample(prompts, seeds=list(range(n)), **how).x
         except UserError as error:  # a picture that cannot be drawn is no reason to lose the run
             self.log.say(f"step {self.step}: no preview: {error}")
             return
         path = self.run_folder / "previews" / f"step-{self.step:08d}.png"
-        caption_grid(solution.x, prompts).save_atomic(path)
+        picture = point_picture(x.cpu()) if x.dim() == 2 else caption_grid(x, prompts)
+        picture.save_atomic(path)
         self.log.say(f"step {self.step}: {path}")
 
 
-def fit_to(model: Any, text: nn.Module, image_shape: tuple[int, int, int]) -> Any:
-    """Fill in what a network's config leaves to the run: channels, the text encoder's widths, the picture's size."""
-    channels, size, _ = image_shape
+def shape_of(data: Any) -> tuple[int, ...]:
+    """The shape of a data set's samples, from its config: (channels, size, size), or its own."""
+    return tuple(data.shape) if hasattr(data, "shape") else (data.channels, data.size, data.size)
+
+
+def fit_to(model: Any, text: nn.Module, shape: tuple[int, ...]) -> Any:
+    """Fill in what a network's config leaves to the run: the shape of a sample, and the text encoder's widths."""
     known = {
-        "in_channels": channels,
+        "shape": shape,
+        "in_channels": shape[0],
         "context_dim": text.context_dim,
         "pooled_dim": text.pooled_dim,
-        "sample_size": max(size // getattr(model, "patch_size", 1), 1),
+        "condition_dim": text.pooled_dim,
     }
+    if len(shape) == 3:
+        known["sample_size"] = max(shape[1] // getattr(model, "patch_size", 1), 1)
     return replace(model, **{k: v for k, v in known.items() if getattr(model, k, 0) is None})

@@ -65,7 +65,7 @@ def verified(model: nn.Module, precision: str) -> Iterator[None]:
     hooks = [
         module.register_forward_hook(lambda _m, _i, out: seen.append(out.dtype))
         for module in model.modules()
-        if type(module) in (nn.Linear, Linear) and module not in compiled
+        if type(module) in (nn.Linear, Linear, nn.Conv2d) and module not in compiled
     ]
     try:
         yield

@@ -139,7 +139,7 @@ def _as_saved(config: RunConfig, run: Path) -> RunConfig:
     asked = to_dict(config)
     for key, value in _leaves(saved).items():
         mine = _leaves(asked).get(key)
-        if key not in FREE and not key.startswith(("image_shape", "sample.")) and mine != value and mine is not None:
+        if key not in FREE and not key.startswith(("shape", "sample.")) and mine != value and mine is not None:
             raise UserError(
                 f"{run} holds a run with {key}={value}, this config says {mine}; choose another `out`, "
                 f"or remove {run} to start afresh"

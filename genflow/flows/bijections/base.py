@@ -20,10 +20,14 @@ class Bijection(nn.Module, ABC):
     wider, whatever autocast says; only networks inside it may compute in less. A registered bijection is built from the
     shape of a sample, Name(shape, ...), shape = (D,) or (C, H, W), and refuses a shape that it cannot serve.
 
-    condition_dim: the width P of the condition that it needs, 0 for none.
+    condition_dim: the width P of the condition that it needs, 0 for none. keep_input: what an invertible checkpoint does
+    (bijections/memory.py), keep its input rather than compute it again by an inverse that is slow, or not exact.
+    inverse_error: how far from exact, in float64, an inverse that is iterated or integrated may be.
     """
 
     condition_dim: int = 0
+    keep_input: bool = False
+    inverse_error: float = 1e-6
 
     @abstractmethod
     def forward(self, x: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,57 @@
+"""genflow eval RUN"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+from genflow.errors import UserError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", help="a run's folder, one of its checkpoints, or a model folder")
+    parser.add_argument("--split", default="test", help="of the run's data set (test)")
+    parser.add_argument("-n", type=int, metavar="N", help="samples, the first of the split (default: all)")
+    parser.add_argument("-k", type=int, default=1, metavar="K", help="draws of the dequantisation for each picture (1)")
+    parser.add_argument("--batch", type=int, default=64, help="samples at once; does not change the figure (64)")
+    parser.add_argument("--no-ema", action="store_true", help="the last weights instead of their average")
+    parser.add_argument("--device", help="cpu, cuda, mps (default: the best there is)")
+    parser.add_argument("--out", metavar="FILE", help="where the figure goes as JSON (default: RUN/eval.json)")
+
+
+def run(args: argparse.Namespace) -> int:
+    import torch
+    from tqdm import tqdm
+
+    from genflow.config import Choice, from_dict
+    from genflow.data.pictures import write_atomic
+    from genflow.evaluation.likelihood import likelihood
+    from genflow.flows.store import find_model, load
+
+    flow = load(args.run, ema=not args.no_ema, device=args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    section = (flow.recipe or {}).get("data")
+    if not section:
+        raise UserError(f"{args.run} does not say which data it was trained on, so there is none to evaluate it with")
+    data: Any = from_dict(Annotated[Any, Choice("dataset")], section, where=f"{args.run}: data")
+    begun = time.monotonic()
+    with tqdm(total=args.n, unit="sample", dynamic_ncols=True, disable=None) as bar:
+        result = likelihood(
+            flow, data, name=section["name"], split=args.split, n=args.n, k=args.k, batch=args.batch, progress=bar.update
+        )
+    print(result)
+    out = Path(args.out) if args.out else Path(args.run) / "eval.json"
+    about = {
+        **dataclasses.asdict(result),
+        "k": args.k,
+        "model": str(find_model(args.run)),
+        "ema": not args.no_ema,
+        "torch": torch.__version__,
+        "device": str(flow.device),
+        "seconds": round(time.monotonic() - begun, 1),
+    }
+    write_atomic(out, lambda file: file.write((json.dumps(about, indent=2) + "\n").encode()))
+    return 0

@@ -1,0 +1,83 @@
+"""How probable a model finds held-out data: bits per dimension of pictures, nats of vectors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from genflow.data.loading import Batch, loader
+from genflow.data.prepared import PreparedConditions
+from genflow.errors import UserError
+from genflow.flows.base import Flow
+from genflow.registry import api_export
+
+
+@api_export("Likelihood")
+@dataclass(frozen=True)
+class Likelihood:
+    """A mean over n samples of a split, with its standard error over them.
+
+    unit: "bits/dim", a bound that `how` explains, or "nats", -log p of vectors.
+    """
+
+    mean: float
+    error: float
+    unit: str
+    n: int
+    data: str
+    split: str
+    how: str
+
+    def __str__(self) -> str:
+        what = f"{self.data} {self.split}, {self.n} samples"
+        return f"{self.mean:.4f} +- {self.error:.4f} {self.unit} ({what}; {self.how})"
+
+
+@api_export("likelihood")
+def likelihood(
+    flow: Flow,
+    data: Any,
+    *,
+    name: str,
+    split: str = "test",
+    n: int | None = None,
+    k: int = 1,
+    batch: int = 64,
+    progress: Callable[[int], object] | None = None,
+) -> Likelihood:
+    """The mean likelihood of the first n samples of a split (all of it), whose randomness hangs on their place alone.
+
+    data: a data set's config, called `name`; k: draws of the dequantisation for each picture. Raises UserError for flows
+    that have none, for numbers that cannot be, and for a likelihood that is not finite.
+    """
+    if batch < 1 or (n is not None and n < 1):
+        raise UserError(f"n = {n}, batch = {batch}: both must be 1 or more")
+    dataset = data.build(split)
+    count = len(dataset) if n is None else min(n, len(dataset))
+    places = [[(i, i) for i in range(j, min(j + batch, count))] for j in range(0, count, batch)]
+    conditions = PreparedConditions.prepare(dataset, flow.text)  # type: ignore[arg-type]
+    values = []
+    for part in loader(dataset, conditions, places, shape=flow.shape):
+        values.append(_nll(flow, part.to(flow.device), k).double().cpu())
+        if progress is not None:
+            progress(len(part.ids))
+    each = torch.cat(values)
+    if not each.isfinite().all():
+        row = int((~each.isfinite()).nonzero()[0])
+        raise UserError(f"the likelihood of {dataset.identifiers[row]} is {float(each[row])}; is the model trained?")
+    error = float(each.std()) / math.sqrt(count) if count > 1 else math.nan
+    pictures = len(flow.shape) == 3
+    return Likelihood(
+        float(each.mean()), error, "bits/dim" if pictures else "nats", count, name, split, flow.likelihood_note(k)
+    )
+
+
+def _nll(flow: Flow, batch: Batch, k: int) -> Tensor:
+    if len(flow.shape) == 1:
+        return -flow.log_prob(batch.x, batch.condition).detach()
+    return flow.bits_per_dim(batch.x, batch.condition, k=k, position=batch.position)

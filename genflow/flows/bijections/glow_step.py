@@ -1,0 +1,68 @@
+"""One step of Glow, its two linear maps taken as one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from genflow.errors import UserError, nearest
+from genflow.flows.bijections.base import Bijection
+from genflow.flows.bijections.coupling import AdditiveCoupling, AffineCoupling
+from genflow.flows.bijections.elementwise import ActNorm, wide
+from genflow.flows.bijections.linear import InvertibleConv1x1, mix
+from genflow.networks.couplers import MLP, ConvNet
+from genflow.registry import bijection_export
+
+COUPLINGS: dict[str, type[AffineCoupling] | type[AdditiveCoupling]] = {
+    "affine": AffineCoupling,
+    "additive": AdditiveCoupling,
+}
+
+
+@bijection_export("glow_step")
+class GlowStep(Bijection):
+    """ActNorm, invertible 1x1 convolution, coupling (Glow, arXiv 1807.03039, table 1 and fig. 2a).
+
+    The same as these three in a chain; the first two are one affine map of the channels, W (exp(s) x + t). hidden: the
+    width of the coupling's network. Raises UserError for one channel.
+    """
+
+    def __init__(
+        self,
+        shape: Sequence[int],
+        *,
+        condition_dim: int = 0,
+        hidden: int = 128,
+        coupling: Literal["affine", "additive"] = "affine",
+    ) -> None:
+        super().__init__()
+        if coupling not in COUPLINGS:
+            raise UserError(f"coupling {coupling!r} is none.{nearest(coupling, COUPLINGS)}")
+        self.condition_dim = condition_dim
+        self.actnorm = ActNorm(shape)
+        self.conv = InvertibleConv1x1(shape)
+        network = partial(MLP, hidden=(hidden, hidden)) if len(shape) == 1 else partial(ConvNet, hidden=hidden)
+        self.coupling = COUPLINGS[coupling](shape, condition_dim=condition_dim, mask="halves", network=network)
+
+    def forward(self, x: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        weight = self.conv.weight()
+        y = mix(wide(x), weight * self.actnorm.log_scale.exp(), weight @ self.actnorm.shift)
+        z, ladj = self.coupling(y, condition)
+        return z, ladj + self._linear_ladj()
+
+    def inverse(self, z: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        y, ladj = self.coupling.inverse(z, condition)
+        scale = (-self.actnorm.log_scale).exp()
+        x = mix(y, scale.unsqueeze(1) * self.conv.inverse_weight(), -scale * self.actnorm.shift)
+        return x, ladj - self._linear_ladj()
+
+    def _linear_ladj(self) -> Tensor:
+        return self.conv.places * (self.actnorm.log_scale.sum() + self.conv.log_diagonal.sum())
+
+    @torch.no_grad()
+    def initialise(self, x: Tensor, condition: Tensor | None = None) -> None:
+        self.actnorm.initialise(x, condition)

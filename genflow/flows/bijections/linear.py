@@ -1,0 +1,111 @@
+"""Linear bijections over channels: the invertible 1x1 convolution, and permutations."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from genflow.flows.bijections.base import Bijection, zero_ladj
+from genflow.flows.bijections.elementwise import channels_and_places, wide
+from genflow.registry import bijection_export
+
+
+@bijection_export("conv1x1")
+class InvertibleConv1x1(Bijection):
+    """z = W x at every place, W = P L (U + diag(sign exp(log_diagonal))) (Glow, arXiv 1807.03039, eq. 10-12).
+
+    P and sign are fixed by the random rotation that W starts as. shape: (D,) or (C, H, W). Raises UserError for another.
+    """
+
+    order: Tensor
+    sign: Tensor
+
+    def __init__(self, shape: Sequence[int]) -> None:
+        super().__init__()
+        channels, self.places = channels_and_places(shape)
+        rotation = torch.linalg.qr(torch.randn(channels, channels, dtype=torch.float64))[0]
+        permutation, lower, upper = torch.linalg.lu(rotation)
+        diagonal = upper.diagonal()
+        self.lower = nn.Parameter(lower.tril(-1).float())
+        self.upper = nn.Parameter(upper.triu(1).float())
+        self.log_diagonal = nn.Parameter(diagonal.abs().log().float())
+        self.register_buffer("order", permutation.argmax(1))  # row i of P M is row order[i] of M
+        self.register_buffer("sign", diagonal.sign().float())
+        self._cached: dict[str, tuple[Any, Tensor]] = {}
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """L, and U with its diagonal: C x C each, W = (L U)[order]."""
+        lower = self.lower.tril(-1) + torch.eye(len(self.sign), dtype=self.lower.dtype, device=self.lower.device)
+        return lower, self.upper.triu(1) + torch.diag(self.sign * self.log_diagonal.exp())
+
+    def weight(self) -> Tensor:
+        """W, C x C."""
+        return self._kept("weight", self._weight)
+
+    def inverse_weight(self) -> Tensor:
+        """W^-1, C x C, by two triangular solves in float64."""
+        return self._kept("inverse", self._inverse_weight)
+
+    def _weight(self) -> Tensor:
+        lower, upper = self.factors()
+        return (lower @ upper)[self.order]
+
+    def _inverse_weight(self) -> Tensor:
+        lower, upper = (factor.double() for factor in self.factors())
+        identity = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
+        solved = torch.linalg.solve_triangular(lower, identity[:, self.order], upper=False, unitriangular=True)
+        return torch.linalg.solve_triangular(upper, solved, upper=True).to(self.lower.dtype)
+
+    def _kept(self, name: str, compute: Any) -> Tensor:
+        """What compute gives, in eval mode without gradients only once for the same weights."""
+        with torch.autocast(self.lower.device.type, enabled=False):
+            if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
+                return compute()
+            tensors = (self.lower, self.upper, self.log_diagonal, self.sign, self.order)
+            key = tuple((t.data_ptr(), t._version, t.dtype, t.device) for t in tensors)
+            if name not in self._cached or self._cached[name][0] != key:
+                self._cached[name] = (key, compute())
+            return self._cached[name][1]
+
+    def forward(self, x: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return mix(wide(x), self.weight()), self.ladj(x)
+
+    def inverse(self, z: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return mix(wide(z), self.inverse_weight()), -self.ladj(z)
+
+    def ladj(self, x: Tensor) -> Tensor:
+        """H W sum log_diagonal, B."""
+        return zero_ladj(x) + self.places * self.log_diagonal.sum()
+
+
+@bijection_export("permutation")
+class Permutation(Bijection):
+    """Channels in another order, fixed: a random one, or reversed. shape: (D,) or (C, H, W). Raises UserError for another."""
+
+    order: Tensor
+    back: Tensor
+
+    def __init__(self, shape: Sequence[int], seed: int = 0, reverse: bool = False) -> None:
+        super().__init__()
+        channels, _ = channels_and_places(shape)
+        generator = torch.Generator().manual_seed(seed)
+        order = torch.arange(channels).flip(0) if reverse else torch.randperm(channels, generator=generator)
+        self.register_buffer("order", order)
+        self.register_buffer("back", order.argsort())
+
+    def forward(self, x: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return wide(x).index_select(1, self.order), zero_ladj(x)
+
+    def inverse(self, z: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return wide(z).index_select(1, self.back), zero_ladj(z)
+
+
+def mix(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """weight x + bias over the channels of B x C x ..., never in less than x's precision; channels last in memory."""
+    with torch.autocast(x.device.type, enabled=False):
+        weight = weight.to(x.dtype)
+        bias = None if bias is None else bias.to(x.dtype)
+        return nn.functional.linear(x.movedim(1, -1), weight, bias).movedim(-1, 1)

@@ -1,0 +1,79 @@
+"""Flows that hear a condition: what the prompts of any family go through."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from genflow.conditions import Condition
+from genflow.errors import UserError
+from genflow.flows.base import Batch, Flow
+from genflow.layers.whitening import Whitening
+
+
+class ConditionedFlow(Flow):
+    """A network and a text encoder under the verbs of a flow.
+
+    text: a module that turns prepared conditions into embedded ones, with encode(prompts) and null() for prepared ones. A
+    text encoder that is not trainable stays out of the state dict: its name says what it is. whiten: the ridge of a
+    whitening of the pooled vectors, fitted to the training captions (layers/whitening.py), or none.
+    """
+
+    text: Any
+
+    def __init__(self, network: nn.Module, text: nn.Module, *, shape: Sequence[int], whiten: float | None) -> None:
+        super().__init__()
+        self.network = network
+        self.text = text
+        self.shape = tuple(shape)
+        self.whitening = None if whiten is None else Whitening(self.text.pooled_dim, whiten)
+        if not text.trainable:
+            self.register_state_dict_post_hook(_without_text)
+            self.register_load_state_dict_post_hook(_text_not_missing)
+
+    def initialise(self, table: Condition, first: Callable[[], Batch]) -> None:
+        """Fit the whitening to the prepared conditions of the training data."""
+        if self.whitening is not None:
+            with torch.no_grad():
+                self.whitening.fit(self.text(table.to(self.device)).pooled)
+
+    def embed(self, condition: Condition) -> Condition:
+        """A prepared condition as the network takes it."""
+        condition = self.text(condition)
+        if self.whitening is None:
+            return condition
+        return replace(condition, pooled=self.whitening(condition.pooled))
+
+    def embed_prompts(self, prompts: Sequence[str] | Condition, n: int) -> Condition:
+        """The embedded condition of n samples: n rows, or one for all. Raises UserError for numbers that do not fit."""
+        if isinstance(prompts, str):
+            raise UserError("prompts must be a list of strings, such as ['a red apple'], not one string")
+        if not isinstance(prompts, Condition) and (other := [p for p in prompts if not isinstance(p, str)]):
+            raise UserError(f"prompts must be strings, such as 'a red apple' or '3', not {other[0]!r}")
+        if n == 0:
+            raise UserError("no seeds are given, so there is nothing to sample; give one seed for each picture")
+        if len(prompts) not in (1, n):
+            raise UserError(f"{len(prompts)} prompts for {n} seeds; give one prompt, or one for each seed")
+        condition = prompts if isinstance(prompts, Condition) else self.text.encode(list(prompts))
+        return self.embed(condition.to(self.device))
+
+    def embed_rows(self, condition: Condition | None, n: int) -> Condition:
+        """The embedded condition of n samples, n rows; none is the empty one. Raises UserError for another number."""
+        prepared = self.text.null() if condition is None else condition
+        if len(prepared) not in (1, n):
+            raise UserError(f"{len(prepared)} conditions for {n} pictures; give one condition, or one for each picture")
+        embedded = self.embed(prepared.to(self.device))
+        return embedded if len(embedded) == n else embedded.expand(n)
+
+
+def _without_text(_module: nn.Module, state: dict, prefix: str, _metadata: dict) -> None:
+    for key in [key for key in state if key.startswith(f"{prefix}text.")]:
+        del state[key]
+
+
+def _text_not_missing(_module: nn.Module, incompatible: Any) -> None:
+    incompatible.missing_keys[:] = [key for key in incompatible.missing_keys if not key.startswith("text.")]

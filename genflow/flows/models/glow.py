@@ -1,0 +1,56 @@
+"""Glow: a multi-scale flow of pictures, of invertible 1x1 convolutions and affine couplings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from genflow.errors import UserError
+from genflow.flows.bijections.base import Bijection, Chain
+from genflow.flows.bijections.glow_step import GlowStep
+from genflow.flows.bijections.shapes import Split, Squeeze, check_divisible
+from genflow.registry import network_export
+
+
+@network_export("glow")
+@dataclass(frozen=True)
+class GlowConfig:
+    """Glow (Kingma & Dhariwal 2018, arXiv 1807.03039, fig. 2): `levels` of a squeeze, `steps` steps and a split.
+
+    hidden: the width of the couplings' networks. coupling: affine, or additive, which keeps volumes. shape, condition_dim:
+    of the pictures and of what conditions them; the couplings and the priors of the splits see the condition.
+    """
+
+    levels: int = 3
+    steps: int = 8
+    hidden: int = 128
+    coupling: Literal["affine", "additive"] = "affine"
+    shape: tuple[int, ...] | None = None
+    condition_dim: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("levels", "steps", "hidden"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} = {getattr(self, name)} of glow must be 1 or more")
+
+    def build(self) -> Bijection:
+        """The bijection; z has x's shape. Raises UserError for vectors and for pictures that the levels do not halve."""
+        if self.shape is None or self.condition_dim is None:
+            raise UserError("glow needs the shape of its pictures and condition_dim; 0 is for no condition")
+        if len(self.shape) != 3:
+            raise UserError(f"glow is for pictures (channels, height, width), not for {self.shape}")
+        check_divisible(self.shape[1:], 2**self.levels, f"glow of {self.levels} levels")
+        return self._level(self.levels, self.shape, self.condition_dim)
+
+    def _level(self, levels: int, shape: tuple[int, ...], condition_dim: int) -> Bijection:
+        """Squeeze, steps, split with the next level inside, squeeze back."""
+        squeeze = Squeeze(shape)
+        inside = squeeze.output_shape
+        parts: list[Bijection] = [
+            GlowStep(inside, condition_dim=condition_dim, hidden=self.hidden, coupling=self.coupling)
+            for _ in range(self.steps)
+        ]
+        if levels > 1:
+            inner = self._level(levels - 1, (inside[0] // 2, *inside[1:]), condition_dim)
+            parts.append(Split(inside, inner, condition_dim))
+        return Chain([squeeze, *parts, squeeze.inv])

@@ -1,0 +1,242 @@
+"""Normalizing flow: a bijection between data and noise, trained by maximum likelihood.
+
+Rezende & Mohamed 2015 (arXiv 1505.05770); Dinh et al. 2017 (arXiv 1605.08803).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from genflow.conditions import Condition
+from genflow.config import Choice
+from genflow.errors import UserError
+from genflow.flows.base import Batch, LossOutput, evaluating
+from genflow.flows.bijections.base import Bijection
+from genflow.flows.bijections.transformer import tweedie
+from genflow.flows.conditioned import ConditionedFlow
+from genflow.flows.dequantization import Uniform, bits_per_dim, importance_weighted
+from genflow.flows.sampling import InverseConfig
+from genflow.functional import Rng, noise_from_seeds
+from genflow.registry import api_export, flow_export, tag_of
+from genflow.samplers import Progress, Solution
+
+
+@flow_export("normalizing")
+@dataclass(frozen=True)
+class NormalizingFlowConfig:
+    """How a normalizing flow is trained.
+
+    dequantization: how pictures of whole grey levels become continuous; none is uniform noise, and nothing for vectors.
+    drop_condition: part of the samples trained without their condition, for guidance. whiten: the ridge of a whitening of
+    the pooled text vectors, fitted to the training captions (layers/whitening.py); none leaves them.
+    """
+
+    sampling: ClassVar[type] = InverseConfig
+
+    dequantization: Annotated[Any, Choice("dequantization")] | None = None
+    drop_condition: float = 0.0
+    whiten: float | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.drop_condition <= 1:
+            near = float(self.drop_condition > 1)
+            raise UserError(f"drop_condition = {self.drop_condition} is not within 0 .. 1; try {near}")
+        if self.whiten is not None and not 0 < self.whiten < math.inf:
+            raise UserError(f"whiten = {self.whiten} must be positive, such as 0.1, or none")
+
+    def build(self, network: nn.Module, text: nn.Module, *, shape: Sequence[int]) -> NormalizingFlow:
+        """The flow around a bijection and a text encoder. Raises UserError for a network that is no bijection."""
+        if not isinstance(network, Bijection):
+            raise UserError(f"flow normalizing: {type(network).__name__} is no bijection; take a model such as glow")
+        return NormalizingFlow(self, network, text, shape=shape)
+
+
+@api_export("NormalizingFlow")
+class NormalizingFlow(ConditionedFlow):
+    """A bijection and a standard normal base under the verbs of a flow.
+
+    Pictures live on the grid of their grey levels in [-1, 1]. The density is one of y = x (levels - 1) / levels, the
+    middle of each level's cell in [-1, 1), to which dequantisation adds noise within the cell.
+    """
+
+    network: Bijection
+
+    def __init__(
+        self, config: NormalizingFlowConfig, network: Bijection, text: nn.Module, *, shape: Sequence[int]
+    ) -> None:
+        super().__init__(network, text, shape=shape, whiten=config.whiten)
+        self.config = config
+        asked = config.dequantization
+        if len(self.shape) == 1 and asked is not None:
+            raise UserError("dequantization is for pictures of grey levels; vectors are continuous: leave it out")
+        self.dequantize = None if len(self.shape) == 1 else (asked or Uniform()).build(self.shape, network.condition_dim)
+
+    @property
+    def dims(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def _cell(self) -> float:
+        """y / x: how much room the cells of the outermost levels need."""
+        return 1.0 if self.dequantize is None else (self.dequantize.levels - 1) / self.dequantize.levels
+
+    @torch.no_grad()
+    def initialise(self, table: Condition, first: Callable[[], Batch]) -> None:
+        """Fit the whitening to the captions, and what the bijection takes from data to the first batch."""
+        super().initialise(table, first)
+        batch = first()
+        y, _ = self._continuous(batch.x, Rng(0), batch.position)
+        self.network.initialise(y, self._pooled(self.embed(batch.condition)))
+
+    def _pooled(self, embedded: Condition) -> Tensor | None:
+        return embedded.pooled.float() if self.network.condition_dim else None
+
+    def _continuous(self, x: Tensor, rng: Rng, position: Tensor) -> tuple[Tensor, Tensor | float]:
+        """y with noise within its cells, and log q of that noise."""
+        return (x.float(), 0.0) if self.dequantize is None else self.dequantize(x.float(), rng, position)
+
+    def _log_prob(self, y: Tensor, condition: Tensor | None) -> Tensor:
+        z, ladj = self.network(y, condition)
+        return standard_normal(z) + ladj
+
+    def loss(self, batch: Batch, rng: Rng) -> LossOutput:
+        """-log p: bits per dimension of pictures (an upper bound of the true ones), nats of vectors.
+
+        Draws by batch.position: stream "drop", and those of the dequantisation.
+        """
+        condition = batch.condition
+        if self.config.drop_condition:
+            keep = rng.uniform("drop", batch.position) >= self.config.drop_condition
+            condition = condition.where(keep.to(batch.x.device), self.text.null().to(batch.x.device))
+        per_sample = self._nll(batch.x, self._pooled(self.embed(condition)), rng, batch.position)
+        loss = per_sample.mean()
+        name = "nll" if self.dequantize is None else "bits_per_dim"
+        return LossOutput(loss, {name: loss.detach()}, per_sample.detach())
+
+    def _nll(self, x: Tensor, condition: Tensor | None, rng: Rng, position: Tensor) -> Tensor:
+        y, log_q = self._continuous(x, rng, position)
+        log_prob = self._log_prob(y, condition) - log_q
+        return -log_prob if self.dequantize is None else bits_per_dim(log_prob, self.dims, self.dequantize.levels)
+
+    @torch.no_grad()
+    def validate(self, batch: Batch) -> dict[str, Tensor]:
+        """The training loss without dropped conditions, with noise that hangs on batch.position alone."""
+        with evaluating(self):
+            condition = self._pooled(self.embed(batch.condition))
+            return {"validation_loss": self._nll(batch.x, condition, Rng(0), batch.position).mean()}
+
+    def _honest(self, verb: str) -> None:
+        if self.dequantize is not None and not self.dequantize.honest:
+            raise UserError(f"{verb}: this flow was trained on pictures with added noise, and models those, not pictures")
+
+    def log_prob(self, x: Tensor, condition: Condition | None = None) -> Tensor:
+        """log p(x), the density of continuous x, nats, B. Pictures: on the scale [-1, 1]; see bits_per_dim for grey levels.
+
+        condition: prepared; none is the empty one. Raises UserError for a flow of noise-augmented pictures.
+        """
+        self._honest("log_prob")
+        x = x.to(self.device)
+        with evaluating(self):
+            log_prob = self._log_prob(x * self._cell, self._pooled(self.embed_rows(condition, len(x))))
+        return log_prob + self.dims * math.log(self._cell)
+
+    @torch.no_grad()
+    def bits_per_dim(
+        self, x: Tensor, condition: Condition | None = None, *, k: int = 1, position: Tensor | None = None
+    ) -> Tensor:
+        """-log2 P(x) per dimension of pictures on their grey levels, B: an upper bound, closer the larger k.
+
+        k: draws of the dequantisation's noise, averaged as importance weights (Burda et al. 2015, arXiv 1509.00519).
+        position: B, the counters of that noise (0, 1, ...). Raises UserError for vectors, for pictures that are not on
+        their levels, and for a flow of noise-augmented pictures.
+        """
+        self._honest("bits_per_dim")
+        if self.dequantize is None:
+            raise UserError("bits_per_dim is of pictures of grey levels; vectors have a density: log_prob")
+        if k < 1:
+            raise UserError(f"k = {k} draws are too few; the least is 1")
+        self.dequantize.check(x)
+        x = x.to(self.device)
+        position = torch.arange(len(x)) if position is None else position
+        with evaluating(self):
+            pooled = self._pooled(self.embed_rows(condition, len(x)))
+            weights = []
+            for draw in range(k):
+                y, log_q = self._continuous(x, Rng(0, draw), position)
+                weights.append(self._log_prob(y, pooled) - log_q)
+        return bits_per_dim(importance_weighted(torch.stack(weights)), self.dims, self.dequantize.levels)
+
+    def likelihood_note(self, k: int) -> str:
+        """Dequantisation, K and dtype, without which bits per dimension say little."""
+        self._honest("likelihood")
+        dtype = str(next(self.network.parameters()).dtype).removeprefix("torch.")
+        if self.dequantize is None:
+            return f"exact, {dtype}"
+        name = tag_of(type(self.config.dequantization or Uniform())).names[0]  # type: ignore[union-attr]
+        return f"{name} dequantisation, K = {k}, {self.dequantize.levels} levels, {dtype}"
+
+    @torch.no_grad()
+    def encode(self, x: Tensor, condition: Condition | None = None) -> Tensor:
+        """Data to noise. condition: prepared; none is the empty one."""
+        x = x.to(self.device)
+        with evaluating(self):
+            z, _ = self.network(x * self._cell, self._pooled(self.embed_rows(condition, len(x))))
+        return z
+
+    @torch.no_grad()
+    def decode(self, z: Tensor, condition: Condition | None = None) -> Tensor:
+        """Noise to data, the inverse of encode. The result is not clamped."""
+        z = z.to(self.device)
+        with evaluating(self):
+            return self.network.decode(z, self._pooled(self.embed_rows(condition, len(z)))) / self._cell
+
+    @torch.no_grad()
+    def sample(
+        self,
+        prompts: Sequence[str] | Condition,
+        *,
+        seeds: Sequence[int],
+        temperature: float = 1.0,
+        guidance: float = 1.0,
+        progress: Progress | None = None,
+    ) -> Solution:
+        """One sample for each prompt and seed, in one pass; that of a seed does not depend on its batch mates.
+
+        prompts: as many as seeds, or one for all of them; or a prepared condition. temperature: the standard deviation of
+        the noise. guidance: away from the empty condition, for models that can be guided; 1 is none. Samples of a
+        noise-augmented flow are denoised by Tweedie's formula (TarFlow, arXiv 2412.06329, sec. 2.6).
+
+        Returns x, B x *shape float32, pictures in [-1, 1], and nfe. Raises UserError for what cannot be, and for NaN.
+        """
+        InverseConfig(temperature, guidance)
+        noise = noise_from_seeds(seeds, self.shape).to(self.device) * temperature
+        with evaluating(self):
+            embedded = self.embed_prompts(prompts, len(seeds))
+            pooled = self._pooled(embedded if len(embedded) == len(seeds) else embedded.expand(len(seeds)))
+            y = self._guided(noise, pooled, guidance)
+            if self.dequantize is not None and not self.dequantize.honest:
+                y = tweedie(lambda a: self._log_prob(a, pooled), y, self.dequantize.sigma)
+        if progress is not None:
+            progress(1, 1)
+        x = y.float() / self._cell
+        return Solution(x.clamp(-1, 1) if x.dim() == 4 else x, 1).checked()
+
+    def _guided(self, z: Tensor, condition: Tensor | None, guidance: float) -> Tensor:
+        if guidance == 1:
+            return self.network.decode(z, condition)
+        if not getattr(self.network, "guidable", False) or condition is None:
+            why = "has no condition" if condition is None else "cannot be guided; tarflow can"
+            raise UserError(f"guidance = {guidance}: this {type(self.network).__name__} {why}; leave it at 1")
+        null = self.embed(self.text.null().to(self.device)).pooled.float()
+        return self.network.decode(z, condition, null=null, guidance=guidance)  # type: ignore[call-arg]
+
+
+def standard_normal(z: Tensor) -> Tensor:
+    """log N(z; 0, I), summed over each sample: B."""
+    return (-0.5 * (z.square() + math.log(2 * math.pi))).flatten(1).sum(1)

@@ -1,0 +1,50 @@
+"""How a run samples unless told otherwise: the section `sample` of its config, one class for each way to sample."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+from genflow.config import Choice, Named
+from genflow.errors import UserError
+from genflow.registry import resolve
+from genflow.samplers import bound_sampler, cfg
+from genflow.samplers.guides import CFG
+
+
+@dataclass(frozen=True)
+class SolveConfig:
+    """By solving the differential equation of a velocity."""
+
+    sampler: Annotated[str, Named("sampler")] = "heun"
+    options: Any = None  # of the sampler, such as {rtol: 1e-3}
+    steps: int = 20
+    grid: Annotated[str, Named("grid")] = "shifted"
+    guidance: float = 2.0
+    interval: tuple[float, float] = (0.0, 1.0)  # the times t in which guidance acts
+    guide: Annotated[Any, Choice("guidance")] = field(default_factory=CFG)
+    rescale: float = 0.0  # how far guidance keeps the standard deviation of the unguided velocity, 0 to 1
+    shift: Literal["resolution"] | float = 1.0
+
+    def __post_init__(self) -> None:
+        """Refuse now what the sampler, the grid and the guide would refuse at the first preview."""
+        resolve("grid", self.grid)(self.steps, 1.0 if self.shift == "resolution" else self.shift)
+        if self.options is not None and not isinstance(self.options, dict):
+            raise UserError(f"options = {self.options!r} must be a section of keys, such as {{rtol: 1e-3}}")
+        bound_sampler(self.sampler, self.options or {}, ())
+        cfg(lambda x, t: x, (), (), self.guidance, interval=self.interval, guide=self.guide, rescale=self.rescale)
+
+
+@dataclass(frozen=True)
+class InverseConfig:
+    """By the inverse of a bijection, in one pass."""
+
+    temperature: float = 1.0  # standard deviation of the noise: below 1 fewer surprises, and less variety
+    guidance: float = 1.0  # towards the condition, for models that can be guided
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < math.inf:
+            raise UserError(f"temperature = {self.temperature} must be 0 or more, and finite; 1 is the model's own")
+        if not math.isfinite(self.guidance):
+            raise UserError(f"guidance = {self.guidance} is not finite; 1 is none")
