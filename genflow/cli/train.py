@@ -24,6 +24,6 @@ def run(args: argparse.Namespace) -> int:
         print(f"stopped and saved; to go on: {again}", file=sys.stderr)
         return 130
     if os.environ.get("RANK", "0") == "0":  # of several processes, one says so
-        hears = read_config(find_model(folder))["text"]["name"] != "none"
-        print(f"trained: {folder}; to draw: genflow sample {folder}{' --prompt "..."' * hears}", file=sys.stderr)
+        prompt = "" if read_config(find_model(folder))["text"]["name"] == "none" else ' --prompt "..."'
+        print(f"trained: {folder}; to draw: genflow sample {folder}{prompt}", file=sys.stderr)
     return 0

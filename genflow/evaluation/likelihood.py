@@ -17,9 +17,9 @@ from genflow.flows.base import Flow
 from genflow.registry import api_export
 
 
-@api_export("Likelihood")
+@api_export("HeldOut")
 @dataclass(frozen=True)
-class Likelihood:
+class HeldOut:
     """A mean over n samples of a split, with its standard error over them.
 
     unit: "bits/dim", a bound that `how` explains, or "nats", -log p of vectors.
@@ -49,7 +49,7 @@ def likelihood(
     k: int = 1,
     batch: int = 64,
     progress: Callable[[int], object] | None = None,
-) -> Likelihood:
+) -> HeldOut:
     """The mean likelihood of the first n samples of a split (all of it), whose randomness hangs on their place alone.
 
     data: a data set's config, called `name`; k: draws of the dequantisation for each picture. Raises UserError for flows
@@ -72,7 +72,7 @@ def likelihood(
         raise UserError(f"the likelihood of {dataset.identifiers[row]} is {float(each[row])}; is the model trained?")
     error = float(each.std()) / math.sqrt(count) if count > 1 else math.nan
     pictures = len(flow.shape) == 3
-    return Likelihood(
+    return HeldOut(
         float(each.mean()), error, "bits/dim" if pictures else "nats", count, name, split, flow.likelihood_note(k)
     )
 

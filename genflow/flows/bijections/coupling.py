@@ -113,7 +113,7 @@ class AdditiveCoupling(Coupling):
 
 @bijection_export("affine_coupling")
 class AffineCoupling(Coupling):
-    """changed * exp(s) + t with s = limit tanh(u / limit) (arXiv 1605.08803, eq. 6-8; the bound as in FrEIA).
+    """changed * exp(s) + t with s = limit tanh(u / limit) (arXiv 1605.08803, eq. 4-5; the bound as in FrEIA).
 
     The network gives t, then u. limit: the most that s can be, in nats; 2 keeps the scale within 0.14 .. 7.4.
     """
