@@ -250,7 +250,7 @@ def map_model(tmp_path_factory):
 
 @pytest.fixture
 def small(monkeypatch):
-    for name, value in {"POINTS": 600, "DOTS": 60, "WAYS": 20, "RESOLUTION": 30}.items():
+    for name, value in {"POINTS": 240, "DOTS": 60, "WAYS": 20, "RESOLUTION": 30}.items():
         monkeypatch.setattr(f"genflow.cli.plot2d.{name}", value)
 
 
@@ -286,8 +286,8 @@ def test_samples_are_the_models_own_unguided_and_where_its_solve_ends(velocity_m
     what = ["--what", "density", "animation", "--seed", "7"]
     assert main(["plot", str(velocity_model), "--out", str(tmp_path), *what]) == 0
     flow = load(velocity_model)
-    captions = [DATA.build().captions[i % 500] for i in range(600)]
-    x = flow.sample(captions, seeds=range(7, 607), sampler="euler", steps=4, guidance=1.0).x
+    captions = [DATA.build().captions[i % 500] for i in range(240)]
+    x = flow.sample(captions, seeds=range(7, 247), sampler="euler", steps=4, guidance=1.0).x
     torch.testing.assert_close(drawn["plot_density_2d"][0][0]["samples"], x)
     torch.testing.assert_close(drawn["point_animation"][0][1][-1], x)
     assert main(["plot", str(velocity_model), "--out", str(tmp_path), *what, "--guidance", "3"]) == 0
@@ -301,7 +301,7 @@ def test_prompts_choose_what_is_drawn(velocity_model, small, drawn, tmp_path):
     data = DATA.build()
     assert len(panels["data"]) == data.captions.count("moon 1") and "true density" not in panels
     flow = load(velocity_model)
-    x = flow.sample(["moon 1"], seeds=range(600), sampler="euler", steps=4, guidance=1.0).x
+    x = flow.sample(["moon 1"], seeds=range(240), sampler="euler", steps=4, guidance=1.0).x
     torch.testing.assert_close(panels["samples"], x)
 
 
@@ -316,7 +316,7 @@ def test_plot_writes_every_plot_of_a_map(map_model, small, drawn, tmp_path):
     assert torch.equal(panels["true density"](rows), data.log_prob(rows))
     (places, states), options = drawn["point_animation"]
     assert len(states) == len(places) == 7 and places[0] == 6.0 and places[-1] == 0.0 and "depth" in options["label"]
-    torch.testing.assert_close(states[0], noise_from_seeds(range(600), (2,)))
+    torch.testing.assert_close(states[0], noise_from_seeds(range(240), (2,)))
     torch.testing.assert_close(states[-1], flow.decode(states[0]))
 
 

@@ -11,6 +11,7 @@ from PIL import Image
 
 from genflow.data.pictures import read_settings
 from genflow.data.points import (
+    GAMMA,
     RAMP,
     brightest,
     density_2d,
@@ -38,6 +39,8 @@ def test_a_histogram_is_a_density_and_the_top_row_is_the_top():
     cells = histogram_2d(points, SQUARE, 8)
     assert cells[0, 0] == 2 / 4 and cells[7, 7] == 1 / 4  # of 4 points, in cells of area 1
     assert float(cells.sum()) == 3 / 4  # one of them is outside
+    low = histogram_2d(torch.tensor([[1.0, 1.5]]), (0.0, 4.0, 1.0, 5.0), 4)
+    assert low[3, 1] == 1 == low.sum()
     noise = torch.randn(200_000, 2)
     exact = density_2d(normal, SQUARE, 16)
     assert (histogram_2d(noise, SQUARE, 16) - exact).abs().max() < 0.01
@@ -74,6 +77,8 @@ def test_colours_run_from_white_to_dark_blue():
     row = np.asarray(image, dtype=int)[0]
     assert "#{:02x}{:02x}{:02x}".format(*row[0]) == RAMP[0] and "#{:02x}{:02x}{:02x}".format(*row[-1]) == RAMP[-1]
     assert (np.diff(row.sum(1)) <= 0).all() and len(np.unique(row.sum(1))) > 25
+    middle = shade(torch.full((1, 1), 0.5 ** (1 / GAMMA)), 1.0, 1).convert("RGB").getpixel((0, 0))
+    np.testing.assert_allclose(middle, [int(RAMP[3][i : i + 2], 16) for i in (1, 3, 5)], atol=3)
     few = shade(torch.linspace(0, 2, 64).expand(64, 64), 1.0, 64, levels=8).convert("RGB")
     assert len(few.getcolors()) == 8 and few.getpixel((0, 0)) == (255, 255, 255)
     assert shade(torch.tensor([[math.nan]]), 1.0, 2).convert("RGB").getpixel((0, 0)) == (255, 255, 255)

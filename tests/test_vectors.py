@@ -128,6 +128,13 @@ def test_an_empty_checkerboard_square_has_no_density_and_noise_fills_it():
     assert blurred.max() == pytest.approx(-math.log(8 * side**2 * (1 - 0.01**2)), abs=1e-9) and blurred.min() < -100
 
 
+def test_the_tails_of_a_blurred_board_are_alike_on_both_sides():
+    x = torch.tensor([[2.6, 0.3], [0.4, 3.0], [2.7, 2.8]], dtype=torch.float64)
+    board = Toy2DConfig(kind="checkerboard", noise=0.1).density()
+    assert board.log_prob(x).max() < -25
+    torch.testing.assert_close(board.log_prob(x), board.log_prob(-x), rtol=1e-9, atol=0)
+
+
 @pytest.mark.parametrize("kind", sorted(CLASSES))
 def test_captions_are_the_parts_each_as_often(kind):
     dataset = Toy2DConfig(kind=kind, n=8000).build()
@@ -277,6 +284,15 @@ def test_equal_rows_stay_together_in_any_order(tmp_path, numbers):
         assert 2 * len(a) == len(b) and abs(len(a) / 600 - share) < 0.06
         first = {tuple(row) for row in a.restore(a.rows).float().tolist()}
         assert len(first & {tuple(row) for row in b.restore(b.rows).float().tolist()}) > 0.95 * len(first)
+
+
+def test_zero_is_zero_whatever_its_sign(tmp_path):
+    plus, minus = np.stack([np.zeros(50), np.arange(50)], 1), np.stack([-np.zeros(50), np.arange(50)], 1)
+    np.save(tmp_path / "a.npy", np.concatenate([plus, minus, np.arange(80.0).reshape(40, 2) + 100]))
+    test = TableConfig(str(tmp_path / "a.npy"), test=0.5).build("test")
+    values = test.restore(test.rows)
+    counts = Counter(values[values[:, 0] < 50, 1].round().tolist())
+    assert len(counts) > 10 and all(n % 2 == 0 for n in counts.values())
 
 
 def test_a_column_can_say_the_split(tmp_path):

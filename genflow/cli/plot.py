@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from genflow.cli.options import embed, guided, open_velocity, solver, time_grid
+from genflow.cli.options import embed, guided, open_model, solver, time_grid
 from genflow.cli.tune import add_guidance, captions, last_time
 from genflow.errors import UserError
 from genflow.registry import resolve
@@ -17,14 +17,23 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from torch import Tensor
 
+    from genflow.cli.plot2d import PlanePlotter
     from genflow.samplers import Trajectory
 
-WHAT = {
-    "training": "the loss, its validation, and the loss by time",
+TRAINING = {"training": "the loss, its validation, and the loss by time"}
+PICTURES = {
     "strip": "the pictures that a solve goes through, and those that they foretell",
     "trajectories": "fine trajectories and the solve of few steps, in two principal components",
     "error": "the error of every solver of fixed steps against its evaluations",
     "grid": "the time grids there are",
+}
+PLANE = {
+    "density": "the model's density, beside its samples, the data and their true density",
+    "samples": "samples and data, coloured by their captions",
+    "trajectories": "the ways of points from noise to data",
+    "field": "the velocity at five times, and the points there",
+    "warp": "what the model does to a square grid of lines",
+    "animation": "points on their way from noise to data",
 }
 BUDGETS = (4, 6, 8, 12, 16, 24, 32)  # of evaluations
 FINE = 64  # steps of a fine trajectory
@@ -32,12 +41,18 @@ FINE = 64  # steps of a fine trajectory
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", help="a run's folder, one of its checkpoints, or a model folder")
+    names = list(TRAINING | PICTURES | PLANE)
     parser.add_argument(
-        "--what", nargs="+", choices=WHAT, metavar="PLOT", help=f"of: {', '.join(WHAT)} (all that the run allows)"
+        "--what",
+        nargs="+",
+        choices=names,
+        metavar="PLOT",
+        help=f"training; of pictures: {', '.join(PICTURES)}; of points in the plane: {', '.join(PLANE)} "
+        "(all that the run allows)",
     )
     what = parser.add_argument_group("which pictures")
     what.add_argument(
-        "--prompt", action="append", default=[], metavar="TEXT", help="several: each (4 captions of the training data)"
+        "--prompt", action="append", default=[], metavar="TEXT", help="several: each (captions of the training data)"
     )
     what.add_argument("--seed", type=int, default=0, help="of the first; the next have the next seeds (0)")
     what.add_argument("--images", type=int, default=8, metavar="N", help="of the errors, prompts in turn (8)")
@@ -46,7 +61,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--steps", type=int, metavar="N")
     how.add_argument("--grid", metavar="NAME", help="of times, see: genflow info grid (the tuned one, if there is one)")
     how.add_argument("--shift", type=float, help="of the time grid; 1 = none")
-    parser.add_argument("--format", choices=("png", "svg"), default="png", help="of the files (png)")
+    how.add_argument("--temperature", type=float, help="of a normalizing flow: standard deviation of the noise")
+    parser.add_argument(
+        "--format", choices=("png", "svg"), default="png", help="of the files but animations, GIFs (png)"
+    )
     parser.add_argument("--out", default="plots", metavar="FOLDER", help="where they go (./plots)")
     parser.set_defaults(option=None, batch=1)
 
@@ -57,19 +75,43 @@ def run(args: argparse.Namespace) -> int:
     if args.images < 1:
         raise UserError(f"--images must be 1 or more, not {args.images}")
     metrics = Path(args.run, "metrics.jsonl")
-    wanted = args.what or [name for name in WHAT if name != "training" or metrics.exists()]
     out = Path(args.out)
-    plotter: _Plotter | None = None
+    plotter = None if args.what == ["training"] else _plotter(args)
+    about = {**TRAINING, **(plotter.what if plotter else {})}
+    wanted = args.what or [name for name in about if name != "training" or metrics.exists()]
+    if refused := [name for name in wanted if name not in about]:
+        raise UserError(f"{refused[0]} is no plot of {args.run}: {_why_not(plotter, refused[0])}")  # type: ignore[arg-type]
     for name in wanted:
+        drawn: Any
         if name == "training":
-            figure = plot_training(_read_lines(metrics), title=f"of {Path(args.run).resolve().name}")
+            drawn = plot_training(_read_lines(metrics), title=f"of {Path(args.run).resolve().name}")
         else:
-            plotter = plotter or _Plotter(args)
-            figure = getattr(plotter, name)()
-        file = out / f"{name}.{args.format}"
-        save_plot(figure, file)
-        print(f"{file}: {WHAT[name]}")
+            drawn = plotter.draw(name)  # type: ignore[union-attr]
+        if name == "animation":
+            file = out / f"{name}.gif"
+            drawn.save_atomic(file)
+        else:
+            file = out / f"{name}.{args.format}"
+            save_plot(drawn, file)
+        print(f"{file}: {about[name]}")
     return 0
+
+
+def _plotter(args: argparse.Namespace) -> _Plotter | PlanePlotter:
+    """What draws the plots of a model, by what it makes."""
+    from genflow.cli.plot2d import PlanePlotter
+
+    flow, settings = open_model(args)
+    return PlanePlotter(args, flow, settings) if tuple(flow.shape) == (2,) else _Plotter(args, flow, settings)
+
+
+def _why_not(plotter: _Plotter | PlanePlotter, name: str) -> str:
+    shape = plotter.flow.shape
+    is_plane, is_picture = tuple(shape) == (2,), len(shape) == 3
+    if (is_plane and name in PLANE) or (is_picture and name in PICTURES):
+        return f"a {type(plotter.flow).__name__} has no velocity"
+    makes = "points in the plane" if is_plane else "pictures" if is_picture else f"vectors of {shape[0]} numbers"
+    return f"it makes {makes}, and {name} is of {'pictures' if name in PICTURES else 'points in the plane'}"
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:
@@ -88,13 +130,17 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 class _Plotter:
-    """Solves with one model, and the figures of them."""
+    """Solves with one model of pictures, and the figures of them."""
 
-    def __init__(self, args: argparse.Namespace) -> None:
-        self.args = args
-        self.flow, self.settings = open_velocity(args)
-        self.steps = self.settings.get("steps", 20)
-        self.times = time_grid(self.flow, self.settings, self.steps)
+    def __init__(self, args: argparse.Namespace, flow: Any, settings: dict[str, Any]) -> None:
+        self.args, self.flow, self.settings = args, flow, settings
+        self.what = PICTURES if hasattr(flow, "guided") and len(flow.shape) == 3 else {}
+        if self.what:
+            self.steps = self.settings.get("steps", 20)
+            self.times = time_grid(self.flow, self.settings, self.steps)
+
+    def draw(self, name: str) -> Figure:
+        return getattr(self, name)()
 
     def strip(self) -> Figure:
         import torch
@@ -190,7 +236,7 @@ class _Plotter:
         prompts = [every[i * apart % len(every)] for i in range(count)]
         with torch.no_grad():
             velocity = guided(self.flow, embed(self.flow, prompts), self.settings)
-        noise = noise_from_seeds(range(self.args.seed, self.args.seed + count), self.flow.image_shape)
+        noise = noise_from_seeds(range(self.args.seed, self.args.seed + count), self.flow.shape)
         return velocity, noise.to(self.flow.device), prompts
 
 

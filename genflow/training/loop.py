@@ -308,7 +308,11 @@ class Trainer:
             self.log.say(f"step {self.step}: no preview: {error}")
             return
         path = self.run_folder / "previews" / f"step-{self.step:08d}.png"
-        picture = point_picture(x.cpu()) if x.dim() == 2 else caption_grid(x, prompts)
+        if x.dim() == 2:
+            panels = {"data": self.dataset.rows[:POINTS], "samples": x.cpu()}
+            picture = point_picture(panels, self.dataset.log_prob)
+        else:
+            picture = caption_grid(x, prompts)
         picture.save_atomic(path)
         self.log.say(f"step {self.step}: {path}")
 

@@ -1,0 +1,172 @@
+"""genflow plot RUN, of a flow in the plane."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections import Counter
+from functools import cached_property
+from typing import TYPE_CHECKING, Annotated, Any
+
+import torch
+from torch import Tensor
+
+from genflow.cli.options import embed, guided, solver, time_grid
+from genflow.cli.plot import PLANE
+from genflow.config import Choice, from_dict
+from genflow.data.points import Extent, extent_of
+from genflow.data.vectors import VectorDataset
+from genflow.errors import UserError
+from genflow.evaluation import plots2d
+from genflow.functional import noise_from_seeds
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+POINTS = 20_000  # of a histogram
+DOTS = 3000  # of a scatter plot
+WAYS = 200  # of points whose trajectories are drawn
+TIMES = (1.0, 0.75, 0.5, 0.25, 0.05)  # of the fields
+RESOLUTION = 150  # places of a density on a side
+BATCH = 4096
+MOST = 64  # conditions over which a density is averaged
+
+
+class PlanePlotter:
+    """Figures of one flow of points in the plane. Unguided, unless guidance is asked for: so is the density."""
+
+    def __init__(self, args: argparse.Namespace, flow: Any, settings: dict[str, Any]) -> None:
+        self.args, self.flow = args, flow
+        self.settings = settings if args.guidance is not None else {**settings, "guidance": 1.0}
+        self.has_velocity = hasattr(flow, "guided")
+        solved = () if self.has_velocity else ("trajectories", "field")
+        self.what = {name: about for name, about in PLANE.items() if name not in solved}
+
+    @cached_property
+    def data(self) -> VectorDataset | None:
+        """The training data, where they are to be had."""
+        try:
+            section = (self.flow.recipe or {}).get("data")
+            return (
+                from_dict(Annotated[Any, Choice("dataset")], section, where="data").build("train") if section else None
+            )
+        except UserError as error:
+            _say(f"without the data: {error}")
+            return None
+
+    @cached_property
+    def captions(self) -> list[str]:
+        """What POINTS samples are asked to be: the prompts in turn, or the captions of the data, as often as there."""
+        hears = self.flow.text.max_tokens > 0
+        if self.args.prompt and not hears:
+            raise UserError(f"{self.args.run} hears no condition; leave --prompt out")
+        every = self.args.prompt or (self.data.captions if hears and self.data is not None else [""])
+        return [every[i % len(every)] for i in range(POINTS)]
+
+    @cached_property
+    def samples(self) -> Tensor:
+        parts = []
+        for start in range(0, POINTS, BATCH):
+            rows = range(start, min(start + BATCH, POINTS))
+            seeds = [self.args.seed + i for i in rows]
+            parts.append(self.flow.sample([self.captions[i] for i in rows], seeds=seeds, **self.settings).x.cpu())
+        return torch.cat(parts)
+
+    @property
+    def extent(self) -> Extent:
+        return extent_of(self.samples if self.data is None else self.data.rows)
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """Of the model, averaged over the captions as often as they are asked for."""
+        counts = Counter(self.captions)
+        if len(counts) > MOST:
+            raise UserError(f"{len(counts)} conditions are too many to average over; name some, --prompt")
+        prepared = self.flow.text.encode(list(counts))
+        share = torch.tensor([*counts.values()], dtype=torch.float64).div(POINTS).log()
+        log_p = [self.flow.log_prob(x, prepared[[i]]).double().cpu() + share[i] for i in range(len(counts))]
+        return torch.logsumexp(torch.stack(log_p), 0)
+
+    def _density(self) -> Figure:
+        panels: dict[str, Any] = {}
+        if self.data is not None:
+            panels["data"] = self._like_the_samples(self.data.rows)
+            if self.data.log_prob is not None and not self.args.prompt:
+                panels["true density"] = self.data.log_prob
+        panels["samples"] = self.samples
+        try:
+            self.log_prob(self.samples[:2])
+            panels["model density"] = self.log_prob
+        except UserError as error:
+            _say(f"no density: {error}")
+        return plots2d.plot_density_2d(panels, extent=self.extent, resolution=RESOLUTION)
+
+    def _like_the_samples(self, rows: Tensor) -> Tensor:
+        """The rows of data that are what the prompts ask for; all of them without prompts."""
+        assert self.data is not None
+        if not (known := {*self.args.prompt} & {*self.data.captions}):
+            return rows
+        return rows[[caption in known for caption in self.data.captions]]
+
+    def draw(self, name: str) -> Any:
+        """A Figure, or the Animation."""
+        return getattr(self, f"_{name}")()
+
+    def _samples(self) -> Figure:
+        panels = {"samples": (self.samples[:DOTS], self.captions[:DOTS])}
+        if self.data is not None:
+            hears = self.flow.text.max_tokens > 0
+            captions = self.data.captions[:DOTS] if hears else [""] * min(DOTS, len(self.data))
+            panels = {"data": (self.data.rows[:DOTS], captions), **panels}
+        return plots2d.plot_samples_2d(panels, extent=self.extent)
+
+    def _trajectories(self) -> Figure:
+        times, states, _ = self.way(WAYS)
+        data = None if self.data is None else self.data.rows[:DOTS]
+        return plots2d.plot_trajectories_2d(times, states, data=data)
+
+    def _field(self) -> Figure:
+        places, states, _ = self.way(DOTS)
+        nearest = [min(range(len(places)), key=lambda i, t=t: abs(places[i] - t)) for t in TIMES]  # type: ignore[misc]
+        caption = [self.captions[0]]
+        with torch.no_grad():
+            velocity = guided(self.flow, embed(self.flow, caption).expand(plots2d.ARROWS**2), self.settings)
+        extent = extent_of(torch.cat([states[0], states[-1]]), margin=0)
+        return plots2d.plot_field_2d(
+            velocity, TIMES, extent=extent, points=[states[i] for i in nearest], device=self.flow.device
+        )
+
+    def _warp(self) -> Figure:
+        condition = self.flow.text.encode([self.captions[0]])
+        return plots2d.plot_warp_2d(lambda z: self.flow.decode(z, condition))
+
+    def _animation(self) -> plots2d.Animation:
+        places, states, label = self.way(POINTS)
+        return plots2d.point_animation(places, states, label=label)
+
+    @torch.no_grad()
+    def way(self, count: int) -> tuple[list[float], Tensor, str]:
+        """Where so many points are at each time, or behind each part of a bijection, noise to data; how to say where."""
+        noise = noise_from_seeds(range(self.args.seed, self.args.seed + count), self.flow.shape)
+        noise = noise.to(self.flow.device) * self.settings.get("temperature", 1.0)
+        condition = embed(self.flow, self.captions[:count])
+        if self.has_velocity:
+            times = time_grid(self.flow, self.settings, self.settings.get("steps", 20))
+            solve = solver(self.settings, range(self.args.seed, self.args.seed + count))
+            path = solve(guided(self.flow, condition, self.settings), noise, times, record=True).checked().trajectory
+            return path.times, torch.stack(path.states).cpu(), "t = {:.2f}"
+        states = [noise]
+        pooled = condition.pooled.float() if self.flow.network.condition_dim else None
+        for part in reversed(list(_parts(self.flow.network))):
+            states.append(part.decode(states[-1], pooled))
+        return [float(i) for i in reversed(range(len(states)))], torch.stack(states).cpu(), "depth {:.1f}"
+
+
+def _parts(bijection: Any) -> Any:
+    """What a bijection is composed of, data to noise; itself, if it is not composed."""
+    from genflow.flows.bijections.base import Chain
+
+    return [part for each in bijection for part in _parts(each)] if isinstance(bijection, Chain) else [bijection]
+
+
+def _say(line: str) -> None:
+    print(f"genflow: {line}", file=sys.stderr)
