@@ -127,7 +127,7 @@ def _shift_right(x: Tensor, bits: int) -> Tensor:
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
-def _mix(x: Tensor) -> Tensor:
+def mix(x: Tensor) -> Tensor:
     """The finaliser of splitmix64 (Steele et al. 2014), on int64 taken as unsigned: a bijection."""
     x = (x ^ _shift_right(x, 30)) * _signed(0xBF58476D1CE4E5B9)
     x = (x ^ _shift_right(x, 27)) * _signed(0x94D049BB133111EB)
@@ -151,7 +151,7 @@ class Rng:
         name = f"{self.seed}/{self.step}/{stream}".encode()
         key = _signed(int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "little"))
         counter = index.to("cpu", torch.int64) * _signed(_GAMMA)
-        return _mix(_mix(counter + key) ^ key)
+        return mix(mix(counter + key) ^ key)
 
     def uniform(self, stream: str, index: Tensor, shape: Sequence[int] = ()) -> Tensor:
         """Uniform numbers inside (0, 1), the ends excluded. index: B int64 -> B x *shape float64 on the CPU.
@@ -161,7 +161,7 @@ class Rng:
         bits = self.bits(stream, index)
         if shape:
             steps = torch.arange(1, math.prod(shape) + 1) * _signed(_GAMMA)
-            bits = _mix(bits[:, None] + steps).view(len(bits), *shape)
+            bits = mix(bits[:, None] + steps).view(len(bits), *shape)
         return (_shift_right(bits, 12).double() + 0.5) * 2.0**-52
 
     def normal(self, stream: str, index: Tensor, shape: Sequence[int]) -> Tensor:

@@ -69,9 +69,13 @@ def main() -> None:
     def peer_loss() -> torch.Tensor:
         return -peer().log_prob(x).mean()
 
-    compare(
-        "training step", lambda: step(own_optimizer, own_loss), lambda: step(peer_optimizer, peer_loss), args.batch, args.repeats
-    )
+    def own_step() -> None:
+        step(own_optimizer, own_loss)
+
+    def peer_step() -> None:
+        step(peer_optimizer, peer_loss)
+
+    compare("training step", own_step, peer_step, args.batch, args.repeats)
     with torch.no_grad():
         transform = peer().transform
         compare("inverse", lambda: flow.decode(x), lambda: transform.inv(x), args.batch, max(args.repeats // 2, 1))

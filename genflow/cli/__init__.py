@@ -20,6 +20,7 @@ COMMANDS = {
     "eval": "how probable a trained model finds held-out data",
     "edit": "edit real pictures with a trained model",
     "invert": "real pictures to noise and back: how well they survive it",
+    "reflow": "straighten a velocity on pairs of its own noise and pictures",
     "tune": "learn the time grid that suits a trained model best",
     "plot": "look at a run: its training, its solves step by step, its errors",
     "info": "list what there is, or explain one thing",

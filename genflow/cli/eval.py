@@ -17,6 +17,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--split", default="test", help="of the run's data set (test)")
     parser.add_argument("-n", type=int, metavar="N", help="samples, the first of the split (default: all)")
     parser.add_argument("-k", type=int, default=1, metavar="K", help="draws of the dequantisation for each picture (1)")
+    velocity = parser.add_argument_group("of a velocity's likelihood")
+    velocity.add_argument("--divergence", help="exact, hutchinson, hutchinson_gaussian, hutch++ (exact to 16 numbers)")
+    velocity.add_argument("--draws", type=int, metavar="N", help="of the divergence's estimator, for each sample (1)")
+    velocity.add_argument("--tolerance", type=float, metavar="T", help="of the ODE solve, relative and absolute (1e-4)")
     parser.add_argument("--batch", type=int, default=64, help="samples at once; does not change the figure (64)")
     parser.add_argument("--no-ema", action="store_true", help="the last weights instead of their average")
     parser.add_argument("--device", help="cpu, cuda, mps (default: the best there is)")
@@ -37,16 +41,18 @@ def run(args: argparse.Namespace) -> int:
     if not section:
         raise UserError(f"{args.run} does not say which data it was trained on, so there is none to evaluate it with")
     data: Any = from_dict(Annotated[Any, Choice("dataset")], section, where=f"{args.run}: data")
+    asked = {"divergence": args.divergence, "draws": args.draws, "rtol": args.tolerance, "atol": args.tolerance}
+    how = {key: value for key, value in asked.items() if value is not None}
     begun = time.monotonic()
     with tqdm(total=args.n, unit="sample", dynamic_ncols=True, disable=None) as bar:
-        result = likelihood(
-            flow, data, name=section["name"], split=args.split, n=args.n, k=args.k, batch=args.batch, progress=bar.update
-        )
+        what: dict[str, Any] = {"name": section["name"], "split": args.split, "n": args.n, "k": args.k}
+        result = likelihood(flow, data, **what, batch=args.batch, progress=bar.update, **how)
     print(result)
     out = Path(args.out) if args.out else Path(args.run) / "eval.json"
     about = {
         **dataclasses.asdict(result),
         "k": args.k,
+        **how,
         "model": str(find_model(args.run)),
         "ema": not args.no_ema,
         "torch": torch.__version__,

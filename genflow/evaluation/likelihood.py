@@ -49,21 +49,24 @@ def likelihood(
     k: int = 1,
     batch: int = 64,
     progress: Callable[[int], object] | None = None,
+    **how: Any,
 ) -> HeldOut:
     """The mean likelihood of the first n samples of a split (all of it), whose randomness hangs on their place alone.
 
-    data: a data set's config, called `name`; k: draws of the dequantisation for each picture. Raises UserError for flows
+    data: a data set's config, called `name`; k: draws of the dequantisation for each picture; how: of a velocity's
+    likelihood, divergence, draws, rtol and atol (flows/velocity_likelihood.py), whose noise is part of the error. Raises UserError for flows
     that have none, for numbers that cannot be, and for a likelihood that is not finite.
     """
     if batch < 1 or (n is not None and n < 1):
         raise UserError(f"n = {n}, batch = {batch}: both must be 1 or more")
+    note = flow.likelihood_note(k, **how)
     dataset = data.build(split)
     count = len(dataset) if n is None else min(n, len(dataset))
     places = [[(i, i) for i in range(j, min(j + batch, count))] for j in range(0, count, batch)]
     conditions = PreparedConditions.prepare(dataset, flow.text)  # type: ignore[arg-type]
     values = []
     for part in loader(dataset, conditions, places, shape=flow.shape):
-        values.append(_nll(flow, part.to(flow.device), k).double().cpu())
+        values.append(_nll(flow, part.to(flow.device), k, how).double().cpu())
         if progress is not None:
             progress(len(part.ids))
     each = torch.cat(values)
@@ -73,11 +76,11 @@ def likelihood(
     error = float(each.std()) / math.sqrt(count) if count > 1 else math.nan
     pictures = len(flow.shape) == 3
     return HeldOut(
-        float(each.mean()), error, "bits/dim" if pictures else "nats", count, name, split, flow.likelihood_note(k)
+        float(each.mean()), error, "bits/dim" if pictures else "nats", count, name, split, note
     )
 
 
-def _nll(flow: Flow, batch: Batch, k: int) -> Tensor:
+def _nll(flow: Flow, batch: Batch, k: int, how: dict[str, Any]) -> Tensor:
     if len(flow.shape) == 1:
-        return -flow.log_prob(batch.x, batch.condition).detach()
-    return flow.bits_per_dim(batch.x, batch.condition, k=k, position=batch.position)
+        return -flow.log_prob(batch.x, batch.condition, **how).detach()
+    return flow.bits_per_dim(batch.x, batch.condition, k=k, position=batch.position, **how)

@@ -87,10 +87,13 @@ class Flow(nn.Module, ABC):
     def bits_per_dim(
         self, x: Tensor, condition: Condition | None = None, *, k: int = 1, position: Tensor | None = None
     ) -> Tensor:
-        """-log2 P per dimension of pictures on their grey levels, B. Raises UserError where it would not be honest."""
+        """-log2 P per dimension of pictures on their grey levels, B. Raises UserError where it would not be honest.
+
+        k: draws of the dequantisation's noise; position: B, its counters.
+        """
         raise UserError(f"bits_per_dim: {self.no_density}")
 
-    def likelihood_note(self, k: int) -> str:
+    def likelihood_note(self, k: int, **how: Any) -> str:
         """How the likelihoods of this flow are counted, to stand beside every figure."""
         raise UserError(f"likelihood: {self.no_density}")
 

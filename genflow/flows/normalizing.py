@@ -172,9 +172,11 @@ class NormalizingFlow(ConditionedFlow):
                 weights.append(self._log_prob(y, pooled) - log_q)
         return bits_per_dim(importance_weighted(torch.stack(weights)), self.dims, self.dequantize.levels)
 
-    def likelihood_note(self, k: int) -> str:
+    def likelihood_note(self, k: int, **how: Any) -> str:
         """Dequantisation, K and dtype, without which bits per dimension say little."""
         self._honest("likelihood")
+        if how:
+            raise UserError(f"{next(iter(how))} is for likelihoods of a velocity; a {type(self).__name__}'s is exact")
         dtype = str(next(self.network.parameters()).dtype).removeprefix("torch.")
         if self.dequantize is None:
             return f"exact, {dtype}"

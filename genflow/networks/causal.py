@@ -79,9 +79,12 @@ class CausalTransformer(nn.Module):
     def forward(self, x: Tensor, condition: Tensor | None = None, cache: KeyValueCache | None = None) -> Tensor:
         """x: B x L x inputs; condition: B x condition_dim. Returns B x L x outputs, in float32 or wider.
 
-        cache: then x are the L tokens after those it has, and it has them too afterwards. Not for gradients.
+        cache: then x are the L tokens after those it has, and it has them too afterwards. Not for gradients. Raises
+        UserError for tokens beyond the last.
         """
         start = 0 if cache is None else cache.length
+        if start + x.shape[1] > self.tokens:
+            raise UserError(f"{start} tokens and {x.shape[1]} more: this transformer has positions for {self.tokens} tokens")
         x = x.to(self.embed.weight.dtype)
         h = self.embed(x)
         extra = self.positions[start : start + x.shape[1]]

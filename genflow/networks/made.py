@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -52,12 +54,16 @@ class MADE(nn.Module):
         super().__init__()
         places = torch.arange(features) if order is None else torch.as_tensor(order)
         if sorted(places.tolist()) != list(range(features)):
-            raise UserError(f"order {places.tolist()} is none of {features} features; give each of 0 .. {features - 1} once")
+            raise UserError(
+                f"order {places.tolist()} is none of {features} features; give each of 0 .. {features - 1} once"
+            )
         if not hidden or min(hidden) < 1:
             raise UserError(f"hidden = {tuple(hidden)} must be one width or more, each of 1 or more, such as (64, 64)")
         if residual and (len(hidden) % 2 == 0 or len(set(hidden)) > 1):
             near = (max(hidden),) * (len(hidden) // 2 * 2 + 1)
-            raise UserError(f"hidden = {tuple(hidden)} of residual blocks must be an odd number of equal widths; try {near}")
+            raise UserError(
+                f"hidden = {tuple(hidden)} of residual blocks must be an odd number of equal widths; try {near}"
+            )
         self.features, self.parameters_each, self.residual = features, parameters, residual
         self.register_buffer("sequence", places.argsort(), persistent=False)  # the features in their order
 
@@ -65,9 +71,7 @@ class MADE(nn.Module):
         degrees = [_spread(width, features - lowest) + lowest for width in hidden]
         self.first = MaskedLinear(degrees[0].unsqueeze(1) > places)
         self.condition = nn.Linear(condition_dim, hidden[0], bias=False) if condition_dim else None
-        self.layers = nn.ModuleList(
-            MaskedLinear(after.unsqueeze(1) >= before) for before, after in zip(degrees, degrees[1:], strict=False)
-        )
+        self.layers = nn.ModuleList(MaskedLinear(after.unsqueeze(1) >= before) for before, after in pairwise(degrees))
         self.last = MaskedLinear((places.unsqueeze(1) >= degrees[-1]).repeat(parameters, 1))
         nn.init.zeros_(self.last.weight)
         nn.init.zeros_(self.last.bias)
@@ -85,61 +89,39 @@ class MADE(nn.Module):
             before, h = h, new
         return self.last(h.relu()).unflatten(1, (self.parameters_each, self.features))
 
-    def ancestral(
-        self, choose: Callable[[int, Tensor], Tensor], rows: int, condition: Tensor | None = None
-    ) -> list[Tensor]:
-        """Feature by feature in their order, x_i = choose(i, its parameters under x_<i, rows x n): D columns of so many rows.
+    @torch.no_grad()
+    def ancestral(self, choose: Callable[[int, Tensor], Tensor], rows: int, condition: Tensor | None = None) -> Tensor:
+        """Feature by feature in their order: x_i = choose(i, parameters), the n that x_<i gives, rows x n. Returns rows x D.
 
         Every unit is computed once, when the features that it sees are known, so that the whole costs the multiplications
-        of one `forward`.
+        of one `forward`. It carries no gradient.
         """
-        layers = [self.first, *self.layers]
-        weights = [self.first.weight[:, self.sequence], *(layer.weight for layer in self.layers)]
-        biases = [layer.bias.unsqueeze(1) for layer in layers]  # units x 1: here columns are rows of the batch
-        last = self.last.weight.unflatten(0, (self.parameters_each, self.features))
-        last_bias = self.last.bias.unflatten(0, (self.parameters_each, self.features))
+        layers = [self.first, *(cast(MaskedLinear, layer) for layer in self.layers)]
+        weights = [self.first.weight[:, self.sequence], *(layer.weight for layer in layers[1:])]
+        biases = [layer.bias.unsqueeze(1) for layer in layers]  # units x 1: a column here is a row of the batch
+        last, last_bias = (p.unflatten(0, (-1, self.features)) for p in (self.last.weight, self.last.bias))
         shift = self.condition(condition).t() if self.condition is not None and condition is not None else None
 
-        x = _Growing(self.features, rows, last)
-        units = [_Growing(layer.out_features, rows, last) for layer in layers]
-        columns: list[Tensor | None] = [None] * self.features
+        x = last.new_empty(self.features, rows)  # in the order
+        units = [last.new_empty(layer.out_features, rows) for layer in layers]  # after ReLU
+        done = [0] * len(layers)
         for place, feature in enumerate(self.sequence.tolist()):
-            fresh: list[Tensor] = []  # the units that see the features before this place and no others, layer by layer
+            seen = x[:place]
+            fresh: list[Tensor] = []  # the units that become known with the feature before, layer by layer
             for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
-                new = slice(units[i].count, self._known[i][place])
-                seen = x.known if i == 0 else units[i - 1].known
+                new = slice(done[i], self._known[i][place])
                 h = torch.addmm(bias[new], weight[new, : len(seen)], seen)
                 if i == 0 and shift is not None:
                     h = h + shift[new]
                 if self.residual and i > 0 and i % 2 == 0:
                     h = h + fresh[-2]
                 fresh.append(h)
-                units[i].add(h.relu())
-            seen = units[-1].known
+                units[i][new] = h.relu()
+                done[i] = new.stop
+                seen = units[i][: new.stop]
             parameters = torch.addmm(last_bias[:, feature, None], last[:, feature, : len(seen)], seen)
-            column = choose(feature, parameters.t())
-            columns[feature] = column
-            x.add(column.to(last.dtype).unsqueeze(0))
-        return [column for column in columns if column is not None]
-
-
-class _Growing:
-    """Rows that become known by and by: written in place, or copied where autograd watches."""
-
-    def __init__(self, rows: int, columns: int, like: Tensor) -> None:
-        self.values = like.new_empty(rows, columns)
-        self.count = 0
-
-    @property
-    def known(self) -> Tensor:
-        return self.values[: self.count]
-
-    def add(self, new: Tensor) -> None:
-        if torch.is_grad_enabled():
-            self.values = torch.cat([self.known, new])
-        else:
-            self.values[self.count : self.count + len(new)] = new
-        self.count += len(new)
+            x[place] = choose(feature, parameters.t())
+        return x[self.sequence.argsort()].t()
 
 
 def _spread(width: int, degrees: int) -> Tensor:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from genflow.errors import UserError, nearest
 from genflow.flows.bijections.base import Bijection, Inverse, check_condition, per_sample
 from genflow.flows.bijections.elementwise import channels_and_places, wide
+from genflow.flows.bijections.jacobian import jacobian
 from genflow.flows.bijections.splines import rational_quadratic, rational_quadratic_inverse, spline_parameters
 from genflow.networks.made import MADE
 from genflow.registry import bijection_export
@@ -24,7 +26,8 @@ class MaskedAutoregressive(Bijection):
     """z_i = g(x_i; MADE(x_<i, condition)) (MAF, Papamakarios et al. 2017, arXiv 1705.07057, eq. 4-5).
 
     forward is one pass of the network; inverse goes number by number, D steps that together cost the multiplications of
-    one pass (`MADE.ancestral`). Pictures are read channel by channel, row by row.
+    one pass (`MADE.ancestral`). With gradients, first ones only, it takes the whole Jacobian besides: call it without
+    where none are wanted. Pictures are read channel by channel, row by row.
 
     univariate: "affine", x_i exp(s) + t with s = limit tanh(u / limit), or "spline", the rational-quadratic ones of Neural
     Spline Flows (arXiv 1906.04032). bins, bound: of the splines, which are the identity beyond -bound .. bound. hidden,
@@ -71,17 +74,27 @@ class MaskedAutoregressive(Bijection):
         return z.view(x.shape), per_sample(log)
 
     def inverse(self, z: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        x = self.decode(z, condition)
+        if torch.is_grad_enabled():
+            x = self._differentiable(x, z, condition)
+        return x, -self(x, condition)[1]
+
+    def decode(self, z: Tensor, condition: Tensor | None = None) -> Tensor:
         flat = wide(z).flatten(1)
-        logs = []
 
         def choose(i: int, parameters: Tensor) -> Tensor:
-            x, log = self._unmap(flat[:, i : i + 1], parameters.to(flat.dtype).unsqueeze(2))
-            logs.append(log)
+            x, _ = self._unmap(flat[:, i : i + 1], parameters.to(flat.dtype).unsqueeze(2))
             return x.squeeze(1)
 
         with torch.autocast(z.device.type, enabled=False):
-            columns = self.network.ancestral(choose, len(z), self._condition(condition, len(z)))
-        return torch.stack(columns, 1).view(z.shape), per_sample(torch.cat(logs, 1))
+            x = self.network.ancestral(choose, len(z), self._condition(condition, len(z)))
+        return x.to(flat.dtype).reshape(z.shape)
+
+    def _differentiable(self, x: Tensor, z: Tensor, condition: Tensor | None) -> Tensor:
+        """x = f^-1(z) with its gradients, by the implicit function theorem: dx = (df/dx)^-1 (dz - df at a fixed x)."""
+        x = x.detach().requires_grad_()
+        found, _ = self(x, condition)
+        return _ImplicitStep.apply(x.detach(), wide(z) - found, jacobian(found, x).detach())
 
     @property
     def _dtype(self) -> torch.dtype:
@@ -107,6 +120,22 @@ class MaskedAutoregressive(Bijection):
     def _bounded(self, parameters: Tensor) -> tuple[Tensor, Tensor]:
         shift, u = parameters.unbind(1)
         return shift, self.limit * torch.tanh(u / self.limit)
+
+
+class _ImplicitStep(torch.autograd.Function):
+    """x, with the gradients of x + jacobian^-1 step, where step is zero."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, step: Tensor, jacobian: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(jacobian)
+        return x.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None]:  # type: ignore[override]
+        (jacobian,) = ctx.saved_tensors
+        step = torch.linalg.solve(jacobian.mT, grad.flatten(1).unsqueeze(2))
+        return None, step.view(grad.shape), None
 
 
 @bijection_export("inverse_autoregressive")
@@ -138,3 +167,7 @@ class InverseAutoregressive(Inverse):
                 reverse=reverse,
             )
         )
+
+    @property
+    def inv(self) -> Bijection:
+        return Inverse(self)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from genflow.errors import UserError, nearest
 from genflow.flows.bijections.base import Bijection, check_condition, per_sample
@@ -18,6 +18,7 @@ from genflow.networks.causal import CausalTransformer
 from genflow.registry import api_export, bijection_export
 from genflow.samplers.fixed_point import verified
 
+FLOOR = 0.05  # a standard deviation of the first batch below this may be chance
 Rule = Literal["product", "linear"]
 
 
@@ -50,26 +51,34 @@ class TransformerAutoregressive(Bijection):
         layers: int = 2,
         heads: int | None = None,
         reverse: bool = False,
-        limit: float = 5.0,
+        limit: float = 8.0,
     ) -> None:
         super().__init__()
         if not 0 < limit <= 10:
-            raise UserError(f"limit = {limit} is not within 0 .. 10 nats; try 5")
+            raise UserError(f"limit = {limit} is not within 0 .. 10 nats; try 8")
         self.shape, self.patch = tuple(shape), patch
         self.tokens, self.dim = token_shape(self.shape, patch)
         self.condition_dim, self.reverse, self.limit = condition_dim, reverse, limit
         self.window: int | None = None
         self.tolerance: float | None = None
         self.sweeps = 0
+        self.bias = nn.Parameter(torch.zeros(self.tokens, 2 * self.dim))  # of (mu, u), by token
         self.network = CausalTransformer(
             self.dim, 2 * self.dim, self.tokens, condition_dim=condition_dim, width=width, layers=layers, heads=heads
         )
+
+    @torch.no_grad()
+    def initialise(self, x: Tensor, condition: Tensor | None = None) -> None:
+        """Each number's own mean and standard deviation, FLOOR at least, over the batch."""
+        x = self._cut(x)
+        alpha = x.std(0, correction=0).clamp(min=FLOOR).log() / self.limit
+        self.bias.copy_(torch.cat([x.mean(0), self.limit * torch.atanh(alpha.clamp(-0.99, 0.99))], 1))
 
     def forward(self, x: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
         check_condition(condition, self.condition_dim, len(x))
         x = self._cut(x)
         before = torch.cat([torch.zeros_like(x[:, :1]), x[:, :-1]], 1)
-        mu, alpha = self._read(self.network(before, condition))
+        mu, alpha = self._read(self.network(before, condition) + self.bias)
         return self._join((x - mu) * torch.exp(-alpha)), -per_sample(alpha)
 
     def inverse(self, z: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -113,7 +122,8 @@ class TransformerAutoregressive(Bijection):
         self.sweeps, start = 0, 0
         while start < self.tokens:
             stop = min(start + size, self.tokens)
-            mu, alpha[:, start:stop] = read(self.network(x[:, start:stop].repeat(copies, 1, 1), condition, cache))
+            theta = self.network(x[:, start:stop].repeat(copies, 1, 1), condition, cache) + self.bias[start:stop]
+            mu, alpha[:, start:stop] = read(theta)
             new = torch.addcmul(mu, z[:, start:stop], alpha[:, start:stop].exp())
             settled = 1
             if stop - start > 1:  # |f(x) - z| for the x that the sweep began with

@@ -36,7 +36,7 @@ class TarFlowConfig:
     layers: int = 2
     width: int = 128
     heads: int | None = None
-    limit: float = 5.0
+    limit: float = 8.0
     shape: tuple[int, ...] | None = None
     condition_dim: int | None = None
 
@@ -78,6 +78,13 @@ class TarFlow(Bijection):
 
     def __iter__(self) -> Iterator[TransformerAutoregressive]:
         return iter(cast(Iterable[TransformerAutoregressive], self.blocks))
+
+    @torch.no_grad()
+    def initialise(self, x: Tensor, condition: Tensor | None = None) -> None:
+        tokens = to_tokens(x, self.shape, self.patch)
+        for block in self:
+            block.initialise(tokens, condition)
+            tokens, _ = block(tokens, condition)
 
     def forward(self, x: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
         tokens, total = to_tokens(x, self.shape, self.patch), zero_ladj(x)

@@ -1,0 +1,188 @@
+"""The likelihood of any velocity model: the probability flow's change of variables, every sample a solve of its own."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from genflow.errors import UserError
+from genflow.flows.divergence import Divergence, fingerprint, modules_of
+from genflow.flows.stepping import Stepping
+from genflow.functional import Rng
+from genflow.registry import api_export, resolve
+from genflow.samplers.solution import Velocity, state
+
+LEVELS = (8, 16, 32, 64, 128)  # intervals of the quadratures, one after another as far as needed
+
+
+@api_export("Likelihood")
+@dataclass(frozen=True)
+class Likelihood:
+    """What `velocity_log_prob` found. All tensors B, in nats, float32 or wider.
+
+    log_prob: log p(x); ladj: log |det dz/dx|; z: like x, the noise that x came from. standard_error: of log_prob from the
+    draws of the divergence's estimator: 0 for the exact one, NaN for a single draw. error: how far the last refinement of
+    the quadrature moved ladj, which is above its error. nfe: evaluations of the velocity of the longest solve;
+    divergences: evaluations with the divergence. rtol, atol: as asked.
+    """
+
+    log_prob: Tensor
+    standard_error: Tensor
+    ladj: Tensor
+    z: Tensor
+    error: Tensor
+    nfe: int
+    divergences: int
+    rtol: float
+    atol: float
+
+
+@api_export("velocity_log_prob")
+def velocity_log_prob(
+    velocity: Velocity,
+    x: Tensor,
+    *,
+    divergence: str = "hutchinson",
+    draws: int = 1,
+    rtol: float = 1e-5,
+    atol: float = 1e-5,
+    solver: str = "dopri5",
+    seed: int = 0,
+) -> Likelihood:
+    """log p(x) = log N(z; 0, I) + int_0^1 tr(dv/dx) dt along the path of dx/dt = v(x, t) from x at t = 0 to z at t = 1.
+
+    (Chen et al. 2018, arXiv 1806.07366; Song et al. 2021, arXiv 2011.13456, eq. 39.) x: B x ..., float32 or wider.
+    velocity: as for samplers; with `take` rows that are done leave the batch. divergence, draws: see `Divergence`; the noise
+    of a row hangs on seed and its numbers, and is the same along the whole path. solver, rtol, atol: an adaptive sampler's;
+    ladj is integrated to
+    D (atol + rtol) + rtol |ladj| nats. No gradient: a CNF's forward has one.
+
+    Raises UserError for tolerances below the noise of the arithmetic, a velocity with dropout or batch statistics in
+    training mode, one that is not finite (naming samples and t), one whose divergence does not integrate, and for x that
+    asks for a gradient.
+    """
+    if torch.is_grad_enabled() and x.requires_grad:
+        raise UserError(
+            "velocity_log_prob has no gradient, but x asks for one; use CNF(shape, velocity), or x.detach()"
+        )
+    estimator = Divergence(divergence, draws)  # type: ignore[arg-type]
+    stepping = Stepping(solver, rtol, atol)
+    check_velocity(velocity, x, stepping)
+    x = state(x)
+    probes = estimator.probes(x, Rng(seed), fingerprint(x))
+    with torch.no_grad():
+        z, each, error, nfe, divergences = path_integral(velocity, x, estimator, probes, stepping)
+    ladj = each.mean(0)
+    if divergence == "exact":
+        standard_error = torch.zeros_like(ladj)
+    else:
+        standard_error = each.std(0) / math.sqrt(len(each)) if len(each) > 1 else torch.full_like(ladj, math.nan)
+    base = -0.5 * (z.square() + math.log(2 * math.pi)).flatten(1).sum(1)
+    return Likelihood(base + ladj, standard_error, ladj, z, error, nfe, divergences, rtol, atol)
+
+
+def path_integral(
+    velocity: Velocity,
+    x: Tensor,
+    estimator: Divergence,
+    probes: Tensor | None,
+    stepping: Stepping,
+    start: float = 0.0,
+    end: float = 1.0,
+) -> tuple[Tensor, Tensor, Tensor, int, int]:
+    """Where the path ends, and the integral of the divergence along it, each row to its own tolerance. No gradients.
+
+    The path does not hang on the integral: it is solved for alone, and the divergence is asked at the nodes of
+    Clenshaw-Curtis quadrature on the solver's dense output, which are doubled until the integral stays within
+    D (atol + rtol) + rtol |integral|. Returns z, the integrals of the draws K x B, how far the last doubling moved their
+    mean, B, and the evaluations without and with the divergence.
+
+    Raises UserError for a row that is still far from staying at the last doubling.
+    """
+    sampler = resolve("sampler", stepping.solver)
+    tolerances = {"rtol": stepping.rtol, "atol": stepping.atol, "max_steps": stepping.max_steps}
+    dims, most = math.prod(x.shape[1:]), LEVELS[-1]
+    time = [start + (end - start) * (0.5 - 0.5 * math.cos(math.pi * i / most)) for i in range(most + 1)]
+    rates, states = dict[int, Tensor](), dict[int, Tensor]()  # at node i of `most`, of the rows that are left
+    rows, open_ = torch.arange(len(x), device=x.device), torch.ones(len(x), dtype=torch.bool, device=x.device)
+    here, nfe, divergences = velocity, 0, 0
+    for count in LEVELS:
+        wanted = [i for i in range(0, most + 1, most // count) if i not in rates]
+        if not states.keys() >= {*wanted}:
+            every = [i for i in range(0, most + 1, most // max(count, LEVELS[1])) if i not in rates]
+            nodes = sorted({0, most, *every})
+            solved = sampler(here, x[rows], [time[i] for i in nodes], record=True, **tolerances).checked()
+            states = dict(zip(nodes, solved.trajectory.states, strict=True))
+            nfe += solved.nfe
+            z = solved.x if count == LEVELS[0] else z
+        for i in wanted:
+            t = x.new_full((len(rows),), time[i])
+            rates[i] = estimator(here, states[i], t, None if probes is None else probes[:, rows]).divergence
+            divergences += 1
+        level = [rates[i] for i in range(0, most + 1, most // count)]
+        integral = (end - start) * _weighted(level)
+        change = (integral - (end - start) * _weighted(level[::2])).mean(0).abs()
+        if count == LEVELS[0]:
+            total, error, allowed = integral.clone(), change.clone(), change.clone()
+        new = open_[rows]  # rows that stayed keep what they had
+        total[:, rows] = torch.where(new, integral, total[:, rows])
+        error[rows] = torch.where(new, change, error[rows])
+        allowed[rows] = dims * (stepping.atol + stepping.rtol) + stepping.rtol * integral.mean(0).abs()
+        open_ = open_ & ~(error <= allowed)
+        keep = open_[rows].nonzero().squeeze(1)
+        if not len(keep):
+            break
+        if hasattr(here, "take") and len(keep) < len(rows):
+            rows, here = rows[keep], here.take(keep)
+            rates = {i: each[:, keep] for i, each in rates.items()}
+            states = {i: each[keep] for i, each in states.items()}
+    far = ~(error <= 100 * allowed)
+    if bool(far.any()):
+        row = int(far.int().argmax())
+        raise UserError(
+            f"the divergence does not integrate to rtol = {stepping.rtol}: {most} evaluations still move the ladj of "
+            f"sample {row} by {float(error[row]):.2g} nats; loosen rtol and atol"
+        )
+    return z, total, error, nfe, divergences
+
+
+def _weighted(rates: list[Tensor]) -> Tensor:
+    """The integral over [0, 1] from values at (1 - cos(pi i / n)) / 2, i = 0 .. n."""
+    weights = _clenshaw_curtis(len(rates) - 1)
+    return torch.tensordot(rates[0].new_tensor(weights), torch.stack(rates), 1)
+
+
+@cache
+def _clenshaw_curtis(n: int) -> list[float]:
+    """Weights for n even that integrate the cosine series through n + 1 points (Clenshaw & Curtis 1960)."""
+
+    def weight(j: int) -> float:
+        cosines = (math.cos(2 * math.pi * j * k / n) / (4 * k * k - 1) for k in range(1, n // 2))
+        last = math.cos(math.pi * j) / (n * n - 1)
+        return (1 if j in (0, n) else 2) / (2 * n) * (1 - 2 * sum(cosines) - last)
+
+    return [weight(j) for j in range(n + 1)]
+
+
+def check_velocity(velocity: Any, x: Tensor, stepping: Stepping) -> None:
+    """Raises UserError for a velocity that is no function of (x, t), and for tolerances below its arithmetic's noise."""
+    stepping.check(state(x).dtype)
+    for name, module in modules_of(velocity):
+        kind = type(module).__name__
+        random = isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0
+        if module.training and random:
+            raise UserError(f"{name} ({kind}) draws noise in training mode: a likelihood needs a function; call eval()")
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or not module.track_running_stats):
+            raise UserError(f"{name} ({kind}) mixes the samples of a batch: a likelihood needs each alone; call eval()")
+        for parameter in module.parameters(recurse=False):
+            if parameter.is_floating_point() and parameter.dtype.itemsize < 4:
+                stepping.check(parameter.dtype)
+    kind = x.device.type
+    exact = getattr(velocity, "ignores_autocast", False)
+    if kind != "meta" and torch.is_autocast_enabled(kind) and not exact:
+        stepping.check(torch.get_autocast_dtype(kind))

@@ -1,0 +1,102 @@
+"""The fused convolution network against the plain convolutions that it stands for."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from genflow.layers import conv, kernels
+from genflow.layers.conv import three_convolutions
+
+pytestmark = pytest.mark.skipif(kernels.library() is None, reason="no C++ compiler here")
+
+
+def layers(inputs: int = 3, hidden: int = 16, outputs: int = 10) -> list[nn.Conv2d]:
+    torch.manual_seed(0)
+    return [
+        nn.Conv2d(inputs, hidden, 3, padding=1),
+        nn.Conv2d(hidden, hidden, 1),
+        nn.Conv2d(hidden, outputs, 3, padding=1),
+    ]
+
+
+def weights(net: list[nn.Conv2d]) -> list[torch.Tensor]:
+    return [w for layer in net for w in (layer.weight, layer.bias)]
+
+
+PICTURES = {
+    "contiguous": lambda: torch.randn(5, 3, 6, 4),
+    "channels last": lambda: torch.randn(5, 3, 6, 4).contiguous(memory_format=torch.channels_last),
+    "first channels of more": lambda: torch.randn(5, 6, 4, 7).permute(0, 3, 1, 2)[:, :3],
+    "last channels of more": lambda: torch.randn(5, 6, 4, 7).permute(0, 3, 1, 2)[:, 4:],
+    "one row": lambda: torch.randn(5, 3, 1, 4),
+    "one pixel": lambda: torch.randn(5, 3, 1, 1),
+    "one picture": lambda: torch.randn(1, 3, 5, 5),
+}
+
+
+@pytest.mark.parametrize("picture", PICTURES)
+@pytest.mark.parametrize("conditional", [False, True])
+def test_values_and_gradients_are_those_of_the_convolutions(picture, conditional, monkeypatch):
+    monkeypatch.setattr(conv, "ROWS", 48)  # two pictures of 6 x 4 at a time: 5 do not fill the last turn
+    net = layers()
+    x = PICTURES[picture]().requires_grad_()
+    added = torch.randn(len(x), 16, requires_grad=conditional) if conditional else None
+    asked = [x, *weights(net), *([added] if conditional else [])]
+    fused = three_convolutions(*net, x, added)
+    plain = conv._plain(x, torch.zeros(1, 16) if added is None else added, *weights(net))
+    assert type(fused.grad_fn).__name__ == "ThreeConvolutionsBackward"
+    torch.testing.assert_close(fused, plain, atol=1e-6, rtol=1e-5)
+    with torch.no_grad():
+        torch.testing.assert_close(three_convolutions(*net, x, added), fused, atol=1e-6, rtol=1e-5)
+    g = torch.randn_like(plain)
+    for a, b in zip(torch.autograd.grad(fused, asked, g), torch.autograd.grad(plain, asked, g), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+def test_autocast_computes_in_bf16_with_float32_gradients():
+    net, x = layers(), torch.randn(4, 3, 6, 6, requires_grad=True)
+    exact = three_convolutions(*net, x, None)
+    with torch.autocast("cpu", torch.bfloat16):
+        fused = three_convolutions(*net, x, None)
+    assert fused.dtype == torch.bfloat16
+    assert 0 < (fused - exact).abs().max() < 0.03
+    gradients = torch.autograd.grad(fused.float().square().sum(), [x, *weights(net)])
+    reference = torch.autograd.grad(exact.square().sum(), [x, *weights(net)])
+    for a, b in zip(gradients, reference, strict=True):
+        assert a.dtype == torch.float32
+        assert (a - b).norm() < 0.03 * b.norm()
+
+
+def test_second_derivatives_are_those_of_the_convolutions():
+    net, x = layers(), torch.randn(2, 3, 4, 4, requires_grad=True)
+    found = []
+    for call in (three_convolutions, lambda *net_x: conv._plain(x, torch.zeros(1, 16), *weights(net))):
+        (first,) = torch.autograd.grad(call(*net, x, None).square().sum(), [x], create_graph=True)
+        found.append(torch.autograd.grad(first.square().sum(), [x, net[0].weight]))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
+def test_float64_takes_the_plain_convolutions():
+    net = [layer.double() for layer in layers()]
+    out = three_convolutions(*net, torch.randn(2, 3, 4, 4, dtype=torch.float64), None)
+    assert out.dtype == torch.float64 and type(out.grad_fn).__name__ == "ConvolutionBackward0"
+
+
+def test_frozen_weights_and_inputs_without_gradients():
+    net, x = layers(), torch.randn(2, 3, 4, 4)
+    three_convolutions(*net, x, None).sum().backward()
+    assert x.grad is None and all(w.grad is not None for w in weights(net))
+    for w in weights(net):
+        w.requires_grad_(False).grad = None
+    three_convolutions(*net, x.requires_grad_(), None).sum().backward()
+    assert x.grad is not None and all(w.grad is None for w in weights(net))
+
+
+def test_nan_is_not_hidden():
+    x = torch.randn(2, 3, 4, 4)
+    x[1, 0, 0, 0] = torch.nan
+    out = three_convolutions(*layers(), x, None)
+    assert out[0].isfinite().all() and out[1].isnan().any()

@@ -1,0 +1,338 @@
+"""Reflow: pairs that can be drawn again, straighter paths on them, and the distance that shows it."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from genflow.cli import reflow as command
+from genflow.config import from_dict
+from genflow.data.loading import StreamSampler, loader
+from genflow.data.pairs import PairsConfig, write_pairs
+from genflow.data.prepared import PreparedConditions
+from genflow.errors import UserError
+from genflow.evaluation.frechet import frechet_distance
+from genflow.flows.couplings import Independent, OptimalTransport, Paired
+from genflow.flows.densities import Uniform
+from genflow.flows.paths import CosinePath, VPPath
+from genflow.flows.rectified import RectifiedFlowConfig
+from genflow.flows.reflow import OneStep, draw_pairs, reflow_config, straightness
+from genflow.flows.store import load
+from genflow.functional import Rng, noise_from_seeds
+from genflow.networks.velocity import MLPVelocityConfig
+from genflow.samplers import Trajectory
+from genflow.text.none import NoTextConfig
+from genflow.training.config import RunConfig
+from genflow.training.run import train
+
+NONE = NoTextConfig().build()
+
+
+def make(**config):
+    torch.manual_seed(0)
+    network = MLPVelocityConfig(hidden=32, depth=2, shape=(2,), pooled_dim=0).build()
+    return RectifiedFlowConfig(density=Uniform(), **config).build(network, NONE, shape=(2,))
+
+
+class Batch:
+    def __init__(self, x, noise, step):
+        self.x, self.noise = x, noise
+        self.condition, self.position = NONE.encode([""] * len(x)), torch.arange(len(x)) + step * len(x)
+
+
+def fit(flow, batch_of, steps=150):
+    optimizer = torch.optim.Adam(flow.parameters(), lr=1e-2)
+    for step in range(steps):
+        optimizer.zero_grad()
+        flow.loss(batch_of(step), Rng(0, step)).loss.backward()
+        optimizer.step()
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-2 * (1 - step / steps)
+    return flow.eval()
+
+
+def paths(flow, n=128):
+    settings = {"sampler": "heun", "steps": 32, "grid": "uniform", "guidance": 1.0}
+    return flow.sample([""], seeds=range(10**6, 10**6 + n), record=True, **settings).trajectory
+
+
+def two_points(step, n=64):
+    index = torch.arange(n) + step * n
+    side = Rng(1).bits("side", index).remainder(2).float() * 2 - 1
+    return torch.stack([side, torch.zeros(n)], 1) + 0.1 * Rng(1).normal("data", index, (2,))
+
+
+@pytest.fixture(scope="module")
+def flow():
+    """Two clusters, whose paths cross."""
+    return fit(make(), lambda step: Batch(two_points(step), None, step))
+
+
+def test_straightness_falls_after_a_reflow_and_one_step_is_nearer(flow):
+    noise, x = draw_pairs(flow, [""] * 1024, range(1024), batch=256, sampler="heun", steps=12, guidance=1.0)
+    following = make(coupling=Paired(), drop_condition=0.0)
+    following.load_state_dict(flow.state_dict())
+
+    def batch_of(step):
+        rows = Rng(2).bits("rows", torch.arange(256) + 256 * step).remainder(1024)
+        return Batch(x[rows], noise[rows], step)
+
+    fit(following, batch_of)
+    before, after = (straightness(paths(each)).mean() for each in (flow, following))
+    assert before > 0.05 and after < before / 4
+    exact = paths(flow).states[-1]
+    error = [
+        (each.sample([""], seeds=range(10**6, 10**6 + 128), sampler="euler", steps=1, guidance=1.0).x - exact)
+        .square()
+        .mean()
+        for each in (flow, following)
+    ]
+    assert error[1] < error[0] / 4
+
+
+def test_optimal_transport_makes_straighter_paths_than_independent_noise(flow):
+    coupled = fit(make(coupling=OptimalTransport()), lambda step: Batch(two_points(step), None, step))
+    assert straightness(paths(coupled)).mean() < straightness(paths(flow)).mean() / 2
+
+
+def test_straightness_of_known_paths():
+    times = [1.0, 0.5, 0.25, 0.0]
+    line = [torch.tensor([[0.0, 2.0]]) * t for t in times]
+    assert straightness(Trajectory(times, line)) == 0
+    bent = [torch.tensor([[0.0]]), torch.tensor([[1.0]]), torch.tensor([[1.0]])]  # speed 2, then 0; 1 on average
+    torch.testing.assert_close(straightness(Trajectory([1.0, 0.5, 0.0], bent)), torch.tensor([1.0]))
+    angle = [t * math.pi / 2 for t in torch.linspace(1, 0, 1001).tolist()]
+    arc = [torch.tensor([[math.cos(a), math.sin(a)]], dtype=torch.float64) for a in angle]
+    expected = (math.pi**2 / 4 - 2) / 2  # |v|^2 - |chord|^2, over two coordinates
+    found = straightness(Trajectory(torch.linspace(1, 0, 1001).tolist(), arc))
+    assert float(found) == pytest.approx(expected, rel=1e-4)
+
+
+# --------------------------------------------------------------------------------------------------------------- pairs
+
+
+def test_a_pair_hangs_on_its_seed_alone(flow):
+    settings = {"sampler": "heun", "steps": 3, "guidance": 1.0}
+    noise, x = draw_pairs(flow, [""] * 5, range(7, 12), batch=2, **settings)
+    assert torch.equal(noise, noise_from_seeds(range(7, 12), (2,)))
+    for i in range(5):
+        alone = draw_pairs(flow, [""], [7 + i], **settings)
+        torch.testing.assert_close(alone[1][0], x[i])
+    torch.testing.assert_close(
+        flow.decode(noise, steps=200),
+        draw_pairs(flow, [""] * 5, range(7, 12), steps=200, guidance=1.0)[1],
+        atol=1e-3,
+        rtol=0,
+    )
+    with pytest.raises(UserError, match="draws noise on the way"):
+        draw_pairs(flow, [""], [0], sampler="ancestral")
+
+
+def drawer(n=7, fail_at=None):
+    drawn = []
+
+    def draw(numbers):
+        if fail_at is not None and numbers.start >= fail_at:
+            raise KeyboardInterrupt
+        drawn.append(numbers)
+        x = torch.arange(n * 6.0).view(n, 6)[numbers.start : numbers.stop].view(-1, 1, 2, 3) / 50
+        return -x, x
+
+    return draw, drawn
+
+
+def write(folder, draw, n=7, **about):
+    write_pairs(folder, draw, captions=[f"caption {i}" for i in range(n)], shape=(1, 2, 3), about={"steps": 3, **about})
+
+
+def test_pairs_are_read_as_they_were_written(tmp_path, monkeypatch):
+    monkeypatch.setattr("genflow.data.pairs.SHARD", 3)
+    draw, drawn = drawer()
+    write(tmp_path / "pairs", draw)
+    assert drawn == [range(0, 3), range(3, 6), range(6, 7)]
+    config = PairsConfig(str(tmp_path / "pairs"))
+    data = config.build()
+    assert config.shape == data.shape == (1, 2, 3) and len(data) == 7 and data.caption(4) == "caption 4"
+    assert data.about == {"steps": 3}
+    index = torch.tensor([6, 0, 4])
+    assert torch.equal(data.rows[index], -data.noise[index])
+    torch.testing.assert_close(data.rows[index][:, 0, 0, 0], index * 6 / 50)
+
+
+def test_batches_keep_each_noise_with_its_sample(tmp_path):
+    write(tmp_path, drawer()[0])
+    data = PairsConfig(str(tmp_path)).build()
+    conditions = PreparedConditions.prepare(data, NONE)
+    batches = list(loader(data, conditions, StreamSampler(7, seed=0, batch_size=4, steps=3), shape=data.shape))
+    for batch in batches:
+        assert batch.x.shape == (4, 1, 2, 3) and torch.equal(batch.noise, -batch.x)
+        torch.testing.assert_close(batch.x[:, 0, 0, 0], batch.index * 6 / 50)
+        assert torch.equal(batch.to("cpu").noise, batch.noise)
+
+
+def test_drawing_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
+    monkeypatch.setattr("genflow.data.pairs.SHARD", 3)
+    with pytest.raises(KeyboardInterrupt):
+        write(tmp_path, drawer(fail_at=3)[0])
+    with pytest.raises(UserError, match=r"shard-00001.safetensors is missing: the drawing was cut short"):
+        PairsConfig(str(tmp_path)).build()
+    draw, drawn = drawer()
+    write(tmp_path, draw)
+    assert drawn == [range(3, 6), range(6, 7)] and len(PairsConfig(str(tmp_path)).build()) == 7
+    write(tmp_path, draw)
+    assert len(drawn) == 2  # nothing again
+
+
+def test_what_is_wrong_with_pairs_is_told(tmp_path):
+    write(tmp_path, drawer()[0])
+    with pytest.raises(UserError, match="drawn in another way"):
+        write(tmp_path, drawer()[0], sampler="euler")
+    with pytest.raises(UserError, match="no split 'test'"):
+        PairsConfig(str(tmp_path)).build("test")
+    with pytest.raises(UserError, match="has no pairs.json"):
+        PairsConfig(str(tmp_path / "other")).build()
+    (tmp_path / "shard-00000.safetensors").write_bytes(b"nothing")
+    with pytest.raises(UserError, match="damaged"):
+        PairsConfig(str(tmp_path)).build()
+    (tmp_path / "pairs.json").write_text("{}")
+    with pytest.raises(UserError, match="damaged"):
+        PairsConfig(str(tmp_path)).build()
+    with pytest.raises(UserError, match="not finite"):
+        write(tmp_path / "nan", lambda numbers: (torch.zeros(7, 1, 2, 3), torch.full((7, 1, 2, 3), torch.nan)))
+
+
+# ------------------------------------------------------------------------------------------------------------ distance
+
+
+def test_the_frechet_distance_of_gaussians_is_the_closed_form():
+    torch.manual_seed(0)
+    a = torch.randn(100_000, 3, dtype=torch.float64)
+    b = 2 * torch.randn(100_000, 3, dtype=torch.float64) + torch.tensor([1.0, 0.0, -1.0], dtype=torch.float64)
+    assert frechet_distance(a, b) == pytest.approx(2 + 3 * (2 - 1) ** 2, rel=0.02)
+    assert frechet_distance(a, a) < 1e-9
+
+
+@pytest.mark.parametrize("n", [200, 10])  # more and fewer samples than features
+def test_the_frechet_distance_is_that_of_scipys_square_root(n):
+    linalg = pytest.importorskip("scipy.linalg")
+    torch.manual_seed(1)
+    a, b = (torch.randn(n, 20, dtype=torch.float64) @ torch.randn(20, 20, dtype=torch.float64) for _ in range(2))
+    ca, cb = torch.cov(a.T).numpy(), torch.cov(b.T).numpy()
+    root = linalg.sqrtm(linalg.sqrtm(ca).real @ cb @ linalg.sqrtm(ca).real).real
+    expected = float((a.mean(0) - b.mean(0)).square().sum()) + ca.trace() + cb.trace() - 2 * root.trace()
+    assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-4 if n < 20 else 1e-9)
+    assert frechet_distance(b.float(), a.float()) == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "message"),
+    [
+        (torch.zeros(1, 3), torch.zeros(5, 3), "no covariance"),
+        (torch.zeros(5, 3), torch.zeros(5, 4), "widths 3 and 4"),
+        (torch.full((5, 3), torch.inf), torch.zeros(5, 3), "not finite"),
+    ],
+)
+def test_features_without_a_distance_are_refused(a, b, message):
+    with pytest.raises(UserError, match=message):
+        frechet_distance(a, b)
+
+
+# ------------------------------------------------------------------------------------------------------- the next run
+
+
+def test_the_next_flow_learns_on_the_pairs_and_drops_nothing():
+    config = RectifiedFlowConfig(drop_condition=0.3, path=CosinePath(), coupling=Independent(), prediction="x")
+    following = reflow_config(config)
+    assert following.coupling == Paired() and following.drop_condition == 0
+    assert following.path == CosinePath() and following.density == config.density
+    distilled = reflow_config(config, distill=True)
+    assert distilled.density == OneStep() and (distilled.density(torch.rand(5)) == 1).all()
+    for wrong, message in (({"prediction": "eps"}, "knows nothing"), ({"path": VPPath()}, "VPPath")):
+        with pytest.raises(UserError, match=message):
+            reflow_config(RectifiedFlowConfig(**wrong), distill=True)
+
+
+RUN = {
+    "data": {"name": "toy2d", "kind": "gaussians8", "n": 300},
+    "model": {"name": "mlp", "hidden": 16, "depth": 1},
+    "text": {"name": "labels", "classes": [f"gaussian {k}" for k in range(8)], "dim": 8},
+    "flow": {"name": "rectified", "density": "uniform"},
+    "train": {
+        "steps": 4,
+        "batch_size": 8,
+        "precision": "fp32",
+        "preview_every": 0,
+        "trackers": [],
+        "validate_every": 2,
+    },
+    "sample": {"steps": 3, "guidance": 2.0},
+}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run") / "first"
+    train(from_dict(RunConfig, {**RUN, "out": str(folder)}))
+    return folder
+
+
+def call(*words):
+    import argparse
+
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    return command.run(parser.parse_args([str(word) for word in words]))
+
+
+def test_the_command_draws_trains_and_measures(run, tmp_path, capsys):
+    out = tmp_path / "next"
+    options = ["--pairs", 24, "--samples", 16, "--out", out, "--set", "train.steps=3"]
+    assert call(run, *options) == 0
+    table = capsys.readouterr().out
+    assert all(word in table for word in ("straightness", "1 step", "8 steps", "before", "after", "real to real"))
+    written = json.loads((out / "reflow.json").read_text())
+    assert set(written["after"]["distance"]) == {"1", "2", "4", "8"} and written["real_to_real"] > 0
+    about = PairsConfig(str(out / "pairs")).build()
+    assert about.about["seeds"] == [0, 24] and about.about["settings"]["guidance"] == 2.0
+    assert len(about.about["weights"]["sha256"]) == 64 and all(c.startswith("gaussian ") for c in about.captions)
+    recipe = load(out).recipe
+    assert recipe["flow"]["coupling"] == {"name": "paired"} and recipe["sample"]["guidance"] == 1.0
+    assert call(run, *options) == 0  # all is there already
+    with pytest.raises(UserError, match="drawn in another way"):
+        call(run, *options, "--steps", 5)
+
+
+def test_the_next_run_starts_from_the_weights_of_the_last(run, tmp_path):
+    call(
+        run, "--pairs", 8, "--samples", 8, "--out", tmp_path / "next", "--set", "train.steps=1", "train.optimizer.lr=0"
+    )
+    first, following = load(run).state_dict(), load(tmp_path / "next", ema=False).state_dict()
+    for name, value in first.items():
+        torch.testing.assert_close(following[name], value)
+
+
+def test_a_distilled_flow_samples_in_one_step(run, tmp_path):
+    options = ["--pairs", 8, "--samples", 8, "--distill", "--out", tmp_path / "one", "--set", "train.steps=1"]
+    assert call(run, *options) == 0
+    flow = load(tmp_path / "one")
+    again = ["--pairs", 8, "--samples", 8, "--out", tmp_path / "two", "--set", "train.steps=1"]
+    assert call(tmp_path / "one", *again) == 0  # measured against the first run's data, not against pairs
+    about = PairsConfig(str(tmp_path / "two" / "pairs")).build().about
+    assert about["data"] == load(run).recipe["data"] and about["data"]["name"] == "toy2d"
+    assert flow.config.density == OneStep() and flow.recipe["sample"]["steps"] == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--pairs", 0], "--pairs 0 is too few"),
+        (["--samples", 1], "--samples 1 is too few"),
+        (["--sampler", "ancestral"], "draws noise on the way"),
+        (["--set", "train.stepz=3"], "train.steps|'steps'"),
+    ],
+    ids=str,
+)
+def test_impossible_reflows_are_refused(options, message, run, tmp_path):
+    with pytest.raises(UserError, match=message):
+        call(run, *options, "--out", tmp_path / "next")
