@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from genflow.attention import attention, cpu
+from genflow.attention import Mask, attention, cpu
 
 pytestmark = pytest.mark.skipif(not cpu._fast_products(), reason="this processor has no matrix units for bf16")
 
@@ -50,3 +50,16 @@ def test_others_take_torch_s_own():
         assert not cpu.serves(q, k)
     long = torch.zeros(1, 1, 2**11, 8, dtype=torch.bfloat16, requires_grad=True)
     assert not cpu.serves(long, long)
+
+
+@pytest.mark.parametrize("length", [2, 49, 196])
+def test_gradients_under_a_causal_mask_are_those_of_float64(length, monkeypatch):
+    q, k, v = inputs(length, length)
+    out = attention(q, k, v, Mask(causal=True))
+    assert type(out.grad_fn).__name__ == "MatrixBackwardBackward"
+    monkeypatch.setattr(cpu, "CHUNK", 2**13)
+    got = torch.autograd.grad(out.float().square().sum(), (q, k, v))
+    exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    expected = torch.autograd.grad(F.scaled_dot_product_attention(*exact, is_causal=True).square().sum(), exact)
+    for a, b in zip(got, expected, strict=True):
+        assert (a - b).abs().max() <= 2**-5 * b.abs().max()

@@ -1,4 +1,4 @@
-"""The fused convolution network against the plain convolutions that it stands for."""
+"""The fused kernels of couplings, convolution network and affine map, against the plain formulas that they stand for."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from genflow.layers import conv, kernels
+from genflow.layers import affine, conv, kernels
+from genflow.layers.affine import affine_half, affine_half_inverse
 from genflow.layers.conv import three_convolutions
 
 pytestmark = pytest.mark.skipif(kernels.library() is None, reason="no C++ compiler here")
@@ -100,3 +101,36 @@ def test_nan_is_not_hidden():
     x[1, 0, 0, 0] = torch.nan
     out = three_convolutions(*layers(), x, None)
     assert out[0].isfinite().all() and out[1].isnan().any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(3, 5, 4, 2), (2, 4, 1, 1)])
+def test_the_affine_map_its_inverse_and_gradients_are_those_of_the_formula(shape, dtype):
+    torch.manual_seed(1)
+    x = torch.randn(shape, requires_grad=True)
+    changed = shape[1] // 2
+    parameters = (torch.randn(shape[0], 2 * changed, *shape[2:]) * 3).to(dtype).requires_grad_()
+    fused, plain = affine_half(x, parameters, 2.0), affine._plain(x, parameters, 2.0)
+    assert type(fused[0].grad_fn).__name__ == "AffineHalfBackward"
+    torch.testing.assert_close(fused, plain, atol=1e-5, rtol=1e-5)
+    with torch.no_grad():
+        back, ladj = affine_half_inverse(fused[0], parameters, 2.0)
+    torch.testing.assert_close((back, ladj), (x.detach(), -fused[1].detach()), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(affine_half_inverse(fused[0], parameters, 2.0)[0], x, atol=1e-5, rtol=1e-5)
+    gradients = [
+        torch.autograd.grad([z, ladj], [x, parameters], [torch.ones_like(z) * 0.3, torch.arange(1.0, len(z) + 1)])
+        for z, ladj in (fused, plain)
+    ]
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-2 if dtype == torch.bfloat16 else 1e-4)
+
+
+def test_second_derivatives_of_the_affine_map_are_those_of_the_formula():
+    x, parameters = torch.randn(2, 4, 2, 2, requires_grad=True), torch.randn(2, 4, 2, 2, requires_grad=True)
+    found = []
+    for call in (affine_half, affine._plain):
+        z, ladj = call(x, parameters, 2.0)
+        (first,) = torch.autograd.grad(z.square().sum() + ladj.square().sum(), [parameters], create_graph=True)
+        found.append(torch.autograd.grad(first.square().sum(), [x, parameters]))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-3)

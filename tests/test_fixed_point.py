@@ -43,7 +43,9 @@ def test_a_row_stands_still_once_it_has_arrived():
     rate = torch.tensor([[0.0], [0.5], [0.9]], dtype=torch.float64)
     x = torch.ones(3, 1, dtype=torch.float64)
     whole = fixed_point(lambda x: rate * x + 1, x, tolerance=1e-6, max_sweeps=500)
-    alone = [fixed_point(lambda x, i=i: rate[i] * x + 1, x[i : i + 1], tolerance=1e-6, max_sweeps=500) for i in range(3)]
+    alone = [
+        fixed_point(lambda x, i=i: rate[i] * x + 1, x[i : i + 1], tolerance=1e-6, max_sweeps=500) for i in range(3)
+    ]
     assert torch.equal(whole.x, torch.cat([one.x for one in alone]))
     assert torch.equal(whole.change, torch.cat([one.change for one in alone]))
     assert whole.sweeps == max(one.sweeps for one in alone) > min(one.sweeps for one in alone)
@@ -72,7 +74,7 @@ def test_no_rows_are_no_work():
 
 @pytest.mark.parametrize(
     ("options", "says"),
-    [({"tolerance": -1.0}, "0 or more"), ({"tolerance": math.nan}, "0 or more"), ({"max_sweeps": 0}, "possible number is 1")],
+    [({"tolerance": -1.0}, "0 or more"), ({"tolerance": math.nan}, "0 or more"), ({"max_sweeps": 0}, "number is 1")],
 )
 def test_bad_input_is_refused(options, says):
     with pytest.raises(UserError, match=says):

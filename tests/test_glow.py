@@ -40,6 +40,8 @@ def test_a_step_is_actnorm_then_convolution_then_coupling(shape, condition_dim, 
     ours, theirs = step(x, condition), chain(x, condition)
     torch.testing.assert_close(ours, theirs)
     torch.testing.assert_close(step.inverse(x, condition), chain.inverse(x, condition))
+    with torch.no_grad():
+        torch.testing.assert_close(step.inverse(x, condition), chain.inverse(x, condition))
     gradients = [
         torch.autograd.grad(z.square().sum() - ladj.sum(), [x, *step.parameters()], allow_unused=True)
         for z, ladj in (ours, theirs)

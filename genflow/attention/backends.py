@@ -36,9 +36,9 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float | None) -> T
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     lq, lk = q.shape[2], k.shape[2]
     if mask.kind == "none" or (mask.kind == "causal" and lq == 1):
-        return _unmasked(q, k, v, scale, False)
+        return _fused(q, k, v, scale, False)
     if mask.kind == "causal" and lq == lk:  # torch aligns the first query with the first key; alike only here
-        return _unmasked(q, k, v, scale, True)
+        return _fused(q, k, v, scale, True)
     live = mask.full(q, lq, lk)
     if q.is_cpu or live is None:  # there, rows without a live key come out as zeros
         return F.scaled_dot_product_attention(q, k, v, attn_mask=live, scale=scale)
@@ -46,7 +46,7 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float | None) -> T
     return F.scaled_dot_product_attention(q, k, v, attn_mask=live, scale=scale).masked_fill(dead, 0)
 
 
-def _unmasked(q: Tensor, k: Tensor, v: Tensor, scale: float | None, causal: bool) -> Tensor:
+def _fused(q: Tensor, k: Tensor, v: Tensor, scale: float | None, causal: bool) -> Tensor:
     if serves(q, k):
         return MatrixBackward.apply(q, k, v, scale, causal)
     return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale)

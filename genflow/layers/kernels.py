@@ -1,4 +1,4 @@
-"""Fused CPU kernels (kernels.cpp), compiled with the machine's own C++ compiler the first time they are wanted.
+"""Fused CPU kernels (*kernels.cpp), compiled with the machine's own C++ compiler the first time they are wanted.
 
 On other devices, in float64, under torch.compile, or where there is no compiler, callers take the plain formula instead;
 the answers are the same up to rounding. GENFLOW_KERNELS=0 in the environment keeps them off.
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from genflow.cachedir import cache_folder
 
-SOURCE = Path(__file__).with_name("kernels.cpp")
+SOURCES = [Path(__file__).with_name(name) for name in ("kernels.cpp", "flow_kernels.cpp", "kernels.h")]
 # Sums may be reordered, so that they vectorise; NaN and inf keep their meaning.
 FLAGS = "-O3 -march=native -fopenmp -fPIC -shared -std=c++17 -fno-math-errno -fno-trapping-math -fno-signed-zeros"
 FLAGS += " -fassociative-math -freciprocal-math"
@@ -44,14 +44,15 @@ def library() -> ctypes.CDLL | None:
         return None
     # Built for this processor: a cache folder may be shared between machines.
     features = hashlib.sha256(Path("/proc/cpuinfo").read_bytes().partition(b"flags")[2].partition(b"\n")[0]).digest()
-    key = hashlib.sha256(SOURCE.read_bytes() + FLAGS.encode() + compiler.encode() + features).hexdigest()[:16]
+    source = b"".join(path.read_bytes() for path in SOURCES)
+    key = hashlib.sha256(source + FLAGS.encode() + compiler.encode() + features).hexdigest()[:16]
     path = cache_folder() / "kernels" / f"{key}.so"
     try:
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=path.parent) as folder:
                 built = Path(folder) / path.name
-                command = [*compiler.split(), *FLAGS.split(), str(SOURCE), "-o", str(built)]
+                command = [*compiler.split(), *FLAGS.split(), *map(str, SOURCES[:-1]), "-o", str(built)]
                 subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
                 os.replace(built, path)
         return ctypes.CDLL(str(path))
@@ -75,7 +76,7 @@ def usable(*tensors: Tensor) -> bool:
     )
 
 
-def _call(name: str, dtype: torch.dtype, *arguments: Any) -> None:
+def call(name: str, dtype: torch.dtype, *arguments: Any) -> None:
     converted = [
         ctypes.c_void_p(a.data_ptr())
         if isinstance(a, Tensor)
@@ -86,7 +87,7 @@ def _call(name: str, dtype: torch.dtype, *arguments: Any) -> None:
     ]
     lib = library()
     assert lib is not None
-    function = lib[name + SUFFIX[dtype]]
+    function = getattr(lib, name + SUFFIX[dtype])  # kept by lib, where lib[name] would look it up anew
     function.restype = None
     function(*converted)
 
@@ -97,11 +98,11 @@ def _rows(vector: Tensor) -> tuple[Tensor, int]:
     return vector, vector.stride(0)
 
 
-def _float(parameter: Tensor) -> Tensor:
+def as_float(parameter: Tensor) -> Tensor:
     return parameter.detach().float().contiguous()
 
 
-def _again(
+def again(
     plain: Callable[..., Any], inputs: tuple[Tensor, ...], grads: tuple[Tensor, ...]
 ) -> tuple[Tensor | None, ...]:
     """Gradients that can be differentiated themselves, through the plain formula: for double backward."""
@@ -127,7 +128,7 @@ class ModulatedNorm(torch.autograd.Function):
             x.new_empty(B, L, dtype=torch.float32),
             x.new_empty(B, L, dtype=torch.float32),
         )
-        _call("norm_forward", x.dtype, x, shift, scale, stride, y, mean, rstd, B, L, H, eps)
+        call("norm_forward", x.dtype, x, shift, scale, stride, y, mean, rstd, B, L, H, eps)
         ctx.save_for_backward(x, shift, scale, mean, rstd)
         ctx.plain = plain
         return y
@@ -136,11 +137,11 @@ class ModulatedNorm(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple:  # type: ignore[override]
         x, shift, scale, mean, rstd = ctx.saved_tensors
         if torch.is_grad_enabled():
-            return *_again(ctx.plain, (x, shift, scale), (g,)), None, None
+            return *again(ctx.plain, (x, shift, scale), (g,)), None, None
         B, L, H = x.shape
         dx, dshift, dscale = torch.empty_like(x), x.new_empty(B, 1, H), x.new_empty(B, 1, H)
         stride = _rows(scale)[1]
-        _call("norm_backward", x.dtype, g.contiguous(), x, scale, stride, mean, rstd, dx, dshift, dscale, B, L, H)
+        call("norm_backward", x.dtype, g.contiguous(), x, scale, stride, mean, rstd, dx, dshift, dscale, B, L, H)
         return dx, dshift, dscale, None, None
 
 
@@ -152,7 +153,7 @@ class GatedResidual(torch.autograd.Function):
         x, y = x.contiguous(), y.contiguous()
         gate, stride = _rows(gate)
         out = torch.empty_like(x)
-        _call("gate_forward", x.dtype, x, gate, stride, y, _float(bias), out, *x.shape)
+        call("gate_forward", x.dtype, x, gate, stride, y, as_float(bias), out, *x.shape)
         ctx.save_for_backward(gate, y, bias)
         ctx.plain = plain
         return out
@@ -161,12 +162,12 @@ class GatedResidual(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple:  # type: ignore[override]
         gate, y, bias = ctx.saved_tensors
         if torch.is_grad_enabled():
-            again = _again(lambda *inputs: ctx.plain(torch.zeros_like(y), *inputs), (gate, y, bias), (g,))
-            return g, *again, None
+            more = again(lambda *inputs: ctx.plain(torch.zeros_like(y), *inputs), (gate, y, bias), (g,))
+            return g, *more, None
         g = g.contiguous()
         dy, dgate = torch.empty_like(y), torch.empty_like(gate, memory_format=torch.contiguous_format)
         dbias = torch.empty(len(y), len(bias))
-        _call("gate_backward", y.dtype, g, gate, _rows(gate)[1], y, _float(bias), dy, dgate, dbias, *y.shape)
+        call("gate_backward", y.dtype, g, gate, _rows(gate)[1], y, as_float(bias), dy, dgate, dbias, *y.shape)
         return g, dgate, dy, dbias.sum(0).to(bias.dtype), None
 
 
@@ -177,7 +178,7 @@ class GELU(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, bias: Tensor, plain: Callable) -> Tensor:
         x = x.contiguous()
         y = torch.empty_like(x)
-        _call("gelu_forward", x.dtype, x, _float(bias), y, x.shape[0] * x.shape[1], x.shape[2])
+        call("gelu_forward", x.dtype, x, as_float(bias), y, x.shape[0] * x.shape[1], x.shape[2])
         ctx.save_for_backward(x, bias)
         ctx.plain = plain
         return y
@@ -186,9 +187,9 @@ class GELU(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple:  # type: ignore[override]
         x, bias = ctx.saved_tensors
         if torch.is_grad_enabled():
-            return *_again(ctx.plain, (x, bias), (g,)), None
+            return *again(ctx.plain, (x, bias), (g,)), None
         dx, dbias = torch.empty_like(x), torch.zeros(len(x), len(bias))
-        _call("gelu_backward", x.dtype, g.contiguous(), x, _float(bias), dx, dbias, *x.shape)
+        call("gelu_backward", x.dtype, g.contiguous(), x, as_float(bias), dx, dbias, *x.shape)
         return dx, dbias.sum(0).to(bias.dtype), None
 
 
@@ -203,7 +204,7 @@ class JointHeads(torch.autograd.Function):
     def forward(ctx: Any, heads: int, eps: float, plain: Callable, *tensors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         n = len(tensors) // 4
         streams = [t.contiguous() for t in tensors[:n]]
-        weights = [_float(w) for w in tensors[n:]]
+        weights = [as_float(w) for w in tensors[n:]]
         first = streams[0]
         B, D, J = first.shape[0], first.shape[2] // (3 * heads), sum(s.shape[1] for s in streams)
         q, k, v = (first.new_empty(B, heads, J, D) for _ in range(3))
@@ -213,7 +214,7 @@ class JointHeads(torch.autograd.Function):
             L = stream.shape[1]
             rq, rk = (stream.new_empty(B, L, heads, dtype=torch.float32) for _ in range(2))
             normed = int(wq.numel() > 0)
-            _call("heads_forward", first.dtype, stream, bias, wq, wk, q, k, v, rq, rk, B, L, heads, D, J, at, eps, normed)
+            call("heads_forward", first.dtype, stream, bias, wq, wk, q, k, v, rq, rk, B, L, heads, D, J, at, eps, normed)
             scales += [rq, rk]
             at += L
         ctx.save_for_backward(*streams, *tensors[n:], *scales)
@@ -225,20 +226,20 @@ class JointHeads(torch.autograd.Function):
         n, heads, saved = ctx.n, ctx.heads, ctx.saved_tensors
         streams, originals, scales = saved[:n], saved[n : 4 * n], saved[4 * n :]
         if torch.is_grad_enabled():
-            return None, None, None, *_again(ctx.plain, saved[: 4 * n], grads)
+            return None, None, None, *again(ctx.plain, saved[: 4 * n], grads)
         dq, dk, dv = (g if g.stride(-1) == 1 else g.contiguous() for g in grads)
         strides = (ctypes.c_long * 9)(*(s for g in (dq, dk, dv) for s in g.stride()[:3]))
         address = ctypes.addressof(strides)
         out_streams, out_weights, at = [], [], 0
         for i, stream in enumerate(streams):
             own = originals[3 * i : 3 * i + 3]
-            bias, wq, wk = (_float(w) for w in own)
+            bias, wq, wk = (as_float(w) for w in own)
             B, L, D = stream.shape[0], stream.shape[1], dq.shape[-1]
             dx = torch.empty_like(stream)
             dbias, dwq, dwk = (torch.zeros(B, w.numel()) for w in own)
             rq, rk = scales[2 * i], scales[2 * i + 1]
             normed = int(wq.numel() > 0)
-            _call(
+            call(
                 "heads_backward", stream.dtype, dq, dk, dv, address, stream, bias, wq, wk, rq, rk, dx,
                 dbias, dwq, dwk, B, L, heads, D, at, normed,
             )  # fmt: skip

@@ -2,32 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import cast
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from genflow.attention import Mask, attention
 from genflow.errors import UserError
-from genflow.layers.modulation import MLP, QKV, Linear, gated_residual, joint_heads, modulated_norm
+from genflow.layers.modulation import EPS, MLP, QKV, Linear, gated_residual, joint_heads, modulated_norm
 from genflow.registry import api_export
 
 
 class KeyValueCache:
     """The keys and values of the first `length` tokens of a CausalTransformer, in room made once for all of them.
 
-    keys, values: layers x B x heads x tokens x head_dim.
+    tensor: layers x 2 x B x heads x tokens x head_dim, keys then values.
     """
 
     def __init__(self, layers: int, rows: int, heads: int, tokens: int, head_dim: int, like: Tensor) -> None:
-        self.keys, self.values = (like.new_empty(layers, rows, heads, tokens, head_dim) for _ in range(2))
+        self.tensor = like.new_empty(layers, 2, rows, heads, tokens, head_dim)
+        self.layers = self.tensor.unbind()
         self.length = 0
         self.mask = Mask(causal=True)  # keeps what backends make of it as long as the cache lives
 
-    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Write a window's k and v behind the first `length` tokens; returns those of all tokens up to its end."""
-        end = self.length + k.shape[2]
-        self.keys[layer, :, :, self.length : end] = k
-        self.values[layer, :, :, self.length : end] = v
-        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+    def extend(self, layer: int, kv: Tensor) -> tuple[Tensor, Tensor]:
+        """Write a window's keys and values behind the first `length` tokens; returns those of all up to its end."""
+        end = self.length + kv.shape[3]
+        room = self.layers[layer]
+        room[:, :, :, self.length : end] = kv
+        k, v = room[:, :, :, :end].unbind()
+        return k, v
 
     def truncate(self, length: int) -> None:
         """Forget all tokens but the first `length`: the next window overwrites them."""
@@ -84,7 +90,9 @@ class CausalTransformer(nn.Module):
         """
         start = 0 if cache is None else cache.length
         if start + x.shape[1] > self.tokens:
-            raise UserError(f"{start} tokens and {x.shape[1]} more: this transformer has positions for {self.tokens} tokens")
+            raise UserError(
+                f"{start} tokens and {x.shape[1]} more: this transformer has positions for {self.tokens} tokens"
+            )
         x = x.to(self.embed.weight.dtype)
         h = self.embed(x)
         extra = self.positions[start : start + x.shape[1]]
@@ -92,13 +100,13 @@ class CausalTransformer(nn.Module):
             assert condition is not None
             extra = extra + self.condition(condition.to(x.dtype))[:, None]
         h = h + extra.to(h.dtype)
-        for i, block in enumerate(self.blocks):
-            h = block(h, cache, i)
+        for i, block in enumerate(cast(Iterable[Block], self.blocks)):
+            h = block(h) if cache is None else block.extend(h, cache, i)
         if cache is not None:
             cache.length = start + x.shape[1]
         with torch.autocast(h.device.type, enabled=False):  # what is read off a map is not rounded to half precision
             wide = torch.promote_types(self.head.weight.dtype, torch.float32)
-            return nn.functional.linear(
+            return F.linear(
                 self.norm(h.to(self.norm.weight.dtype)).to(wide), self.head.weight.to(wide), self.head.bias.to(wide)
             )
 
@@ -118,12 +126,22 @@ class Block(nn.Module):
         table[2::3] = 1
         self.modulation = nn.Parameter(table)  # shift, scale, gate; twice
 
-    def forward(self, x: Tensor, cache: KeyValueCache | None, layer: int) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
+        """x: B x L x width, and so the result."""
         m = self.modulation.to(x.dtype)[:, None, None].expand(-1, len(x), -1, -1).unbind()
-        q, k, v = joint_heads([(self.qkv, modulated_norm(x, m[0], m[1]))])
-        if cache is None:
-            o = attention(q, k, v, CAUSAL)
-        else:
-            o = attention(q, *cache.extend(layer, k, v), cache.mask)
+        o = attention(*joint_heads([(self.qkv, modulated_norm(x, m[0], m[1]))]), CAUSAL)
         x = gated_residual(x, m[2], self.proj, o.transpose(1, 2).flatten(2))
         return gated_residual(x, m[5], self.mlp.fc2, self.mlp.hidden(modulated_norm(x, m[3], m[4])))
+
+    def extend(self, x: Tensor, cache: KeyValueCache, layer: int) -> Tensor:
+        """The same for the L tokens after those in the cache, in few calls, since for one token these are the cost."""
+        m = self.modulation.unbind()
+        kv = self.qkv.linear(_norm(x, m[0], m[1])).unflatten(-1, (3, self.qkv.heads, -1)).permute(2, 0, 3, 1, 4)
+        o = attention(kv[0].to(cache.tensor.dtype), *cache.extend(layer, kv[1:]), cache.mask)
+        x = torch.addcmul(x, m[2], self.proj(o.transpose(1, 2).flatten(2)))
+        inner = F.gelu(self.mlp.fc1(_norm(x, m[3], m[4])), approximate="tanh")
+        return torch.addcmul(x, m[5], self.mlp.fc2(inner))
+
+
+def _norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:], 1 + scale, shift, EPS)

@@ -72,7 +72,7 @@ class ResidualMLP(nn.Module):
 
 
 class ResidualConvNet(nn.Module):
-    """Residual blocks of two 3x3 convolutions (RealNVP, arXiv 1605.08803, sec. 3.6), the condition in each."""
+    """Residual blocks of two 3x3 convolutions (RealNVP, arXiv 1605.08803, sec. 4.1), the condition in each."""
 
     def __init__(self, inputs: int, outputs: int, condition_dim: int = 0, *, hidden: int = 64, blocks: int = 2) -> None:
         super().__init__()

@@ -12,6 +12,7 @@ from torch import nn
 
 from genflow.errors import UserError
 from genflow.layers.modulation import Linear
+from genflow.networks.couplers import ConvNet
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -65,7 +66,7 @@ def verified(model: nn.Module, precision: str) -> Iterator[None]:
     hooks = [
         module.register_forward_hook(lambda _m, _i, out: seen.append(out.dtype))
         for module in model.modules()
-        if type(module) in (nn.Linear, Linear, nn.Conv2d) and module not in compiled
+        if type(module) in (nn.Linear, Linear, nn.Conv2d, ConvNet) and module not in compiled
     ]
     try:
         yield

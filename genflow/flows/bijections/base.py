@@ -118,7 +118,8 @@ def zero_ladj(x: Tensor) -> Tensor:
 
 def per_sample(log_scale: Tensor) -> Tensor:
     """The sum of each sample's log-scales: B x ... -> B, in float32 or wider."""
-    return log_scale.to(torch.promote_types(log_scale.dtype, torch.float32)).flatten(1).sum(1)
+    wide = log_scale.to(torch.promote_types(log_scale.dtype, torch.float32))
+    return wide.sum(tuple(range(1, wide.dim())))  # flattening would copy what is channels last
 
 
 def check_condition(condition: Tensor | None, dim: int, rows: int) -> None:

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from genflow.errors import UserError, nearest
-from genflow.flows.bijections.base import Bijection
+from genflow.flows.bijections.base import Bijection, check_condition
 from genflow.flows.bijections.coupling import AdditiveCoupling, AffineCoupling
 from genflow.flows.bijections.elementwise import ActNorm, wide
 from genflow.flows.bijections.linear import InvertibleConv1x1, mix
+from genflow.layers.affine import affine_half, affine_half_inverse
 from genflow.networks.couplers import MLP, ConvNet
 from genflow.registry import bijection_export
 
@@ -27,8 +28,8 @@ COUPLINGS: dict[str, type[AffineCoupling] | type[AdditiveCoupling]] = {
 class GlowStep(Bijection):
     """ActNorm, invertible 1x1 convolution, coupling (Glow, arXiv 1807.03039, table 1 and fig. 2a).
 
-    The same as these three in a chain; the first two are one affine map of the channels, W (exp(s) x + t). hidden: the
-    width of the coupling's network. Raises UserError for one channel.
+    The same as these three in a chain; the first two are one affine map of the channels, W (exp(s) x + t), and the affine
+    coupling of pictures takes one pass. hidden: the width of the coupling's network. Raises UserError for one channel.
     """
 
     def __init__(
@@ -46,19 +47,34 @@ class GlowStep(Bijection):
         self.actnorm = ActNorm(shape)
         self.conv = InvertibleConv1x1(shape)
         network = partial(MLP, hidden=(hidden, hidden)) if len(shape) == 1 else partial(ConvNet, hidden=hidden)
-        self.coupling = COUPLINGS[coupling](shape, condition_dim=condition_dim, mask="halves", network=network)
+        made = COUPLINGS[coupling](shape, condition_dim=condition_dim, mask="halves", network=network)
+        self.coupling: AffineCoupling | AdditiveCoupling = made
 
     def forward(self, x: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        weight = self.conv.weight()
-        y = mix(wide(x), weight * self.actnorm.log_scale.exp(), weight @ self.actnorm.shift)
-        z, ladj = self.coupling(y, condition)
+        with torch.autocast(x.device.type, enabled=False):
+            weight = self.conv.weight()
+            y = mix(wide(x), weight * self.actnorm.log_scale.exp(), weight @ self.actnorm.shift)
+        if isinstance(self.coupling, AffineCoupling) and y.dim() == 4:
+            z, ladj = affine_half(y, self._network(y, condition), self.coupling.limit)
+        else:
+            z, ladj = self.coupling(y, condition)
         return z, ladj + self._linear_ladj()
 
     def inverse(self, z: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        y, ladj = self.coupling.inverse(z, condition)
+        z = wide(z)
+        if isinstance(self.coupling, AffineCoupling) and z.dim() == 4:
+            y, ladj = affine_half_inverse(z, self._network(z, condition), self.coupling.limit)
+        else:
+            y, ladj = self.coupling.inverse(z, condition)
         scale = (-self.actnorm.log_scale).exp()
         x = mix(y, scale.unsqueeze(1) * self.conv.inverse_weight(), -scale * self.actnorm.shift)
         return x, ladj - self._linear_ladj()
+
+    def _network(self, x: Tensor, condition: Tensor | None) -> Tensor:
+        """What the coupling's network says of the kept half."""
+        check_condition(condition, self.condition_dim, len(x))
+        kept = x[:, : self.coupling.partition.kept]
+        return self.coupling.network(kept, condition if self.condition_dim else None)
 
     def _linear_ladj(self) -> Tensor:
         return self.conv.places * (self.actnorm.log_scale.sum() + self.conv.log_diagonal.sum())

@@ -83,7 +83,10 @@ class InvertibleConv1x1(Bijection):
 
 @bijection_export("permutation")
 class Permutation(Bijection):
-    """Channels in another order, fixed: a random one, or reversed. shape: (D,) or (C, H, W). Raises UserError for another."""
+    """Channels in another order, fixed: that of the seed, or reversed. shape: (D,) or (C, H, W).
+
+    Raises UserError for another shape.
+    """
 
     order: Tensor
     back: Tensor

@@ -68,9 +68,10 @@ class Split(Bijection):
         self.sizes = (kept, left)
         self.inner = inner
         self.condition_dim = max(condition_dim, 0 if inner is None else inner.condition_dim)
-        self.prior: nn.Module = zeroed(
-            nn.Linear(kept, 2 * left) if len(shape) == 1 else nn.Conv2d(kept, 2 * left, 3, padding=1)
-        )
+        if len(shape) == 1:
+            self.prior: nn.Module = zeroed(nn.Linear(kept, 2 * left))
+        else:
+            self.prior = zeroed(nn.Conv2d(kept, 2 * left, 3, padding=1))
         self.condition = zeroed(nn.Linear(condition_dim, 2 * left, bias=False)) if condition_dim else None
 
     def forward(self, x: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -120,6 +121,8 @@ def split_shape(shape: Sequence[int]) -> tuple[int, ...]:
 def check_divisible(size: Sequence[int], factor: int, what: str) -> None:
     """Raises UserError, naming the nearest sizes, unless factor divides height and width."""
     if any(side % factor for side in size):
-        below, above = ([max(1, rounded(side / factor)) * factor for side in size] for rounded in (math.floor, math.ceil))
+        below, above = (
+            [max(1, rounded(side / factor)) * factor for side in size] for rounded in (math.floor, math.ceil)
+        )
         near = " or ".join(dict.fromkeys(f"{h} x {w}" for h, w in (below, above)))
         raise UserError(f"{what} divides pictures by {factor}, which {size[0]} x {size[1]} is not; the nearest: {near}")

@@ -82,7 +82,7 @@ class TransformerAutoregressive(Bijection):
         return self._join((x - mu) * torch.exp(-alpha)), -per_sample(alpha)
 
     def inverse(self, z: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        x, alpha = self._solve(z, condition, lambda theta: self._read(theta))
+        x, alpha = self._solve(z, condition, self._read)
         return x, per_sample(alpha)
 
     def decode(
@@ -104,14 +104,18 @@ class TransformerAutoregressive(Bijection):
         if condition is None or null is None or not self.condition_dim:
             raise UserError(f"guidance = {guidance} needs a condition and a null condition; 1 is none")
         both = torch.cat([condition, null.expand_as(condition)])
-        return self._solve(z, both, lambda theta: guide(*map(self._read, theta.chunk(2)), guidance, rule))[0]
+
+        def guided(theta: Tensor) -> tuple[Tensor, Tensor]:
+            under_condition, under_null = theta.chunk(2)
+            return guide(self._read(under_condition), self._read(under_null), guidance, rule)
+
+        return self._solve(z, both, guided, copies=2)[0]
 
     @torch.no_grad()
     def _solve(
-        self, z: Tensor, condition: Tensor | None, read: Callable[[Tensor], tuple[Tensor, Tensor]]
+        self, z: Tensor, condition: Tensor | None, read: Callable[[Tensor], tuple[Tensor, Tensor]], copies: int = 1
     ) -> tuple[Tensor, Tensor]:
-        """x, and alpha over tokens. The condition may have a multiple of z's rows, and `read` then takes them together."""
-        copies = 1 if condition is None or not self.condition_dim else len(condition) // max(len(z), 1)
+        """x, and alpha over tokens. copies: of z's rows, each under its own part of the condition; `read` merges them."""
         check_condition(condition, self.condition_dim, copies * len(z))
         z = self._cut(z)
         x = torch.cat([torch.zeros_like(z[:, :1]), z], 1)  # the network's tokens: nothing, then x; first guess z

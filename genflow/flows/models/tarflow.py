@@ -81,10 +81,8 @@ class TarFlow(Bijection):
 
     @torch.no_grad()
     def initialise(self, x: Tensor, condition: Tensor | None = None) -> None:
-        tokens = to_tokens(x, self.shape, self.patch)
-        for block in self:
-            block.initialise(tokens, condition)
-            tokens, _ = block(tokens, condition)
+        """Of the first block alone: the others see what it has brought near a standard normal."""
+        next(iter(self)).initialise(to_tokens(x, self.shape, self.patch), condition)
 
     def forward(self, x: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
         tokens, total = to_tokens(x, self.shape, self.patch), zero_ladj(x)
