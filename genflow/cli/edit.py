@@ -18,6 +18,8 @@ from genflow.cli.options import (
     is_stochastic,
     open_model,
     read_image,
+    refuse_sampling,
+    refuse_unheard,
     solver,
     time_grid,
     writable,
@@ -92,6 +94,7 @@ def run(args: argparse.Namespace) -> int:
     out = writable(args.out)
     files = [read_image(path) for path in (*args.pictures, *([args.into] if args.into else []))]
     flow, settings = open_model(args, unguided=way == "interpolation")
+    refuse_unheard(args, flow, *args.prompt, *filter(None, (getattr(args, "from"), args.to)))
     if not hasattr(flow, "guided"):
         return _between(args, way, used, flow, files, out)
     if is_stochastic(settings) and (way not in ("image-to-image", "inpainting") or used.get("repeats", 1) > 1):
@@ -135,6 +138,9 @@ def _between(
 
     if not args.into:
         raise UserError(f"{args.run} is a {type(flow).__name__}, which has no velocity: it can only go --into a picture")
+    if args.to is not None:
+        raise UserError(f"--to is for models of a velocity; {args.run} goes --into a picture under one --prompt")
+    refuse_sampling(args)
     x, frames = torch.stack([fit_image(file, flow) for file in files]), used["frames"]
     condition = flow.text.encode(["".join(args.prompt)])
     z = flow.encode(x, condition)

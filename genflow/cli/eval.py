@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -37,6 +38,7 @@ def run(args: argparse.Namespace) -> int:
     from genflow.flows.store import find_model, load
 
     flow = load(args.run, ema=not args.no_ema, device=args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    out = _file(args)
     section = (flow.recipe or {}).get("data")
     if not section:
         raise UserError(f"{args.run} does not say which data it was trained on, so there is none to evaluate it with")
@@ -48,9 +50,10 @@ def run(args: argparse.Namespace) -> int:
         what: dict[str, Any] = {"name": section["name"], "split": args.split, "n": args.n, "k": args.k}
         result = likelihood(flow, data, **what, batch=args.batch, progress=bar.update, **how)
     print(result)
-    out = Path(args.out) if args.out else Path(args.run) / "eval.json"
     about = {
         **dataclasses.asdict(result),
+        "error": result.error if math.isfinite(result.error) else None,  # JSON knows no NaN
+        "data": section,
         "k": args.k,
         **how,
         "model": str(find_model(args.run)),
@@ -61,3 +64,14 @@ def run(args: argparse.Namespace) -> int:
     }
     write_atomic(out, lambda file: file.write((json.dumps(about, indent=2) + "\n").encode()))
     return 0
+
+
+def _file(args: argparse.Namespace) -> Path:
+    """Where the figure goes. Raises UserError where it cannot: said before the evaluation, not after."""
+    from genflow.cli.options import writable
+
+    out = Path(args.out) if args.out else Path(args.run) / "eval.json"
+    if out.is_dir():
+        raise UserError(f"--out {out} is a folder; name a file, such as {out / 'eval.json'}")
+    writable(str(out.parent))
+    return out

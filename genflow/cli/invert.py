@@ -16,6 +16,8 @@ from genflow.cli.options import (
     is_stochastic,
     open_model,
     read_image,
+    refuse_sampling,
+    refuse_unheard,
     solver,
     time_grid,
     writable,
@@ -56,6 +58,7 @@ def run(args: argparse.Namespace) -> int:
     out = writable(args.out)
     files = [read_image(path) for path in args.pictures]
     flow, settings = open_model(args, unguided=True)
+    refuse_unheard(args, flow, *prompts)
     if not hasattr(flow, "guided"):
         return _by_bijection(args, prompts, flow, torch.stack([fit_image(file, flow) for file in files]), out)
     if is_stochastic(settings):
@@ -83,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
             nfe.append(trip.nfe)
 
     errors = torch.stack([psnr(each, x) for each in back], 1).tolist()
-    _print_table(args.pictures, counts, nfe, errors, noise.flatten(1).std(1).tolist())
+    _print_table(args.pictures, [f"{steps} steps" for steps in counts], nfe, errors, noise.flatten(1).std(1).tolist())
     about = {"pictures": args.pictures, "prompts": prompts, "model": str(args.run), "ema": not args.no_ema, **settings}
     captions = [
         caption
@@ -103,6 +106,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _by_bijection(args: argparse.Namespace, prompts: list[str], flow: Any, x: Tensor, out: Path) -> int:
     """A normalizing flow's one pass each way."""
+    refuse_sampling(args)
     import torch
 
     from genflow.data.pictures import caption_grid
@@ -112,7 +116,7 @@ def _by_bijection(args: argparse.Namespace, prompts: list[str], flow: Any, x: Te
     z = torch.cat([flow.encode(x[rows], condition[rows]) for rows in torch.arange(len(x)).split(args.batch)])
     back = torch.cat([flow.decode(z[rows], condition[rows]) for rows in torch.arange(len(x)).split(args.batch)])
     errors = psnr(back, x).tolist()
-    _print_table(args.pictures, [1], [1], [[db] for db in errors], z.flatten(1).std(1).tolist())
+    _print_table(args.pictures, ["1 pass"], [1], [[db] for db in errors], z.flatten(1).std(1).tolist())
     print(f"the largest error of a value in [-1, 1]: {float((back - x).abs().max()):.2g}")
     captions = [c for path, db in zip(args.pictures, errors, strict=True) for c in (Path(path).stem, f"back: {db:.1f} dB")]
     about = {"pictures": args.pictures, "prompts": prompts, "model": str(args.run), "ema": not args.no_ema, "psnr": errors}
@@ -124,10 +128,10 @@ def _by_bijection(args: argparse.Namespace, prompts: list[str], flow: Any, x: Te
 
 
 def _print_table(
-    pictures: list[str], counts: list[int], nfe: list[int], errors: list[list[float]], spread: list[float]
+    pictures: list[str], ways: list[str], nfe: list[int], errors: list[list[float]], spread: list[float]
 ) -> None:
     width = max(map(len, ("PSNR, dB", "evaluations", *pictures)))
-    print(f"{'PSNR, dB':{width}}" + "".join(f"  {f'{steps} steps':>9}" for steps in counts) + "  std of noise")
+    print(f"{'PSNR, dB':{width}}" + "".join(f"  {way:>9}" for way in ways) + "  std of noise")
     for path, row, std in zip(pictures, errors, spread, strict=True):
         print(f"{path:{width}}" + "".join(f"  {db:9.2f}" for db in row) + f"  {std:12.2f}")
     print(f"{'evaluations':{width}}" + "".join(f"  {each:9}" for each in nfe) + f"  {'1 = typical':>12}")

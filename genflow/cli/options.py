@@ -45,7 +45,10 @@ def add_solving(
 
 
 def _shift(text: str) -> float | str:
-    return text if text == "resolution" else float(text)
+    try:
+        return text if text == "resolution" else float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor 'resolution'") from None
 
 
 def open_model(args: argparse.Namespace, *, unguided: bool = False) -> tuple[Any, dict[str, Any]]:
@@ -99,8 +102,21 @@ def open_velocity(args: argparse.Namespace, *, unguided: bool = False) -> tuple[
     """As `open_model`, for what needs a velocity. Raises UserError for other models."""
     flow, settings = open_model(args, unguided=unguided)
     if not hasattr(flow, "guided"):
-        raise UserError(f"{args.run} is a {type(flow).__name__}, which has no velocity to edit pictures with")
+        raise UserError(f"{args.run} is a {type(flow).__name__}, which has no velocity; this is for models of one")
     return flow, settings
+
+
+def refuse_unheard(args: argparse.Namespace, flow: Any, *prompts: str) -> None:
+    """Raises UserError for prompts to a model that hears none; the empty one is no prompt."""
+    if any(prompts) and not flow.text.max_tokens:
+        raise UserError(f"{args.run} hears no condition; leave out what it should hear, {next(filter(None, prompts))!r}")
+
+
+def refuse_sampling(args: argparse.Namespace) -> None:
+    """Raises UserError for the options of sampling where a bijection is only run there and back."""
+    for option in ("temperature", "guidance"):
+        if getattr(args, option) is not None:
+            raise UserError(f"--{option} does nothing here, where pictures go to noise and exactly back; leave it out")
 
 
 def is_stochastic(settings: dict[str, Any]) -> bool:
@@ -152,9 +168,14 @@ def read_image(path: str) -> Image:
 
 
 def fit_image(image: Image, flow: Any) -> Tensor:
-    """The centre of a picture, as large as the model's own: C x H x W float32 in [-1, 1], on its device."""
+    """The centre of a picture, as large as the model's own: C x H x W float32 in [-1, 1], on its device.
+
+    Raises UserError for a model of vectors.
+    """
     from genflow.data.images import fit
 
+    if len(flow.shape) == 1:
+        raise UserError(f"the model makes vectors of {flow.shape[0]} numbers, not pictures; genflow sample draws them")
     channels, height, _ = flow.shape
     return (fit(image, height, channels).float() / 127.5 - 1).to(flow.device)
 

@@ -20,9 +20,9 @@ from genflow.registry import api_export
 @api_export("HeldOut")
 @dataclass(frozen=True)
 class HeldOut:
-    """A mean over n samples of a split, with its standard error over them.
+    """A mean over n samples of a split, with its standard error over them, NaN of a single one.
 
-    unit: "bits/dim", a bound that `how` explains, or "nats", -log p of vectors.
+    unit: "bits/dim", a bound that `how` explains, or "nats", -log p of vectors as the model sees them, standardised.
     """
 
     mean: float
@@ -34,8 +34,9 @@ class HeldOut:
     how: str
 
     def __str__(self) -> str:
-        what = f"{self.data} {self.split}, {self.n} samples"
-        return f"{self.mean:.4f} +- {self.error:.4f} {self.unit} ({what}; {self.how})"
+        what = f"{self.data} {self.split}, {self.n} sample{'s' * (self.n > 1)}"
+        error = f" +- {self.error:.4f}" if math.isfinite(self.error) else ""
+        return f"{self.mean:.4f}{error} {self.unit} ({what}; {self.how})"
 
 
 @api_export("likelihood")
@@ -54,11 +55,14 @@ def likelihood(
     """The mean likelihood of the first n samples of a split (all of it), whose randomness hangs on their place alone.
 
     data: a data set's config, called `name`; k: draws of the dequantisation for each picture; how: of a velocity's
-    likelihood, divergence, draws, rtol and atol (flows/velocity_likelihood.py), whose noise is part of the error. Raises UserError for flows
-    that have none, for numbers that cannot be, and for a likelihood that is not finite.
+    likelihood, divergence, draws, rtol and atol (flows/velocity_likelihood.py), whose noise is part of the error. Raises
+    UserError for flows that have none, for numbers that cannot be, and for a likelihood that is not finite.
     """
-    if batch < 1 or (n is not None and n < 1):
-        raise UserError(f"n = {n}, batch = {batch}: both must be 1 or more")
+    for what, value in (("n", n), ("k", k), ("batch", batch)):
+        if value is not None and value < 1:
+            raise UserError(f"{what} = {value} is too few; the least is 1")
+    if k > 1 and len(flow.shape) == 1:
+        raise UserError(f"k = {k}: vectors are continuous, and there is no dequantisation to draw; leave it at 1")
     note = flow.likelihood_note(k, **how)
     dataset = data.build(split)
     count = len(dataset) if n is None else min(n, len(dataset))
@@ -75,9 +79,7 @@ def likelihood(
         raise UserError(f"the likelihood of {dataset.identifiers[row]} is {float(each[row])}; is the model trained?")
     error = float(each.std()) / math.sqrt(count) if count > 1 else math.nan
     pictures = len(flow.shape) == 3
-    return HeldOut(
-        float(each.mean()), error, "bits/dim" if pictures else "nats", count, name, split, note
-    )
+    return HeldOut(float(each.mean()), error, "bits/dim" if pictures else "nats", count, name, split, note)
 
 
 def _nll(flow: Flow, batch: Batch, k: int, how: dict[str, Any]) -> Tensor:

@@ -36,10 +36,15 @@ class ConditionedFlow(Flow):
             self.register_load_state_dict_post_hook(_text_not_missing)
 
     def initialise(self, table: Condition, first: Callable[[], Batch]) -> None:
-        """Fit the whitening to the prepared conditions of the training data."""
-        if self.whitening is not None:
-            with torch.no_grad():
-                self.whitening.fit(self.text(table.to(self.device)).pooled)
+        """Fit the whitening to the prepared conditions of the training data. Raises UserError where all are alike."""
+        if self.whitening is None:
+            return
+        with torch.no_grad():
+            pooled = self.text(table.to(self.device)).pooled
+        if not pooled.numel() or bool((pooled == pooled[:1]).all()):
+            why = f"the text encoder hears no difference between the {len(pooled)} captions of the training data"
+            raise UserError(f"whiten = {self.whitening.ridge}: {why}; leave it out, or let the captions tell more")
+        self.whitening.fit(pooled)
 
     def embed(self, condition: Condition) -> Condition:
         """A prepared condition as the network takes it."""

@@ -21,6 +21,7 @@ from genflow.flows.bijections.base import Bijection
 from genflow.flows.bijections.transformer import tweedie
 from genflow.flows.conditioned import ConditionedFlow
 from genflow.flows.dequantization import Uniform, bits_per_dim, importance_weighted
+from genflow.flows.divergence import probing
 from genflow.flows.sampling import InverseConfig
 from genflow.functional import Rng, noise_from_seeds
 from genflow.registry import api_export, flow_export, tag_of
@@ -106,18 +107,21 @@ class NormalizingFlow(ConditionedFlow):
         return standard_normal(z) + ladj
 
     def loss(self, batch: Batch, rng: Rng) -> LossOutput:
-        """-log p: bits per dimension of pictures (an upper bound of the true ones), nats of vectors.
+        """-log p: bits per dimension of pictures (an upper bound of the true ones), nats of vectors; and penalties.
 
-        Draws by batch.position: stream "drop", and those of the dequantisation.
+        Penalties are those that continuous flows ask for (bijections/continuous.py). Draws by batch.position: stream "drop",
+        and those of the dequantisation and of the divergences of continuous flows.
         """
         condition = batch.condition
         if self.config.drop_condition:
             keep = rng.uniform("drop", batch.position) >= self.config.drop_condition
             condition = condition.where(keep.to(batch.x.device), self.text.null().to(batch.x.device))
-        per_sample = self._nll(batch.x, self._pooled(self.embed(condition)), rng, batch.position)
-        loss = per_sample.mean()
+        with probing(rng, batch.position) as penalties:
+            per_sample = self._nll(batch.x, self._pooled(self.embed(condition)), rng, batch.position)
         name = "nll" if self.dequantize is None else "bits_per_dim"
-        return LossOutput(loss, {name: loss.detach()}, per_sample.detach())
+        parts = {name: per_sample.mean(), **{each: penalty.mean() for each, penalty in penalties.items()}}
+        loss = torch.stack(list(parts.values())).sum()
+        return LossOutput(loss, {each: part.detach() for each, part in parts.items()}, per_sample.detach())
 
     def _nll(self, x: Tensor, condition: Tensor | None, rng: Rng, position: Tensor) -> Tensor:
         y, log_q = self._continuous(x, rng, position)
@@ -178,10 +182,12 @@ class NormalizingFlow(ConditionedFlow):
         if how:
             raise UserError(f"{next(iter(how))} is for likelihoods of a velocity; a {type(self).__name__}'s is exact")
         dtype = str(next(self.network.parameters()).dtype).removeprefix("torch.")
+        estimated = [name for name, m in self.network.named_modules() if not getattr(m, "exact", True)]
+        kind = f"estimated by {estimated[0]}" if estimated else "exact"
         if self.dequantize is None:
-            return f"exact, {dtype}"
+            return f"{kind}, {dtype}"
         name = tag_of(type(self.config.dequantization or Uniform())).names[0]  # type: ignore[union-attr]
-        return f"{name} dequantisation, K = {k}, {self.dequantize.levels} levels, {dtype}"
+        return f"{name} dequantisation, K = {k}, {self.dequantize.levels} levels, {kind} volumes, {dtype}"
 
     @torch.no_grad()
     def encode(self, x: Tensor, condition: Condition | None = None) -> Tensor:
@@ -233,8 +239,8 @@ class NormalizingFlow(ConditionedFlow):
         if guidance == 1:
             return self.network.decode(z, condition)
         if not getattr(self.network, "guidable", False) or condition is None:
-            why = "has no condition" if condition is None else "cannot be guided; tarflow can"
-            raise UserError(f"guidance = {guidance}: this {type(self.network).__name__} {why}; leave it at 1")
+            why = "hears no condition" if condition is None else "cannot be guided, as a tarflow can"
+            raise UserError(f"guidance = {guidance}: this model {why}; leave it at 1")
         null = self.embed(self.text.null().to(self.device)).pooled.float()
         return self.network.decode(z, condition, null=null, guidance=guidance)  # type: ignore[call-arg]
 

@@ -17,11 +17,12 @@ from genflow.conditions import Condition
 from genflow.config import Choice, from_dict
 from genflow.errors import UserError
 from genflow.flows.base import Batch, LossOutput, evaluating
+from genflow.flows.bijections.base import Bijection
 from genflow.flows.conditioned import ConditionedFlow
 from genflow.flows.couplings import Coupling, Independent, Paired
 from genflow.flows.densities import Density, LogitNormal
-from genflow.flows.paths import LinearPath, PathConfig, rows_like
 from genflow.flows.dequantization import GREYS, Uniform, bits_per_dim, importance_weighted
+from genflow.flows.paths import LinearPath, PathConfig, rows_like
 from genflow.flows.sampling import SolveConfig
 from genflow.flows.velocity_likelihood import velocity_log_prob
 from genflow.functional import Rng, noise_from_seeds, resolution_shift, velocity_from_x
@@ -66,7 +67,12 @@ class RectifiedFlowConfig:
             raise UserError(f"whiten = {self.whiten} must be positive, such as 0.1, or none")
 
     def build(self, network: nn.Module, text: nn.Module, *, shape: Sequence[int]) -> RectifiedFlow:
-        """The flow around a network and a text encoder. shape: of a sample, C, H, W or D. Raises UserError."""
+        """The flow around a network and a text encoder. shape: of a sample, C, H, W or D.
+
+        Raises UserError for a bijection, and for what does not fit.
+        """
+        if isinstance(network, Bijection):
+            raise UserError("flow rectified: the model is a bijection; take flow normalizing, or a velocity such as mmdit")
         return RectifiedFlow(self, network, text, shape=shape)
 
 

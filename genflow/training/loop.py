@@ -98,6 +98,7 @@ class Trainer:
         self.step, self.by_time = 0, LossByTime()
         self.checked = False  # whether the first forward has shown the precision that was asked
         self.bad: dict[str, str] = {}
+        self.parts: dict[str, Tensor] = {}  # of this process's last micro-batch
         self._resume()
         self.log = Log(run, accelerator, steps=train.steps, start=self.step, batch_size=train.batch_size)
 
@@ -186,6 +187,7 @@ class Trainer:
                     accelerator.backward(out.loss / len(micro))
                 loss += out.loss.detach() / len(micro)
                 parts.append((out.per_sample, out.t))
+                self.parts = out.parts
             norm = accelerator.clip_grad_norm_(self.flow.parameters(), train.clip or math.inf)
             norm = float(norm) if norm is not None else math.nan
             overflow = accelerator.scaler is not None and math.isfinite(float(loss)) and not math.isfinite(norm)
@@ -240,7 +242,8 @@ class Trainer:
         by_time = {
             f"loss_t{i / T_BINS:.3f}": float(total / count) for i, (total, count) in enumerate(sums.T) if count > 0
         }
-        values = {"loss": float(loss), "grad_norm": norm, "lr": self.optimizer.param_groups[0]["lr"], **by_time}
+        parts = {name: float(part) for name, part in self.parts.items()} if len(self.parts) > 1 else {}
+        values = {"loss": float(loss), **parts, "grad_norm": norm, "lr": self.optimizer.param_groups[0]["lr"], **by_time}
         if self.accelerator.scaler is not None:
             values["loss_scale"] = self.accelerator.scaler.get_scale()
         self.log.write(self.step, {**values, "images_per_s": rate, "bad_images": len(self.bad)})
@@ -323,7 +326,13 @@ def shape_of(data: Any) -> tuple[int, ...]:
 
 
 def fit_to(model: Any, text: nn.Module, shape: tuple[int, ...]) -> Any:
-    """Fill in what a network's config leaves to the run: the shape of a sample, and the text encoder's widths."""
+    """Fill in what a network's config leaves to the run: the shape of a sample, and the text encoder's widths.
+
+    Raises UserError for a network that reads the tokens of a text where there is none.
+    """
+    if not text.max_tokens and getattr(model, "context_dim", 0) is None:
+        kind = type(model).__name__.removesuffix("Config")
+        raise UserError(f"a model {kind} reads the tokens of a text, and text is none; set text, such as learned")
     known = {
         "shape": shape,
         "in_channels": shape[0],

@@ -68,6 +68,11 @@ class CNF(Bijection):
         self.inverse_error = 10 * (rtol + atol) if steps is None else 1e-2
         self.weights = {"kinetic": kinetic, "jacobian": jacobian}
 
+    @property
+    def exact(self) -> bool:
+        """Whether ladj is no estimate, but for the error of the solve."""
+        return self.divergence.kind == "exact"
+
     def forward(self, x: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return self._solve(x, condition, 0.0, 1.0)
 

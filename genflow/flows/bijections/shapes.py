@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from genflow.errors import UserError
-from genflow.flows.bijections.base import Bijection, check_condition, per_sample, zero_ladj
+from genflow.flows.bijections.base import Bijection, Chain, check_condition, per_sample, zero_ladj
 from genflow.flows.bijections.elementwise import channels_and_places, wide
 from genflow.networks.couplers import zeroed
 from genflow.registry import bijection_export
@@ -57,6 +57,7 @@ class Split(Bijection):
     """
 
     limit = 4.0
+    keep_input = True  # an invertible checkpoint walks the inner flow by itself
 
     def __init__(self, shape: Sequence[int], inner: Bijection | None = None, condition_dim: int = 0) -> None:
         super().__init__()
@@ -111,6 +112,25 @@ class Split(Bijection):
             output = output + added.view(*added.shape, *[1] * (x1.dim() - 2))
         mean, raw = output.chunk(2, 1)
         return mean, self.limit * torch.tanh(raw / self.limit)
+
+
+def multi_scale(
+    shape: Sequence[int],
+    levels: int,
+    steps: Callable[[tuple[int, ...]], list[Bijection]],
+    condition_dim: int,
+) -> Chain:
+    """Squeeze, steps, split with the next level inside, and back to x's shape (Glow, arXiv 1807.03039, fig. 2b).
+
+    steps: builds those of a level, from the squeezed shape. Raises UserError for sizes that the levels do not halve.
+    """
+    check_divisible(shape[1:], 2**levels, f"a flow of {levels} levels")
+    squeeze = Squeeze(shape)
+    inside = squeeze.output_shape
+    parts = steps(inside)
+    if levels > 1:
+        parts = [*parts, Split(inside, multi_scale(split_shape(inside), levels - 1, steps, condition_dim), condition_dim)]
+    return Chain([squeeze, *parts, squeeze.inv])
 
 
 def split_shape(shape: Sequence[int]) -> tuple[int, ...]:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from genflow.errors import UserError
-from genflow.flows.bijections.base import Bijection, Chain
+from genflow.flows.bijections.base import Bijection
 from genflow.flows.bijections.glow_step import GlowStep
-from genflow.flows.bijections.shapes import Split, Squeeze, check_divisible
+from genflow.flows.bijections.shapes import multi_scale
 from genflow.registry import network_export
 
 
@@ -39,18 +39,10 @@ class GlowConfig:
             raise UserError("glow needs the shape of its pictures and condition_dim; 0 is for no condition")
         if len(self.shape) != 3:
             raise UserError(f"glow is for pictures (channels, height, width), not for {self.shape}")
-        check_divisible(self.shape[1:], 2**self.levels, f"glow of {self.levels} levels")
-        return self._level(self.levels, self.shape, self.condition_dim)
+        condition_dim = self.condition_dim
 
-    def _level(self, levels: int, shape: tuple[int, ...], condition_dim: int) -> Bijection:
-        """Squeeze, steps, split with the next level inside, squeeze back."""
-        squeeze = Squeeze(shape)
-        inside = squeeze.output_shape
-        parts: list[Bijection] = [
-            GlowStep(inside, condition_dim=condition_dim, hidden=self.hidden, coupling=self.coupling)
-            for _ in range(self.steps)
-        ]
-        if levels > 1:
-            inner = self._level(levels - 1, (inside[0] // 2, *inside[1:]), condition_dim)
-            parts.append(Split(inside, inner, condition_dim))
-        return Chain([squeeze, *parts, squeeze.inv])
+        def steps(inside: tuple[int, ...]) -> list[Bijection]:
+            how: dict[str, Any] = {"condition_dim": condition_dim, "hidden": self.hidden, "coupling": self.coupling}
+            return [GlowStep(inside, **how) for _ in range(self.steps)]
+
+        return multi_scale(self.shape, self.levels, steps, condition_dim)

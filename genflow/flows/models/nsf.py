@@ -13,7 +13,7 @@ from genflow.flows.bijections.base import Bijection, Chain
 from genflow.flows.bijections.coupling import SplineCoupling
 from genflow.flows.bijections.elementwise import ActNorm
 from genflow.flows.bijections.linear import InvertibleConv1x1
-from genflow.flows.bijections.shapes import Split, Squeeze, check_divisible, split_shape
+from genflow.flows.bijections.shapes import multi_scale
 from genflow.networks.couplers import ResidualConvNet, ResidualMLP
 from genflow.registry import network_export
 
@@ -56,17 +56,7 @@ class NSFConfig:
             raise UserError(
                 f"an autoregressive nsf is for vectors, not for {self.shape}; take kind: coupling, or tarflow"
             )
-        check_divisible(self.shape[1:], 2**self.levels, f"nsf of {self.levels} levels")
-        return self._level(self.levels, self.shape)
-
-    def _level(self, levels: int, shape: Sequence[int]) -> Bijection:
-        """Squeeze, steps, split with the next level inside, squeeze back."""
-        squeeze = Squeeze(shape)
-        inside = squeeze.output_shape
-        parts = self._steps(inside)
-        if levels > 1:
-            parts.append(Split(inside, self._level(levels - 1, split_shape(inside)), self.condition_dim or 0))
-        return Chain([squeeze, *parts, squeeze.inv])
+        return multi_scale(self.shape, self.levels, self._steps, self.condition_dim)
 
     def _steps(self, shape: Sequence[int]) -> list[Bijection]:
         parts: list[Bijection] = []
