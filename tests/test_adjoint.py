@@ -210,6 +210,30 @@ def test_nfe_is_what_the_dynamics_were_called():
     assert solved.nfe > 0
 
 
+@pytest.mark.parametrize("gradient", list(GRADIENTS))
+def test_what_is_not_in_the_loss_is_not_computed_on_the_way_back(gradient):
+    asked = []
+
+    class Watched(Problem):
+        def __call__(self, x, t, rates):
+            if torch.is_grad_enabled():
+                asked.append(rates)
+            return super().__call__(x, t, rates)
+
+    for part, wanted in (("x", False), ("q", True)):
+        p = Watched()
+        stepping = Stepping(rtol=1e-8, atol=1e-8)
+        loss = lambda each: each.square().sum()
+        ours = torch.autograd.grad(
+            loss(getattr(GRADIENTS[gradient](p, p.x, p.parameters, stepping), part)), [p.x, p.weight]
+        )
+        assert any(asked) == wanted
+        q = Problem()
+        reference = torch.autograd.grad(loss(plain(q, 0.0, 1.0)["xq".index(part)]), [q.x, q.weight])
+        for a, b in zip(ours, reference, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
 def test_rates_are_asked_where_they_have_a_weight():
     asked = []
 

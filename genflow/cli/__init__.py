@@ -10,6 +10,7 @@ import re
 import sys
 import warnings
 from collections.abc import Sequence
+from typing import NoReturn
 
 from genflow import __version__
 from genflow.errors import UserError, nearest
@@ -77,9 +78,16 @@ def _dispatch(arguments: list[str]) -> int:
     if name not in COMMANDS:
         raise UserError(f"no command {name!r}.{nearest(name, COMMANDS)}")
     module = importlib.import_module(f"genflow.cli.{name}")
-    parser = argparse.ArgumentParser(prog=f"genflow {name}", description=COMMANDS[name])
+    parser = _Parser(prog=f"genflow {name}", description=COMMANDS[name])
     module.add_arguments(parser)
     return module.run(parser.parse_args(arguments[1:]))
+
+
+class _Parser(argparse.ArgumentParser):
+    """Mistakes in one line, like all others."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see {self.prog} --help")
 
 
 def _one_line(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import Annotated, Any
 
+from genflow.cli.options import real_data, writable
 from genflow.errors import UserError
 
 
@@ -42,6 +43,7 @@ def run(args: argparse.Namespace) -> int:
     section = (flow.recipe or {}).get("data")
     if not section:
         raise UserError(f"{args.run} does not say which data it was trained on, so there is none to evaluate it with")
+    section = real_data(section)
     data: Any = from_dict(Annotated[Any, Choice("dataset")], section, where=f"{args.run}: data")
     asked = {"divergence": args.divergence, "draws": args.draws, "rtol": args.tolerance, "atol": args.tolerance}
     how = {key: value for key, value in asked.items() if value is not None}
@@ -68,8 +70,6 @@ def run(args: argparse.Namespace) -> int:
 
 def _file(args: argparse.Namespace) -> Path:
     """Where the figure goes. Raises UserError where it cannot: said before the evaluation, not after."""
-    from genflow.cli.options import writable
-
     out = Path(args.out) if args.out else Path(args.run) / "eval.json"
     if out.is_dir():
         raise UserError(f"--out {out} is a folder; name a file, such as {out / 'eval.json'}")

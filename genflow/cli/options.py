@@ -119,6 +119,13 @@ def refuse_sampling(args: argparse.Namespace) -> None:
             raise UserError(f"--{option} does nothing here, where pictures go to noise and exactly back; leave it out")
 
 
+def real_data(section: dict[str, Any]) -> dict[str, Any]:
+    """The section of the real data: of a flow that was itself trained on pairs, what its first ancestor was trained on."""
+    from genflow.data.pairs import PairsConfig
+
+    return PairsConfig(section["path"]).build().about["data"] if section["name"] == "pairs" else section
+
+
 def is_stochastic(settings: dict[str, Any]) -> bool:
     tag = tag_of(resolve("sampler", settings.get("sampler", "heun")))
     return tag is not None and tag.metadata.get("family") == "sde"

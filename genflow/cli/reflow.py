@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from genflow.cli.options import add_solving, open_velocity, writable
+from genflow.cli.options import add_solving, open_velocity, real_data, writable
 from genflow.errors import UserError
 
 GUIDANCE = ("guidance", "interval", "guide", "rescale")
@@ -74,7 +74,7 @@ def _next_run(args: argparse.Namespace, flow: Any, out: Path) -> tuple[Any, Any]
     recipe = {key: value for key, value in flow.recipe.items() if key != "shape"}
     if "data" not in recipe:
         raise UserError(f"{args.run} does not say what it was trained on, which reflow takes prompts from")
-    data = from_dict(Annotated[Any, Choice("dataset")], _origin(recipe["data"])).build("train")
+    data = from_dict(Annotated[Any, Choice("dataset")], real_data(recipe["data"])).build("train")
     config = from_dict(RunConfig, recipe, where=str(args.run))
     sample = replace(config.sample, guidance=1.0)
     config = replace(
@@ -90,13 +90,6 @@ def _next_run(args: argparse.Namespace, flow: Any, out: Path) -> tuple[Any, Any]
     return load(out / "reflow.yaml", args.set, schema=RunConfig), data
 
 
-def _origin(data: dict[str, Any]) -> dict[str, Any]:
-    """The section of the real data: of a flow that was itself trained on pairs, what its first ancestor was trained on."""
-    from genflow.data.pairs import PairsConfig
-
-    return PairsConfig(data["path"]).build().about["data"] if data["name"] == "pairs" else data
-
-
 def _draw(args: argparse.Namespace, flow: Any, settings: dict[str, Any], captions: list[str], folder: Path) -> None:
     """Write the pairs, whose prompts are the training captions in an order drawn from the seed."""
     import torch
@@ -109,7 +102,7 @@ def _draw(args: argparse.Namespace, flow: Any, settings: dict[str, Any], caption
     about = {
         "run": str(args.run),
         "weights": _fingerprint(args.run, ema=not args.no_ema),
-        "data": _origin(flow.recipe["data"]),
+        "data": real_data(flow.recipe["data"]),
         "seeds": [args.seed, args.seed + args.pairs],
         "settings": settings,
         "torch": torch.__version__,

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import json
+import csv
+import io
 import re
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from genflow.cli.options import add_solving, open_model, writable
+from genflow.cli.options import add_solving, open_model, real_data, writable
 from genflow.errors import UserError
 
 if TYPE_CHECKING:
@@ -83,23 +84,43 @@ def run(args: argparse.Namespace) -> int:
     captions = [prompt for prompt, _ in wanted]
     about = {"prompts": captions, "seed": args.seed, **model, "nfe": nfe}
     if len(flow.shape) == 1:
-        return _save_points(torch.cat(images), captions, out, about)
+        return _save_points(flow, torch.cat(images), captions, out, about)
     caption_grid(torch.cat(images), captions, settings=about).save_atomic(out / "grid.png")
     print(f"{len(wanted)} pictures and grid.png in {out} ({nfe} network evaluations each)")
     return 0
 
 
-def _save_points(points: Tensor, captions: list[str], out: Path, about: dict[str, object]) -> int:
+def _save_points(flow: Any, points: Tensor, captions: list[str], out: Path, about: dict[str, object]) -> int:
+    """samples.csv, in the units and with the columns of the training data; of the plane, also points.png."""
     from genflow.data.pictures import write_atomic
     from genflow.data.points import point_picture
 
-    rows = [",".join([*(f"x{i}" for i in range(points.shape[1])), "caption"])]
-    rows += [",".join([*map(repr, row), json.dumps(text)]) for row, text in zip(points.tolist(), captions, strict=True)]
-    write_atomic(out / "samples.csv", lambda file: file.write("\n".join([*rows, ""]).encode()))
-    print(f"{len(points)} vectors in {out / 'samples.csv'}")
+    columns, numbers, units = _in_units(flow, points)
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow([*columns, "caption"])
+    writer.writerows([*row, caption] for row, caption in zip(numbers.tolist(), captions, strict=True))
+    write_atomic(out / "samples.csv", lambda file: file.write(text.getvalue().encode()))
+    print(f"{len(points)} vectors in {out / 'samples.csv'}, {units}")
     if points.shape[1] == 2:
         replace(point_picture(points), settings=about).save_atomic(out / "points.png")
     return 0
+
+
+def _in_units(flow: Any, points: Tensor) -> tuple[list[str], Tensor, str]:
+    """The names of the numbers and the points as the training data has them, or as the model does; and which it is."""
+    from typing import Annotated
+
+    from genflow.config import Choice, from_dict
+
+    names = [f"x{i + 1}" for i in range(points.shape[1])]
+    if not (section := (flow.recipe or {}).get("data")):
+        return names, points, "as the model sees them"
+    try:
+        data: Any = from_dict(Annotated[Any, Choice("dataset")], real_data(section), where="data").build("train")
+    except UserError as error:
+        return names, points, f"as the model sees them, standardised: {error}"
+    return data.columns, data.restore(points), "in the units of the training data"
 
 
 def _stem(prompt: str) -> str:

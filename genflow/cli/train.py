@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 
 
@@ -24,6 +25,8 @@ def run(args: argparse.Namespace) -> int:
         print(f"stopped and saved; to go on: {again}", file=sys.stderr)
         return 130
     if os.environ.get("RANK", "0") == "0":  # of several processes, one says so
-        prompt = "" if read_config(find_model(folder))["text"]["name"] == "none" else ' --prompt "..."'
+        text = read_config(find_model(folder))["text"]
+        words = {"none": "", "labels": f" --class {shlex.quote(str(text.get('classes', ['...'])[0]))}"}
+        prompt = words.get(text["name"], ' --prompt "..."')
         print(f"trained: {folder}; to draw: genflow sample {folder}{prompt}", file=sys.stderr)
     return 0

@@ -56,7 +56,8 @@ def likelihood(
 
     data: a data set's config, called `name`; k: draws of the dequantisation for each picture; how: of a velocity's
     likelihood, divergence, draws, rtol and atol (flows/velocity_likelihood.py), whose noise is part of the error. Raises
-    UserError for flows that have none, for numbers that cannot be, and for a likelihood that is not finite.
+    UserError for flows that have none, for numbers that cannot be, for a picture that cannot be read, and for a likelihood
+    that is not finite.
     """
     for what, value in (("n", n), ("k", k), ("batch", batch)):
         if value is not None and value < 1:
@@ -68,8 +69,12 @@ def likelihood(
     count = len(dataset) if n is None else min(n, len(dataset))
     places = [[(i, i) for i in range(j, min(j + batch, count))] for j in range(0, count, batch)]
     conditions = PreparedConditions.prepare(dataset, flow.text)  # type: ignore[arg-type]
+    if conditions.table.mask.shape[1]:
+        note = f"given the captions, {note}"
     values = []
     for part in loader(dataset, conditions, places, shape=flow.shape):
+        if part.bad:  # the loader has put another in its place
+            raise UserError(f"{part.bad[0][0]} cannot be read ({part.bad[0][1]}); mend it, or take it out of the split")
         values.append(_nll(flow, part.to(flow.device), k, how).double().cpu())
         if progress is not None:
             progress(len(part.ids))

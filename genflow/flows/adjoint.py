@@ -123,22 +123,23 @@ class _Backward(torch.autograd.Function):
 
         ctx.dynamics, ctx.stepping, ctx.start, ctx.end, ctx.wanted = dynamics, stepping, start, end, wanted
         ctx.autocast = _autocast(x)
+        ctx.set_materialize_grads(False)  # where q is not in the loss, nothing of it is computed on the way back
         backward = any(ctx.needs_input_grad)
         with ctx.autocast():
             solved = march(field, x, start, end, stepping, cls.keep(stepping) if backward else None)
             if backward:
+                ctx.arrived = solved.y.detach()
                 cls.remember(ctx, solved)
         return solved.y, solved.integrals[0], solved.nfe
 
     @staticmethod
     def keep(stepping: Stepping) -> Callable[[Step], Any] | None:
         """What the way back needs of a step."""
-        raise NotImplementedError
+        return None
 
     @staticmethod
     def remember(ctx: Any, solved: March) -> None:
         """What it needs of the whole."""
-        raise NotImplementedError
 
     @staticmethod
     def pull(
@@ -169,9 +170,10 @@ class _Checkpointed(_Backward):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_x: Tensor, grad_q: Tensor, grad_nfe: None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_x: Tensor | None, grad_q: Tensor | None, grad_nfe: None) -> tuple[Tensor | None, ...]:
         """k_i' = h (b_i x' + sum_j>i a_ji x_j'), x_i' = k_i' dv/dx + h b_i q' dr/dx, and x' gains the sum of the x_i'."""
         tableau = ctx.stepping.tableau
+        grad_x = torch.zeros_like(ctx.arrived) if grad_x is None else grad_x
         total = [torch.zeros_like(p) for p in ctx.wanted]
         count = len(tableau.b)
         # Column i: what the stages after i have of stage i; then what the step has.
@@ -183,7 +185,7 @@ class _Checkpointed(_Backward):
         for t, h, stages in reversed(ctx.steps):
             for i in reversed(range(count)):
                 slope = (h * torch.mv(flat[:, i + 1 :], weights[i])).view_as(grad_x)
-                rate = grad_q * (h * tableau.b[i]) if tableau.b[i] else None
+                rate = grad_q * (h * tableau.b[i]) if tableau.b[i] and grad_q is not None else None
                 _, dx, found = _Backward.pull(ctx, stages[i], t + tableau.c[i] * h, slope, rate)
                 grads[i] = dx
                 accumulate(total, found)
@@ -193,24 +195,15 @@ class _Checkpointed(_Backward):
 
 class _Adjoint(_Backward):
     @staticmethod
-    def keep(stepping: Stepping) -> Callable[[Step], Any] | None:
-        return None
-
-    @staticmethod
-    def remember(ctx: Any, solved: March) -> None:
-        ctx.end_state = solved.y.detach()
-
-    @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_x: Tensor, grad_q: Tensor, grad_nfe: None) -> tuple[Tensor | None, ...]:
-        scale = _scale(grad_x, grad_q)
-        rate = grad_q / scale
+    def backward(ctx: Any, grad_x: Tensor | None, grad_q: Tensor | None, grad_nfe: None) -> tuple[Tensor | None, ...]:
+        a, rate, scale = _scaled(ctx, grad_x, grad_q)
 
         def field(y: Tensor, t: float, rates: bool) -> tuple[Tensor, Sequence[Tensor]]:
             v, dx, found = _Backward.pull(ctx, y[:, 0], t, y[:, 1], rate)
             return torch.stack([v, -dx], 1), [-each for each in found] if rates else ()
 
-        y = torch.stack([ctx.end_state, grad_x / scale], 1)
+        y = torch.stack([ctx.arrived, a], 1)
         solved = march(field, y, ctx.end, ctx.start, ctx.stepping)
         return None, None, None, None, solved.y[:, 1] * scale, *(each * scale for each in solved.integrals)
 
@@ -235,15 +228,14 @@ class _Interpolated(_Backward):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_x: Tensor, grad_q: Tensor, grad_nfe: None) -> tuple[Tensor | None, ...]:
-        scale = _scale(grad_x, grad_q)
-        rate = grad_q / scale
+    def backward(ctx: Any, grad_x: Tensor | None, grad_q: Tensor | None, grad_nfe: None) -> tuple[Tensor | None, ...]:
+        a, rate, scale = _scaled(ctx, grad_x, grad_q)
 
         def field(y: Tensor, t: float, rates: bool) -> tuple[Tensor, Sequence[Tensor]]:
             _, dx, found = _Backward.pull(ctx, ctx.path(t), t, y, rate)
             return -dx, [-each for each in found] if rates else ()
 
-        solved = march(field, grad_x / scale, ctx.end, ctx.start, ctx.stepping)
+        solved = march(field, a, ctx.end, ctx.start, ctx.stepping)
         return None, None, None, None, solved.y * scale, *(each * scale for each in solved.integrals)
 
 
@@ -266,10 +258,13 @@ class _Path:
         return x + theta * (line + (1 - theta) * bend)
 
 
-def _scale(grad_x: Tensor, grad_q: Tensor) -> Tensor:
-    """The size of the gradients, so that the tolerance is relative to it."""
-    size = torch.maximum(grad_x.square().mean(), grad_q.square().mean()).sqrt()
-    return torch.where(size > 0, size, 1.0)
+def _scaled(ctx: Any, grad_x: Tensor | None, grad_q: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor]:
+    """The gradients at the end over their size, and the size: so that the tolerance is relative to it."""
+    grad_x = torch.zeros_like(ctx.arrived) if grad_x is None else grad_x
+    size = grad_x.square().mean()
+    size = (size if grad_q is None else torch.maximum(size, grad_q.square().mean())).sqrt()
+    size = torch.where(size > 0, size, 1.0)
+    return grad_x / size, None if grad_q is None else grad_q / size, size
 
 
 def _autocast(x: Tensor) -> Callable[[], AbstractContextManager]:

@@ -20,7 +20,7 @@ from genflow.flows.base import Batch, LossOutput, evaluating
 from genflow.flows.bijections.base import Bijection
 from genflow.flows.bijections.transformer import tweedie
 from genflow.flows.conditioned import ConditionedFlow
-from genflow.flows.dequantization import Uniform, bits_per_dim, importance_weighted
+from genflow.flows.dequantization import GaussianNoise, Uniform, bits_per_dim, importance_weighted
 from genflow.flows.divergence import probing
 from genflow.flows.sampling import InverseConfig
 from genflow.functional import Rng, noise_from_seeds
@@ -182,8 +182,8 @@ class NormalizingFlow(ConditionedFlow):
         if how:
             raise UserError(f"{next(iter(how))} is for likelihoods of a velocity; a {type(self).__name__}'s is exact")
         dtype = str(next(self.network.parameters()).dtype).removeprefix("torch.")
-        estimated = [name for name, m in self.network.named_modules() if not getattr(m, "exact", True)]
-        kind = f"estimated by {estimated[0]}" if estimated else "exact"
+        estimated = [type(m).__name__ for m in self.network.modules() if not getattr(m, "exact", True)]
+        kind = f"estimated ({estimated[0]})" if estimated else "exact"
         if self.dequantize is None:
             return f"{kind}, {dtype}"
         name = tag_of(type(self.config.dequantization or Uniform())).names[0]  # type: ignore[union-attr]
@@ -228,7 +228,7 @@ class NormalizingFlow(ConditionedFlow):
             embedded = self.embed_prompts(prompts, len(seeds))
             pooled = self._pooled(embedded if len(embedded) == len(seeds) else embedded.expand(len(seeds)))
             y = self._guided(noise, pooled, guidance)
-            if self.dequantize is not None and not self.dequantize.honest:
+            if isinstance(self.dequantize, GaussianNoise):
                 y = tweedie(lambda a: self._log_prob(a, pooled), y, self.dequantize.sigma)
         if progress is not None:
             progress(1, 1)
@@ -239,7 +239,7 @@ class NormalizingFlow(ConditionedFlow):
         if guidance == 1:
             return self.network.decode(z, condition)
         if not getattr(self.network, "guidable", False) or condition is None:
-            why = "hears no condition" if condition is None else "cannot be guided, as a tarflow can"
+            why = "has no condition" if condition is None else "cannot be guided, as a tarflow can"
             raise UserError(f"guidance = {guidance}: this model {why}; leave it at 1")
         null = self.embed(self.text.null().to(self.device)).pooled.float()
         return self.network.decode(z, condition, null=null, guidance=guidance)  # type: ignore[call-arg]

@@ -18,6 +18,7 @@ from genflow.registry import api_export, resolve
 from genflow.samplers.solution import Velocity, state
 
 LEVELS = (8, 16, 32, 64, 128)  # intervals of the quadratures, one after another as far as needed
+AHEAD = (64, 128)  # the levels that a solve keeps the states for, so that it is not done again for the next
 
 
 @api_export("Likelihood")
@@ -26,8 +27,8 @@ class Likelihood:
     """What `velocity_log_prob` found. All tensors B, in nats, float32 or wider.
 
     log_prob: log p(x); ladj: log |det dz/dx|; z: like x, the noise that x came from. standard_error: of log_prob from the
-    draws of the divergence's estimator: 0 for the exact one, NaN for a single draw. error: how far the last refinement of
-    the quadrature moved ladj, which is above its error. nfe: evaluations of the velocity of the longest solve;
+    draws of the divergence's estimator: 0 for the exact one, NaN for a single draw. error: how far the last refinements
+    of the quadrature moved ladj. nfe: evaluations of the velocity of the longest solve;
     divergences: evaluations with the divergence. rtol, atol: as asked.
     """
 
@@ -52,14 +53,14 @@ def velocity_log_prob(
     rtol: float = 1e-5,
     atol: float = 1e-5,
     solver: str = "dopri5",
+    compact: bool | None = None,
     seed: int = 0,
 ) -> Likelihood:
     """log p(x) = log N(z; 0, I) + int_0^1 tr(dv/dx) dt along the path of dx/dt = v(x, t) from x at t = 0 to z at t = 1.
 
     (Chen et al. 2018, arXiv 1806.07366; Song et al. 2021, arXiv 2011.13456, eq. 39.) x: B x ..., float32 or wider.
-    velocity: as for samplers; with `take` rows that are done leave the batch. divergence, draws: see `Divergence`; the noise
-    of a row hangs on seed and its numbers, and is the same along the whole path. solver, rtol, atol: an adaptive sampler's;
-    ladj is integrated to
+    velocity, compact: as for the adaptive samplers. divergence, draws: see `Divergence`; the noise of a row hangs on seed
+    and its numbers, and is the same along the whole path. solver, rtol, atol: an adaptive sampler's; ladj is integrated to
     D (atol + rtol) + rtol |ladj| nats. No gradient: a CNF's forward has one.
 
     Raises UserError for tolerances below the noise of the arithmetic, a velocity with dropout or batch statistics in
@@ -76,7 +77,7 @@ def velocity_log_prob(
     x = state(x)
     probes = estimator.probes(x, Rng(seed), fingerprint(x))
     with torch.no_grad():
-        z, each, error, nfe, divergences = path_integral(velocity, x, estimator, probes, stepping)
+        z, each, error, nfe, divergences = path_integral(velocity, x, estimator, probes, stepping, compact=compact)
     ladj = each.mean(0)
     if divergence == "exact":
         standard_error = torch.zeros_like(ladj)
@@ -94,39 +95,44 @@ def path_integral(
     stepping: Stepping,
     start: float = 0.0,
     end: float = 1.0,
+    compact: bool | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, int, int]:
     """Where the path ends, and the integral of the divergence along it, each row to its own tolerance. No gradients.
 
     The path does not hang on the integral: it is solved for alone, and the divergence is asked at the nodes of
     Clenshaw-Curtis quadrature on the solver's dense output, which are doubled until the integral stays within
-    D (atol + rtol) + rtol |integral|. Returns z, the integrals of the draws K x B, how far the last doubling moved their
-    mean, B, and the evaluations without and with the divergence.
+    D (atol + rtol) + rtol |integral|. Returns z, the integrals of the draws K x B, how far the last doublings moved
+    their mean, B, and the evaluations without and with the divergence.
 
     Raises UserError for a row that is still far from staying at the last doubling.
     """
     sampler = resolve("sampler", stepping.solver)
-    tolerances = {"rtol": stepping.rtol, "atol": stepping.atol, "max_steps": stepping.max_steps}
+    how = {"rtol": stepping.rtol, "atol": stepping.atol, "max_steps": stepping.max_steps, "compact": compact}
+    take = getattr(velocity, "take", None)
+    compact = take is not None if compact is None else compact
     dims, most = math.prod(x.shape[1:]), LEVELS[-1]
     time = [start + (end - start) * (0.5 - 0.5 * math.cos(math.pi * i / most)) for i in range(most + 1)]
     rates, states = dict[int, Tensor](), dict[int, Tensor]()  # at node i of `most`, of the rows that are left
     rows, open_ = torch.arange(len(x), device=x.device), torch.ones(len(x), dtype=torch.bool, device=x.device)
-    here, nfe, divergences = velocity, 0, 0
+    z, here, nfe, divergences = x, velocity, 0, 0
     for count in LEVELS:
         wanted = [i for i in range(0, most + 1, most // count) if i not in rates]
         if not states.keys() >= {*wanted}:
-            every = [i for i in range(0, most + 1, most // max(count, LEVELS[1])) if i not in rates]
-            nodes = sorted({0, most, *every})
-            solved = sampler(here, x[rows], [time[i] for i in nodes], record=True, **tolerances).checked()
+            ahead = next(level for level in AHEAD if level >= count)
+            nodes = sorted({0, most, *(i for i in range(0, most + 1, most // ahead) if i not in rates)})
+            solved = sampler(here, x[rows], [time[i] for i in nodes], record=True, **how).checked()
             states = dict(zip(nodes, solved.trajectory.states, strict=True))
             nfe += solved.nfe
             z = solved.x if count == LEVELS[0] else z
         for i in wanted:
-            t = x.new_full((len(rows),), time[i])
+            t = x.new_full((1 if getattr(here, "broadcasts_time", False) else len(rows),), time[i])
             rates[i] = estimator(here, states[i], t, None if probes is None else probes[:, rows]).divergence
             divergences += 1
         level = [rates[i] for i in range(0, most + 1, most // count)]
         integral = (end - start) * _weighted(level)
-        change = (integral - (end - start) * _weighted(level[::2])).mean(0).abs()
+        coarse, coarser = ((end - start) * _weighted(level[::skip]) for skip in (2, 4))
+        # Two doublings, the first by less weight: one may move nothing by chance.
+        change = torch.maximum((integral - coarse).mean(0).abs(), 0.1 * (coarse - coarser).mean(0).abs())
         if count == LEVELS[0]:
             total, error, allowed = integral.clone(), change.clone(), change.clone()
         new = open_[rows]  # rows that stayed keep what they had
@@ -137,16 +143,17 @@ def path_integral(
         keep = open_[rows].nonzero().squeeze(1)
         if not len(keep):
             break
-        if hasattr(here, "take") and len(keep) < len(rows):
-            rows, here = rows[keep], here.take(keep)
+        if compact and len(keep) < len(rows):
+            rows = rows[keep]
+            here = velocity if take is None else take(rows)
             rates = {i: each[:, keep] for i, each in rates.items()}
             states = {i: each[keep] for i, each in states.items()}
     far = ~(error <= 100 * allowed)
     if bool(far.any()):
         row = int(far.int().argmax())
         raise UserError(
-            f"the divergence does not integrate to rtol = {stepping.rtol}: {most} evaluations still move the ladj of "
-            f"sample {row} by {float(error[row]):.2g} nats; loosen rtol and atol"
+            f"the divergence does not integrate to rtol = {stepping.rtol}: {most} evaluations leave an error of "
+            f"{float(error[row]):.2g} nats in the ladj of sample {row}; loosen rtol and atol"
         )
     return z, total, error, nfe, divergences
 

@@ -312,8 +312,8 @@ class Trainer:
             return
         path = self.run_folder / "previews" / f"step-{self.step:08d}.png"
         if x.dim() == 2:
-            panels = {"data": self.dataset.rows[:POINTS], "samples": x.cpu()}
-            picture = point_picture(panels, self.dataset.log_prob)
+            rows = self.dataset.rows[torch.arange(min(POINTS, len(self.dataset)))]
+            picture = point_picture({"data": rows, "samples": x.cpu()}, getattr(self.dataset, "log_prob", None))
         else:
             picture = caption_grid(x, prompts)
         picture.save_atomic(path)

@@ -74,5 +74,7 @@ def verified(model: nn.Module, precision: str) -> Iterator[None]:
         for hook in hooks:
             hook.remove()
     wrong = [dtype for dtype in seen if dtype != DTYPES[precision]]
-    if not seen or len(wrong) > len(seen) / 2:
+    if not seen and precision != "fp32":
+        raise UserError(f"train.precision={precision} was asked, but nothing in this network computes in it; take fp32")
+    if len(wrong) > len(seen) / 2:
         raise UserError(f"train.precision={precision} was asked, but the network's linears computed in {set(wrong)}")

@@ -63,7 +63,10 @@ def train(config: str | Path | RunConfig, overrides: Sequence[str] = ()) -> Path
     run = Path(asked.out)
     asked = _as_saved(asked, run)
     device = PartialState(cpu=not (torch.cuda.is_available() or torch.backends.mps.is_available())).device
-    precision, why = resolve_precision(asked.train.precision, device)
+    if asked.train.precision == "auto" and getattr(asked.model, "full_precision", False):
+        precision, why = "fp32", "auto: this model needs it"
+    else:
+        precision, why = resolve_precision(asked.train.precision, device)
     asked = replace(asked, train=replace(asked.train, precision=precision))
     try:
         run.mkdir(parents=True, exist_ok=True)
@@ -136,10 +139,11 @@ def _as_saved(config: RunConfig, run: Path) -> RunConfig:
     saved = read_config(folder)
     if config.train.precision == "auto":
         config = replace(config, train=replace(config.train, precision=saved["train"]["precision"]))
-    asked = to_dict(config)
+    asked = _leaves(to_dict(config))
     for key, value in _leaves(saved).items():
-        mine = _leaves(asked).get(key)
-        if key not in FREE and not key.startswith(("shape", "sample.")) and mine != value and mine is not None:
+        mine = asked.get(key, "nothing of the kind")
+        told = mine is None and key.startswith("model.")  # what a config leaves to the data and the text
+        if key not in FREE and not key.startswith(("shape", "sample.")) and mine != value and not told:
             raise UserError(
                 f"{run} holds a run with {key}={value}, this config says {mine}; choose another `out`, "
                 f"or remove {run} to start afresh"

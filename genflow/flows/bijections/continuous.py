@@ -62,7 +62,9 @@ class CNF(Bijection):
             if not 0 <= weight < math.inf:
                 raise UserError(f"{name} = {weight} must be 0 or more, and finite; RNODE has 0.01")
         self.shape, self.condition_dim, self.seed = tuple(shape), condition_dim, seed
-        self.velocity = velocity if velocity is not None else ConcatSquash(shape, condition_dim)
+        if velocity is None:
+            velocity = ConcatSquash(shape, condition_dim, hidden=(16, 16) if len(shape) == 3 else (64, 64))
+        self.velocity = velocity
         self.stepping = Stepping(solver, rtol, atol, steps)
         self.divergence, self.gradient = Divergence(divergence, draws), gradient
         self.inverse_error = 10 * (rtol + atol) if steps is None else 1e-2
@@ -145,9 +147,13 @@ class _Flow:
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
         return self.velocity(x, t, *self.condition).to(x.dtype)
 
+    @property
+    def broadcasts_time(self) -> bool:
+        return getattr(self.velocity, "broadcasts_time", False)
+
     def time(self, x: Tensor, t: float) -> Tensor:
         """One time for all rows, as few as the velocity takes."""
-        return x.new_full((1 if getattr(self.velocity, "broadcasts_time", False) else len(x),), t)
+        return x.new_full((1 if self.broadcasts_time else len(x),), t)
 
     def at(self, x: Tensor, t: float) -> Tensor:
         if (push := self.pushforward) is not None:  # with no tangents: the same pass

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from genflow.errors import UserError, nearest
 from genflow.flows.bijections.base import Bijection, check_condition, per_sample
@@ -18,7 +18,6 @@ from genflow.networks.causal import CausalTransformer
 from genflow.registry import api_export, bijection_export
 from genflow.samplers.fixed_point import verified
 
-FLOOR = 0.05  # a standard deviation of the first batch below this may be chance
 Rule = Literal["product", "linear"]
 
 
@@ -31,7 +30,8 @@ class TransformerAutoregressive(Bijection):
 
     The inverse x_i = z_i exp(alpha(x_<i)) + mu(x_<i) is a fixed point, found in `window` tokens at once by sweeps over
     them; tokens are committed, and the window slides, as soon as those before them are right to `tolerance` in units of z
-    (None: 1024 eps, 1e-4 in float32). With window = 1 it is sequential, and exact; None is all tokens. The rows of a batch
+    (None: 1024 eps, 1e-4 in float32). With window = 1 it is sequential, and exact. None is 1 on a CPU, where a sweep of many
+    tokens costs what they cost one by one, and all tokens elsewhere; `measure_inverse` finds the best. The rows of a batch
     share their windows, so that but for window = 1 a row depends on its mates, within the tolerance. `sweeps`: those of
     the last inverse. It carries no gradient.
 
@@ -51,34 +51,26 @@ class TransformerAutoregressive(Bijection):
         layers: int = 2,
         heads: int | None = None,
         reverse: bool = False,
-        limit: float = 8.0,
+        limit: float = 4.0,
     ) -> None:
         super().__init__()
         if not 0 < limit <= 10:
-            raise UserError(f"limit = {limit} is not within 0 .. 10 nats; try 8")
+            raise UserError(f"limit = {limit} is not within 0 .. 10 nats; try 4")
         self.shape, self.patch = tuple(shape), patch
         self.tokens, self.dim = token_shape(self.shape, patch)
         self.condition_dim, self.reverse, self.limit = condition_dim, reverse, limit
         self.window: int | None = None
         self.tolerance: float | None = None
         self.sweeps = 0
-        self.bias = nn.Parameter(torch.zeros(self.tokens, 2 * self.dim))  # of (mu, u), by token
         self.network = CausalTransformer(
             self.dim, 2 * self.dim, self.tokens, condition_dim=condition_dim, width=width, layers=layers, heads=heads
         )
-
-    @torch.no_grad()
-    def initialise(self, x: Tensor, condition: Tensor | None = None) -> None:
-        """Each number's own mean and standard deviation, FLOOR at least, over the batch."""
-        x = self._cut(x)
-        alpha = x.std(0, correction=0).clamp(min=FLOOR).log() / self.limit
-        self.bias.copy_(torch.cat([x.mean(0), self.limit * torch.atanh(alpha.clamp(-0.99, 0.99))], 1))
 
     def forward(self, x: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
         check_condition(condition, self.condition_dim, len(x))
         x = self._cut(x)
         before = torch.cat([torch.zeros_like(x[:, :1]), x[:, :-1]], 1)
-        mu, alpha = self._read(self.network(before, condition) + self.bias)
+        mu, alpha = self._read(self.network(before, condition))
         return self._join((x - mu) * torch.exp(-alpha)), -per_sample(alpha)
 
     def inverse(self, z: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -121,13 +113,12 @@ class TransformerAutoregressive(Bijection):
         x = torch.cat([torch.zeros_like(z[:, :1]), z], 1)  # the network's tokens: nothing, then x; first guess z
         alpha = torch.empty_like(z)
         cache = self.network.cache(copies * len(z))
-        size = self.tokens if self.window is None else self.window
+        size = self.window or (1 if z.is_cpu else self.tokens)
         tolerance = 1024 * torch.finfo(z.dtype).eps if self.tolerance is None else self.tolerance
         self.sweeps, start = 0, 0
         while start < self.tokens:
             stop = min(start + size, self.tokens)
-            theta = self.network(x[:, start:stop].repeat(copies, 1, 1), condition, cache) + self.bias[start:stop]
-            mu, alpha[:, start:stop] = read(theta)
+            mu, alpha[:, start:stop] = read(self.network(x[:, start:stop].repeat(copies, 1, 1), condition, cache))
             new = torch.addcmul(mu, z[:, start:stop], alpha[:, start:stop].exp())
             settled = 1
             if stop - start > 1:  # |f(x) - z| for the x that the sweep began with

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from genflow.errors import UserError
 from genflow.flows.bijections.base import Bijection, Chain
@@ -21,6 +21,8 @@ class FFJORDConfig:
     concatsquash layers, "mlp" for vectors, "conv" for pictures; none is by the shape. activation: none is tanh for vectors,
     softplus for pictures. solver, rtol, atol, steps, divergence, draws, gradient, kinetic, jacobian: as of `CNF`.
     """
+
+    full_precision: ClassVar[bool] = True  # half precision is below the tolerance of a solve
 
     shape: tuple[int, ...] | None = None
     condition_dim: int | None = None

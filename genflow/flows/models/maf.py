@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from genflow.errors import UserError
 from genflow.flows.bijections.autoregressive import MaskedAutoregressive, Univariate
@@ -19,6 +20,8 @@ class MAFConfig:
     The paper normalises by the batch where ActNorm stands. hidden, residual: of the MADE in every layer. univariate:
     affine, or spline with bins and bound. shape, condition_dim: of a sample and of what conditions it.
     """
+
+    full_precision: ClassVar[bool] = True  # masked products in half precision would not invert
 
     layers: int = 5
     hidden: tuple[int, ...] = (128, 128)

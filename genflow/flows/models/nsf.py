@@ -46,6 +46,11 @@ class NSFConfig:
             if getattr(self, name) < 1:
                 raise UserError(f"{name} = {getattr(self, name)} of nsf must be 1 or more")
 
+    @property
+    def full_precision(self) -> bool:
+        """Masked products in half precision would not invert."""
+        return self.kind == "autoregressive"
+
     def build(self) -> Bijection:
         """The bijection; z has x's shape. Raises UserError for what it cannot serve."""
         if self.shape is None or self.condition_dim is None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from genflow.errors import UserError
 from genflow.flows.bijections.base import Bijection, zero_ladj
+from genflow.flows.bijections.marginals import Marginals
 from genflow.flows.bijections.transformer import (
     Rule,
     TransformerAutoregressive,
@@ -28,7 +29,9 @@ class TarFlowConfig:
     """A TarFlow of so many blocks, each a causal transformer of `layers` layers `width` wide (arXiv 2412.06329, fig. 2).
 
     patch: the side of a picture's patches; a vector's tokens are its numbers. heads: default one for each 64 of the width.
-    limit: the most that each block scales by, in nats. shape, condition_dim: of a sample and of what conditions it.
+    limit: the most that each block scales by, in nats. marginals: pictures go first, unlike in the paper, through the
+    histogram of each channel (bijections/marginals.py): for likelihoods of uniformly dequantised pictures, far fewer steps;
+    not for Gaussian noise, since denoising needs a density with slopes. shape, condition_dim: of a sample and its condition.
     """
 
     patch: int = 4
@@ -36,7 +39,8 @@ class TarFlowConfig:
     layers: int = 2
     width: int = 128
     heads: int | None = None
-    limit: float = 8.0
+    limit: float = 4.0
+    marginals: bool = False
     shape: tuple[int, ...] | None = None
     condition_dim: int | None = None
 
@@ -63,6 +67,7 @@ class TarFlow(Bijection):
         super().__init__()
         assert config.shape is not None and config.condition_dim is not None
         self.shape, self.patch, self.condition_dim = tuple(config.shape), config.patch, config.condition_dim
+        self.marginals = Marginals(self.shape) if config.marginals and len(self.shape) == 3 else None
         self.blocks = nn.ModuleList(
             TransformerAutoregressive(
                 token_shape(self.shape, config.patch),
@@ -79,13 +84,16 @@ class TarFlow(Bijection):
     def __iter__(self) -> Iterator[TransformerAutoregressive]:
         return iter(cast(Iterable[TransformerAutoregressive], self.blocks))
 
-    @torch.no_grad()
     def initialise(self, x: Tensor, condition: Tensor | None = None) -> None:
-        """Of the first block alone: the others see what it has brought near a standard normal."""
-        next(iter(self)).initialise(to_tokens(x, self.shape, self.patch), condition)
+        """Count the marginals of pictures."""
+        if self.marginals is not None:
+            self.marginals.initialise(x)
 
     def forward(self, x: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        tokens, total = to_tokens(x, self.shape, self.patch), zero_ladj(x)
+        total = zero_ladj(x)
+        if self.marginals is not None:
+            x, total = self.marginals(x)
+        tokens = to_tokens(x, self.shape, self.patch)
         for block in self:
             tokens, ladj = block(tokens, condition)
             total = total + ladj
@@ -96,7 +104,11 @@ class TarFlow(Bijection):
         for block in reversed(list(self)):
             tokens, ladj = block.inverse(tokens, condition)
             total = total + ladj
-        return from_tokens(tokens, self.shape, self.patch), total
+        x = from_tokens(tokens, self.shape, self.patch)
+        if self.marginals is None:
+            return x, total
+        x, ladj = self.marginals.inverse(x)
+        return x, total + ladj
 
     def decode(
         self,
@@ -111,7 +123,8 @@ class TarFlow(Bijection):
         tokens = to_tokens(z, self.shape, self.patch)
         for block in reversed(list(self)):
             tokens = block.decode(tokens, condition, null=null, guidance=guidance, rule=rule)
-        return from_tokens(tokens, self.shape, self.patch)
+        x = from_tokens(tokens, self.shape, self.patch)
+        return x if self.marginals is None else self.marginals.decode(x)
 
 
 @dataclass(frozen=True)
