@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from genflow.data.images import fit
 from genflow.data.vision import MNISTConfig
-from genflow.flows.dequantization import Uniform, bits_per_dim
+from genflow.flows.dequantization import UniformDequantization, bits_per_dim
 from genflow.flows.normalizing import standard_normal
 from genflow.functional import Rng
 from genflow.training.ema import EMA
@@ -79,13 +79,13 @@ def ours(name: str, options: dict) -> tuple[nn.Module, LogProb]:
 BUILD: dict[str, tuple[Callable[[], tuple[nn.Module, LogProb]], int, float]] = {
     "normflows-glow": (normflows_glow, 64, 1e-3),
     "glow": (lambda: ours("glow", {"levels": 2, "steps": 8, "hidden": 128}), 64, 1e-3),
-    "tarflow": (lambda: ours("tarflow", {"patch": 2}), 16, 2e-3),
+    "tarflow": (lambda: ours("tarflow", {"patch": 2, "marginals": True}), 16, 2e-3),
 }
 
 
 def measure(log_prob: LogProb, pixels: Tensor, batch: int = 100) -> float:
     """Bits per dimension, K = 1, float32, noise by the picture's number."""
-    dequantize, total = Uniform().build(SHAPE), 0.0
+    dequantize, total = UniformDequantization().build(SHAPE), 0.0
     for rows in torch.arange(len(pixels)).split(batch):
         y, _ = dequantize(on_grid(pixels[rows]), Rng(0), rows)
         total += float(bits_per_dim(log_prob(y), math.prod(SHAPE)).sum())
@@ -96,7 +96,7 @@ def train(name: str, root: str | None, minutes: float, bf16: bool) -> dict:
     """One model, its curve, and what it reached on the whole test set."""
     torch.manual_seed(0)
     training, test = pictures(root, "train"), pictures(root, "test")
-    dequantize = Uniform().build(SHAPE)
+    dequantize = UniformDequantization().build(SHAPE)
     build, batch, lr = BUILD[name]
     model, log_prob = build()
     first = torch.arange(64)

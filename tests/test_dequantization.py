@@ -10,9 +10,9 @@ from torch import nn
 from genflow.errors import UserError
 from genflow.flows.dequantization import (
     BELOW_ONE,
-    Gaussian,
-    Uniform,
-    Variational,
+    GaussianDequantization,
+    UniformDequantization,
+    VariationalDequantization,
     bits_per_dim,
     importance_weighted,
 )
@@ -57,7 +57,7 @@ def test_bits_per_dim_of_a_piecewise_constant_density_are_the_entropy(discrete, 
         table[tuple(cell)] = table.get(tuple(cell), 0.0) + p
     entropy = -sum(p * math.log2(p) for p in table.values()) / 3
 
-    module = Uniform(levels).build(SHAPE)
+    module = UniformDequantization(levels).build(SHAPE)
     y, log_q = module(grid(k).view(-1, *SHAPE), Rng(0), torch.arange(len(k)))
     y = y if scale == 2 else (y + 1) / 2  # the same pictures in [0, 1]
     cell_of_y = ((y.double() + (1 if scale == 2 else 0)) * levels / scale).floor().long().flatten(1)
@@ -86,7 +86,7 @@ def test_importance_weights_rise_with_their_number_to_the_probability():
     root = 0.003 * math.sqrt(2)
     exact = math.log(0.5 * (math.erf((high - 0.1) / root) - math.erf((low - 0.1) / root)))
 
-    module = Uniform().build((1, 1, 1))
+    module = UniformDequantization().build((1, 1, 1))
     draws = torch.stack([log_normal(module(x, Rng(0, s), torch.arange(n))[0]) for s in range(64)])
     bounds = [(importance_weighted(draws[:K]).mean() + math.log(2 / 256)).item() for K in (1, 4, 16, 64)]
     assert bounds == sorted(bounds) and bounds[-1] < exact
@@ -110,7 +110,7 @@ class Extremes(Rng):
 @pytest.mark.parametrize("rng", [Rng(0), Extremes(0), Extremes(1)])
 def test_every_level_comes_back_from_its_cell(levels, rng):
     k = torch.arange(256)
-    for config in (Uniform(levels), Variational(hidden=4, levels=levels)):
+    for config in (UniformDequantization(levels), VariationalDequantization(hidden=4, levels=levels)):
         module = perturbed(config.build((1, 1, 1)))
         with torch.no_grad():
             y, _ = module(grid(k).view(-1, 1, 1, 1), rng, k)
@@ -121,11 +121,11 @@ def test_every_level_comes_back_from_its_cell(levels, rng):
 
 
 def test_cells_are_divided_by_256():
-    y, _ = Uniform().build((1, 1, 1))(grid([[[[255]]]]), Extremes(1), torch.tensor([0]))
+    y, _ = UniformDequantization().build((1, 1, 1))(grid([[[[255]]]]), Extremes(1), torch.tensor([0]))
     assert y.item() == 2 * (255 + BELOW_ONE) / 256 - 1
 
 
-@pytest.mark.parametrize("config", [Uniform(), Variational(hidden=4), Gaussian()])
+@pytest.mark.parametrize("config", [UniformDequantization(), VariationalDequantization(hidden=4), GaussianDequantization()])
 def test_noise_hangs_on_the_position_alone(config):
     module = perturbed(config.build((3, 4, 4)))
     k = torch.randint(256, (5, 3, 4, 4), generator=torch.Generator().manual_seed(0))
@@ -139,10 +139,10 @@ def test_noise_hangs_on_the_position_alone(config):
     torch.testing.assert_close(log_q_alone[0], log_q[1], rtol=1e-5, atol=1e-5)
     assert (other != y).float().mean() > 0.99
     middle = x * 255 / 256
-    assert (y - middle).abs().max() < (0.3 if isinstance(config, Gaussian) else 1 / 256 + 1e-6)
+    assert (y - middle).abs().max() < (0.3 if isinstance(config, GaussianDequantization) else 1 / 256 + 1e-6)
 
 
-@pytest.mark.parametrize("config", [Uniform(), Variational(hidden=4)])
+@pytest.mark.parametrize("config", [UniformDequantization(), VariationalDequantization(hidden=4)])
 def test_noise_is_float32_inside_autocast(config):
     module = perturbed(config.build((3, 4, 4)))
     x, position = grid(torch.full((2, 3, 4, 4), 255)), torch.arange(2)
@@ -155,12 +155,12 @@ def test_noise_is_float32_inside_autocast(config):
 
 
 def test_gaussian_noise_has_its_sigma_and_makes_no_claim():
-    module = Gaussian(0.05).build((1, 32, 32))
+    module = GaussianDequantization(0.05).build((1, 32, 32))
     y, log_q = module(grid(torch.full((20, 1, 32, 32), 200)), Rng(0), torch.arange(20))
     assert y.std().item() == pytest.approx(0.05, rel=0.03)
     assert y.mean().item() == pytest.approx(grid(200).item() * 255 / 256, abs=2e-3)
     assert not module.honest and module.sigma == 0.05 and log_q.count_nonzero() == 0
-    assert Uniform().build(SHAPE).honest and Variational().build(SHAPE).honest
+    assert UniformDequantization().build(SHAPE).honest and VariationalDequantization().build(SHAPE).honest
 
 
 # ----------------------------------------------------------------------------------------------------------- variational
@@ -168,13 +168,13 @@ def test_gaussian_noise_has_its_sigma_and_makes_no_claim():
 
 def test_variational_noise_starts_as_the_uniform():
     k = grid(torch.randint(256, (4, 3, 4, 4), generator=torch.Generator().manual_seed(0)))
-    y, log_q = Variational().build((3, 4, 4))(k, Rng(0), torch.arange(4))
-    torch.testing.assert_close(y, Uniform().build((3, 4, 4))(k, Rng(0), torch.arange(4))[0], rtol=0, atol=1e-6)
+    y, log_q = VariationalDequantization().build((3, 4, 4))(k, Rng(0), torch.arange(4))
+    torch.testing.assert_close(y, UniformDequantization().build((3, 4, 4))(k, Rng(0), torch.arange(4))[0], rtol=0, atol=1e-6)
     assert log_q.abs().max() < 1e-4
 
 
 def test_log_q_is_the_jacobian_of_the_warp():
-    module = perturbed(Variational(hidden=6, steps=3).build((2, 2, 2))).double()
+    module = perturbed(VariationalDequantization(hidden=6, steps=3).build((2, 2, 2))).double()
     generator = torch.Generator().manual_seed(0)
     v = torch.randn(8, dtype=torch.float64, generator=generator)
     k = torch.randint(256, (1, 2, 2, 2), generator=generator).double()
@@ -191,7 +191,7 @@ def test_log_q_is_the_jacobian_of_the_warp():
 
 def test_q_integrates_to_one_over_the_cell():
     """The integral of du = l(v) / q(u) dv over all logistic noise v, l its density, is the area of the cell."""
-    module = perturbed(perturbed(Variational(hidden=6).build((1, 1, 2)))).double()
+    module = perturbed(perturbed(VariationalDequantization(hidden=6).build((1, 1, 2)))).double()
     axis = torch.linspace(-40, 40, 251, dtype=torch.float64)
     v = torch.cartesian_prod(axis, axis)
     with torch.no_grad():
@@ -207,7 +207,7 @@ def test_variational_noise_learns_where_the_density_is():
     """Trained on a density narrower than the cell, its bound comes nearer than that of uniform noise."""
     torch.manual_seed(0)
     x = grid(torch.full((64, 1, 1, 2), 140))
-    module = Variational(hidden=8, steps=2).build((1, 1, 2))
+    module = VariationalDequantization(hidden=8, steps=2).build((1, 1, 2))
     optimizer = torch.optim.Adam(module.parameters(), lr=2e-2)
     bounds = []
     for step in range(100):
@@ -226,7 +226,7 @@ def test_variational_noise_learns_where_the_density_is():
 
 
 def test_what_is_no_picture_of_grey_levels_is_refused():
-    module = Uniform().build((1, 2, 2))
+    module = UniformDequantization().build((1, 2, 2))
     x = grid(torch.tensor([0, 7, 200, 255])).view(1, 1, 2, 2)
     module.check(x)
     module.check(x * (1 + 1e-6))
@@ -248,20 +248,21 @@ def test_what_is_no_picture_of_grey_levels_is_refused():
 def test_impossible_settings_name_the_nearest_right_one():
     for levels, near in [(0, 2), (31, 32), (512, 256), (200, 256)]:
         with pytest.raises(UserError, match=f"try {near}"):
-            Uniform(levels)
+            UniformDequantization(levels)
     with pytest.raises(UserError, match="power of two"):
-        Variational(levels=3)
+        VariationalDequantization(levels=3)
     with pytest.raises(UserError, match="hidden = 0"):
-        Variational(hidden=0)
+        VariationalDequantization(hidden=0)
     for sigma in (0.0, -1.0, math.nan, math.inf):
         with pytest.raises(UserError, match="sigma"):
-            Gaussian(sigma)
-    for config in (Uniform(), Variational(), Gaussian()):
+            GaussianDequantization(sigma)
+    for config in (UniformDequantization(), VariationalDequantization(), GaussianDequantization()):
         with pytest.raises(UserError, match="of pictures"):
             config.build((7,))
 
 
 def test_they_are_found_by_name():
-    for name, config in [("uniform", Uniform), ("variational", Variational), ("gaussian", Gaussian)]:
+    configs = (UniformDequantization, VariationalDequantization, GaussianDequantization)
+    for name, config in zip(("uniform", "variational", "gaussian"), configs, strict=True):
         assert resolve("dequantization", name) is config
-        assert isinstance(config().build(SHAPE, 5), nn.Module)
+        assert isinstance(config().build(SHAPE), nn.Module)

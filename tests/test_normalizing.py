@@ -12,7 +12,7 @@ from torch import nn
 from genflow.conditions import Condition
 from genflow.errors import UserError
 from genflow.flows.bijections.base import Bijection, per_sample
-from genflow.flows.dequantization import Gaussian, Uniform
+from genflow.flows.dequantization import GaussianDequantization, UniformDequantization
 from genflow.flows.normalizing import NormalizingFlowConfig
 from genflow.functional import Rng
 from genflow.text.none import NoTextConfig
@@ -153,14 +153,14 @@ def test_initialise_gives_the_bijection_dequantised_data():
 
 def test_noise_augmentation_has_no_likelihood_and_is_denoised():
     sigma = 0.1
-    flow, x = make(a=1.0, dequantization=Gaussian(sigma)), grid()
+    flow, x = make(a=1.0, dequantization=GaussianDequantization(sigma)), grid()
     assert flow.loss(batch_of(flow, x), Rng(0)).loss.isfinite()
     for verb in (flow.log_prob, flow.bits_per_dim):
         with pytest.raises(UserError, match="noise"):
             verb(x)
     with pytest.raises(UserError, match="noise"):
         flow.likelihood_note(1)
-    noisy = make(a=1.0, dequantization=Uniform()).sample([""], seeds=[1, 2]).x
+    noisy = make(a=1.0, dequantization=UniformDequantization()).sample([""], seeds=[1, 2]).x
     std = math.exp(-1.0)
     torch.testing.assert_close(flow.sample([""], seeds=[1, 2]).x, noisy * (1 - sigma**2 / std**2), atol=1e-5, rtol=1e-4)
 
@@ -170,7 +170,7 @@ def test_noise_augmentation_has_no_likelihood_and_is_denoised():
     [
         (lambda: make(drop_condition=1.5), "drop_condition = 1.5"),
         (lambda: make(whiten=-1.0), "whiten = -1.0"),
-        (lambda: make((3,), dequantization=Uniform()), "vectors are continuous"),
+        (lambda: make((3,), dequantization=UniformDequantization()), "vectors are continuous"),
         (lambda: NormalizingFlowConfig().build(nn.Linear(2, 2), NoTextConfig().build(), shape=(2,)), "no bijection"),
         (lambda: make().sample([""], seeds=[0], temperature=-1.0), "temperature = -1.0"),
         (lambda: make().sample([""], seeds=[0], guidance=2.0), "has no condition"),

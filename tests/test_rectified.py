@@ -464,11 +464,6 @@ def test_encode_wants_one_condition_or_one_for_each_picture(flow):
             verb(batch.x, batch.condition[[0, 1]])
 
 
-def test_log_prob_refuses_with_its_reason(flow):
-    with pytest.raises(UserError, match="ODE solve with its divergence"):
-        flow.log_prob(make_batch().x)
-
-
 @pytest.mark.parametrize(
     ("config", "message"),
     [

@@ -92,7 +92,7 @@ def test_recomputed_blocks_give_the_same_gradients(case):
 
 def test_a_run_tells_the_shape_and_the_width_of_the_condition():
     class Text(torch.nn.Module):
-        context_dim, pooled_dim = 7, 5
+        context_dim, pooled_dim, max_tokens = 7, 5, 3
 
     assert fit_to(UNetConfig(channels=8), Text(), (3, 8, 8)) == UNetConfig(channels=8, shape=(3, 8, 8), pooled_dim=5)
     assert fit_to(MLPVelocityConfig(), Text(), (3,)) == MLPVelocityConfig(shape=(3,), pooled_dim=5)

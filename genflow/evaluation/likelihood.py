@@ -40,6 +40,7 @@ class HeldOut:
 
 
 @api_export("likelihood")
+@torch.no_grad()
 def likelihood(
     flow: Flow,
     data: Any,

@@ -108,7 +108,7 @@ def plot_training(lines: Sequence[Mapping[str, Any]], title: str = "") -> Figure
     checks, validation = _series(lines, "validation_loss")
     if len(checks):
         left.plot(checks, validation, "o-", color=ACCENT, label="validation")
-    what = "mean squared error of the velocity" if bins else "-log p (bits/dim, or nats of vectors)"
+    what = "mean squared error of the velocity" if bins else "negative log-likelihood (bits/dim, or nats)"
     left.set(title=f"Loss {title}".strip(), xlabel="optimiser step", ylabel=what)
     left.legend()
     if not bins:

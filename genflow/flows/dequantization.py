@@ -109,7 +109,7 @@ class Dequantizer(nn.Module):
 
 @dequantization_export("uniform")
 @dataclass(frozen=True)
-class Uniform:
+class UniformDequantization:
     """Uniform noise within each cell, q(u) = 1 (Uria et al. 2013, arXiv 1306.0186): what most figures are quoted with.
 
     levels: a power of two up to 256; fewer than 256 keep the top bits, 32 gives Glow's five-bit pictures.
@@ -120,8 +120,8 @@ class Uniform:
     def __post_init__(self) -> None:
         _check_levels(self.levels)
 
-    def build(self, shape: Sequence[int], condition_dim: int = 0) -> Dequantizer:
-        """shape: C x H x W of the pictures. It needs no condition."""
+    def build(self, shape: Sequence[int]) -> Dequantizer:
+        """shape: C x H x W of the pictures."""
         return UniformNoise(shape, self.levels)
 
 
@@ -134,7 +134,7 @@ class UniformNoise(Dequantizer):
 
 @dequantization_export("variational")
 @dataclass(frozen=True)
-class Variational:
+class VariationalDequantization:
     """Noise within each cell from a flow that sees the picture, trained with the density (Flow++, arXiv 1902.00275).
 
     u = sigmoid(f(logit(u0); k)), u0 uniform, f of `steps` affine couplings on checkerboards whose networks are
@@ -151,8 +151,8 @@ class Variational:
             if value < 1:
                 raise UserError(f"{name} = {value} is too few; the least is 1")
 
-    def build(self, shape: Sequence[int], condition_dim: int = 0) -> Dequantizer:
-        """shape: C x H x W of the pictures. The picture is all of its condition."""
+    def build(self, shape: Sequence[int]) -> Dequantizer:
+        """shape: C x H x W of the pictures."""
         return VariationalNoise(shape, self)
 
 
@@ -161,7 +161,7 @@ class VariationalNoise(Dequantizer):
 
     checkers: Tensor
 
-    def __init__(self, shape: Sequence[int], config: Variational) -> None:
+    def __init__(self, shape: Sequence[int], config: VariationalDequantization) -> None:
         super().__init__(shape, config.levels)
         channels, height, width = self.shape
         self.features = nn.Sequential(
@@ -209,7 +209,7 @@ class _CouplingNetwork(nn.Module):
 
 @dequantization_export("gaussian")
 @dataclass(frozen=True)
-class Gaussian:
+class GaussianDequantization:
     """Normal noise around each cell's middle (TarFlow, arXiv 2412.06329): better samples, and no likelihood of pictures.
 
     sigma: its standard deviation, on the scale of y. The noise leaves the cell, so that the density is one of noisy
@@ -222,8 +222,8 @@ class Gaussian:
         if not 0 < self.sigma < math.inf:
             raise UserError(f"sigma = {self.sigma} must be positive, such as 0.05")
 
-    def build(self, shape: Sequence[int], condition_dim: int = 0) -> Dequantizer:
-        """shape: C x H x W of the pictures. It needs no condition."""
+    def build(self, shape: Sequence[int]) -> Dequantizer:
+        """shape: C x H x W of the pictures."""
         return GaussianNoise(shape, self.sigma)
 
 

@@ -18,9 +18,16 @@ from genflow.config import Choice
 from genflow.errors import UserError
 from genflow.flows.base import Batch, LossOutput, evaluating
 from genflow.flows.bijections.base import Bijection
+from genflow.flows.bijections.marginals import Marginals
 from genflow.flows.bijections.transformer import tweedie
 from genflow.flows.conditioned import ConditionedFlow
-from genflow.flows.dequantization import GaussianNoise, Uniform, bits_per_dim, importance_weighted
+from genflow.flows.dequantization import (
+    GaussianDequantization,
+    GaussianNoise,
+    UniformDequantization,
+    bits_per_dim,
+    importance_weighted,
+)
 from genflow.flows.divergence import probing
 from genflow.flows.sampling import InverseConfig
 from genflow.functional import Rng, noise_from_seeds
@@ -76,7 +83,12 @@ class NormalizingFlow(ConditionedFlow):
         asked = config.dequantization
         if len(self.shape) == 1 and asked is not None:
             raise UserError("dequantization is for pictures of grey levels; vectors are continuous: leave it out")
-        self.dequantize = None if len(self.shape) == 1 else (asked or Uniform()).build(self.shape, network.condition_dim)
+        if isinstance(asked, GaussianDequantization) and any(isinstance(m, Marginals) for m in network.modules()):
+            raise UserError(
+                "dequantization gaussian needs a density that can be denoised, and that of marginals is in steps; "
+                "take marginals: false, or another dequantization"
+            )
+        self.dequantize = None if len(self.shape) == 1 else (asked or UniformDequantization()).build(self.shape)
 
     @property
     def dims(self) -> int:
@@ -137,7 +149,9 @@ class NormalizingFlow(ConditionedFlow):
 
     def _honest(self, verb: str) -> None:
         if self.dequantize is not None and not self.dequantize.honest:
-            raise UserError(f"{verb}: this flow was trained on pictures with added noise, and models those, not pictures")
+            raise UserError(
+                f"{verb}: this flow was trained on pictures with added noise, and models those, not pictures"
+            )
 
     def log_prob(self, x: Tensor, condition: Condition | None = None) -> Tensor:
         """log p(x), the density of continuous x, nats, B. Pictures: on the scale [-1, 1]; see bits_per_dim for grey levels.
@@ -186,7 +200,7 @@ class NormalizingFlow(ConditionedFlow):
         kind = f"estimated ({estimated[0]})" if estimated else "exact"
         if self.dequantize is None:
             return f"{kind}, {dtype}"
-        name = tag_of(type(self.config.dequantization or Uniform())).names[0]  # type: ignore[union-attr]
+        name = tag_of(type(self.config.dequantization or UniformDequantization())).names[0]  # type: ignore[union-attr]
         return f"{name} dequantisation, K = {k}, {self.dequantize.levels} levels, {kind} volumes, {dtype}"
 
     @torch.no_grad()

@@ -21,7 +21,7 @@ from genflow.flows.bijections.base import Bijection
 from genflow.flows.conditioned import ConditionedFlow
 from genflow.flows.couplings import Coupling, Independent, Paired
 from genflow.flows.densities import Density, LogitNormal
-from genflow.flows.dequantization import GREYS, Uniform, bits_per_dim, importance_weighted
+from genflow.flows.dequantization import GREYS, UniformDequantization, bits_per_dim, importance_weighted
 from genflow.flows.paths import LinearPath, PathConfig, rows_like
 from genflow.flows.sampling import SolveConfig
 from genflow.flows.velocity_likelihood import velocity_log_prob
@@ -318,7 +318,7 @@ class RectifiedFlow(ConditionedFlow):
             raise UserError("bits_per_dim is of pictures of grey levels; vectors have a density: log_prob")
         if k < 1:
             raise UserError(f"k = {k} draws are too few; the least is 1")
-        dequantize, x = Uniform().build(self.shape), x.to(self.device)
+        dequantize, x = UniformDequantization().build(self.shape), x.to(self.device)
         position = torch.arange(len(x)) if position is None else position
         cell = GREYS / (GREYS - 1)  # the dequantised picture in [-1, 1) to the scale that the network was trained on
         weights = [

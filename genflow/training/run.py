@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
@@ -63,6 +64,7 @@ def train(config: str | Path | RunConfig, overrides: Sequence[str] = ()) -> Path
     run = Path(asked.out)
     asked = _as_saved(asked, run)
     device = PartialState(cpu=not (torch.cuda.is_available() or torch.backends.mps.is_available())).device
+    precision: Any
     if asked.train.precision == "auto" and getattr(asked.model, "full_precision", False):
         precision, why = "fp32", "auto: this model needs it"
     else:
