@@ -16,7 +16,7 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from genflow.cli import main
-from genflow.config import load
+from genflow.config import from_dict, load
 from genflow.errors import UserError
 from genflow.flows.store import checkpoints, newest_checkpoint
 from genflow.training.apply import checkpointed, compile_blocks
@@ -231,6 +231,40 @@ def test_the_saved_average_is_what_is_loaded(tiny):
     averaged, raw = load_flow(run).state_dict(), load_flow(run, ema=False).state_dict()
     assert all(torch.equal(averaged[k], v) for k, v in state.items())
     assert any(not torch.equal(averaged[k], raw[k]) for k in state)
+
+
+def test_another_choice_is_another_run_also_where_it_has_no_weights(tmp_path):
+    """Of a section that was a name, was nothing, or becomes nothing."""
+
+    def config(dequantization: object) -> RunConfig:
+        made = {
+            "data": {"name": "emoji", "size": 8, "limit": 8},
+            "model": {"name": "glow", "levels": 1, "steps": 1, "hidden": 4},
+            "flow": {"name": "normalizing", "dequantization": dequantization},
+            "train": {"steps": 1, "batch_size": 2, "precision": "fp32", "preview_every": 0, "trackers": []},
+            "out": str(tmp_path / "run"),
+        }
+        return from_dict(RunConfig, made)
+
+    train(config(None))
+    with pytest.raises(UserError, match=r"holds a run with flow\.dequantization=None"):
+        train(config({"name": "gaussian", "sigma": 0.1}))
+
+
+def test_a_model_that_needs_full_precision_gets_it_and_says_so(tmp_path, capsys):
+    made = {
+        "data": {"name": "toy2d", "kind": "moons", "n": 64},
+        "model": {"name": "maf", "layers": 1, "hidden": [8]},
+        "flow": "normalizing",
+        "train": {"steps": 1, "batch_size": 4, "preview_every": 0, "trackers": []},
+        "out": str(tmp_path / "run"),
+    }
+    train(from_dict(RunConfig, made))
+    assert "precision fp32 (auto: this model needs it)" in capsys.readouterr().err
+    AcceleratorState._reset_state()
+    made["train"], made["out"] = {**made["train"], "precision": "bf16"}, str(tmp_path / "other")
+    with pytest.raises(UserError, match="nothing in this network computes in it; take fp32"):
+        train(from_dict(RunConfig, made))
 
 
 def test_another_config_is_refused_and_more_steps_are_not(tiny, capsys):

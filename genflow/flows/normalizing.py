@@ -197,11 +197,12 @@ class NormalizingFlow(ConditionedFlow):
             raise UserError(f"{next(iter(how))} is for likelihoods of a velocity; a {type(self).__name__}'s is exact")
         dtype = str(next(self.network.parameters()).dtype).removeprefix("torch.")
         estimated = [type(m).__name__ for m in self.network.modules() if not getattr(m, "exact", True)]
-        kind = f"estimated ({estimated[0]})" if estimated else "exact"
+        solves = list(dict.fromkeys(m.note for m in self.network.modules() if hasattr(m, "note")))
+        kind = ", ".join([f"estimated ({estimated[0]})" if estimated else "exact", *solves])
         if self.dequantize is None:
             return f"{kind}, {dtype}"
         name = tag_of(type(self.config.dequantization or UniformDequantization())).names[0]  # type: ignore[union-attr]
-        return f"{name} dequantisation, K = {k}, {self.dequantize.levels} levels, {kind} volumes, {dtype}"
+        return f"{name} dequantisation, K = {k}, {self.dequantize.levels} levels, volumes {kind}, {dtype}"
 
     @torch.no_grad()
     def encode(self, x: Tensor, condition: Condition | None = None) -> Tensor:

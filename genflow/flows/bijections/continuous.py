@@ -75,6 +75,13 @@ class CNF(Bijection):
         """Whether ladj is no estimate, but for the error of the solve."""
         return self.divergence.kind == "exact"
 
+    @property
+    def note(self) -> str:
+        """What its likelihoods hang on, to stand beside them."""
+        how, divergence = self.stepping, self.divergence
+        steps = f"rtol {how.rtol}, atol {how.atol}" if how.steps is None else f"{how.steps} steps"
+        return f"{how.solver} to {steps}, divergence {divergence.kind}, draws {divergence.draws}"
+
     def forward(self, x: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return self._solve(x, condition, 0.0, 1.0)
 
