@@ -310,7 +310,7 @@ LEARNED = {"name": "learned", "dim": 8, "heads": 2, "layers": 1}
             {"flow": {"name": "normalizing", "whiten": 0.1}},
             "whiten = 0.1: the text encoder hears no difference",
         ),
-        ("glow", {"sample": {"steps": 20}}, "unknown key 'steps' in sample. Choose from: guidance, temperature."),
+        ("glow", {"sample": {"steps": 20}}, "unknown key 'steps' in sample. Choose from: guidance, inverse, temperature."),
         ("table", {"model": GLOW}, "glow is for pictures"),
         (
             "table",

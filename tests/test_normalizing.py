@@ -13,6 +13,7 @@ from genflow.conditions import Condition
 from genflow.errors import UserError
 from genflow.flows.bijections.base import Bijection, per_sample
 from genflow.flows.dequantization import GaussianDequantization, UniformDequantization
+from genflow.flows.models.tarflow import TarFlowConfig
 from genflow.flows.normalizing import NormalizingFlowConfig
 from genflow.functional import Rng
 from genflow.text.none import NoTextConfig
@@ -141,6 +142,26 @@ def test_the_condition_reaches_the_bijection_and_is_dropped_at_its_rate():
     kept = torch.isclose(flow.loss(batch, Rng(0)).per_sample, dropped.loss(batch, Rng(0)).per_sample)
     assert 0.6 < kept.float().mean() < 0.8
     assert torch.equal(flow.log_prob(x[:2]), flow.log_prob(x[:2], flow.text.encode([""])))
+
+
+def test_every_inverse_of_a_tarflow_draws_the_same_and_certifies_it():
+    torch.manual_seed(0)
+    network = TarFlowConfig(patch=2, blocks=2, layers=1, width=16, heads=1, shape=(1, 4, 4), condition_dim=0).build()
+    with torch.no_grad():
+        for p in network.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    flow = NormalizingFlowConfig().build(network, NoTextConfig().build(), shape=(1, 4, 4))
+    ways = {how: flow.sample([""], seeds=[0, 1], inverse=how) for how in ("sequential", "jacobi", "measured", "auto")}
+    for how, solution in ways.items():
+        torch.testing.assert_close(solution.x, ways["sequential"].x, atol=1e-3, rtol=0)
+        assert 0 <= solution.certificate < 1e-3, how
+    assert [block.window for block in network] == [None, None]
+    flow.sample([""], seeds=[0], inverse="jacobi")
+    assert [block.window for block in network] == [4, 4]
+    for wrong in (flow, make()):
+        with pytest.raises(UserError, match="inverse"):
+            wrong.sample([""], seeds=[0], inverse="jacoby" if wrong is flow else "jacobi")
+    assert make().sample([""], seeds=[0]).certificate is None
 
 
 def test_initialise_gives_the_bijection_dequantised_data():

@@ -38,6 +38,7 @@ def add_solving(
     how.add_argument("--rescale", type=float, help="bring the contrast of guided pictures back, 0 (not) to 1 (all)")
     how.add_argument("--shift", type=_shift, help="of the time grid; 1 = none, resolution = by the picture's size")
     how.add_argument("--temperature", type=float, help="of a normalizing flow: standard deviation of the noise")
+    how.add_argument("--inverse", metavar="HOW", help="of a tarflow: sequential, jacobi, measured (auto: by the device)")
     how.add_argument("--batch", type=int, default=64, help="pictures at once; does not change them (64)")
     how.add_argument("--no-ema", action="store_true", help="the last weights instead of their average")
     how.add_argument("--device", help="cpu, cuda, mps (default: the best there is)")
@@ -78,6 +79,7 @@ def open_model(args: argparse.Namespace, *, unguided: bool = False) -> tuple[Any
         "grid": args.grid,
         "options": read_options("--option", args.option) if args.option else None,
         "temperature": getattr(args, "temperature", None),
+        "inverse": getattr(args, "inverse", None),
     }
     takes = [f.name for f in fields(flow.config.sampling)]
     if wrong := [key for key, value in asked.items() if value is not None and key not in takes]:
@@ -114,7 +116,7 @@ def refuse_unheard(args: argparse.Namespace, flow: Any, *prompts: str) -> None:
 
 def refuse_sampling(args: argparse.Namespace) -> None:
     """Raises UserError for the options of sampling where a bijection is only run there and back."""
-    for option in ("temperature", "guidance"):
+    for option in ("temperature", "guidance", "inverse"):
         if getattr(args, option) is not None:
             raise UserError(f"--{option} does nothing here, where pictures go to noise and exactly back; leave it out")
 

@@ -13,7 +13,7 @@ from genflow.cli.options import add_solving, open_velocity, real_data, writable
 from genflow.errors import UserError
 
 GUIDANCE = ("guidance", "interval", "guide", "rescale")
-SOLVING = ("sampler", "option", "steps", "grid", "shift", "temperature", *GUIDANCE)
+SOLVING = ("sampler", "option", "steps", "grid", "shift", "temperature", "inverse", *GUIDANCE)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

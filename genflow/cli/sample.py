@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
     model = {"model": str(args.run), "ema": not args.no_ema, **settings}
     if args.weak:
         model["weak"] = args.weak
-    images, nfe = [], 0
+    images, nfe, off = [], 0, None
     with tqdm(total=0, unit="step", dynamic_ncols=True, disable=None) as bar:
         batches = [wanted[i : i + args.batch] for i in range(0, len(wanted), args.batch)]
         bar.reset(total=len(batches) * settings.get("steps", 1))
@@ -75,6 +75,8 @@ def run(args: argparse.Namespace) -> int:
             texts, seeds = [p for p, _ in batch], [s for _, s in batch]
             solution = flow.sample(texts, seeds=seeds, progress=lambda *_: bar.update(1), **more, **settings)
             nfe = max(nfe, solution.nfe)
+            if (error := getattr(solution, "certificate", None)) is not None:
+                off = max(off or 0.0, error)
             images.append(solution.x.cpu())
             if solution.x.dim() == 2:
                 continue
@@ -86,7 +88,8 @@ def run(args: argparse.Namespace) -> int:
     if len(flow.shape) == 1:
         return _save_points(flow, torch.cat(images), captions, out, about)
     caption_grid(torch.cat(images), captions, settings=about).save_atomic(out / "grid.png")
-    print(f"{len(wanted)} pictures and grid.png in {out} ({nfe} network evaluations each)")
+    exact = "" if off is None else f"; max |f(x) - z| = {off:.1g}"
+    print(f"{len(wanted)} pictures and grid.png in {out} ({nfe} network evaluations each{exact})")
     return 0
 
 

@@ -29,6 +29,7 @@ from genflow.flows.dequantization import (
     importance_weighted,
 )
 from genflow.flows.divergence import probing
+from genflow.flows.models.tarflow import TarFlow, measure_inverse
 from genflow.flows.sampling import InverseConfig
 from genflow.functional import Rng, noise_from_seeds
 from genflow.registry import api_export, flow_export, tag_of
@@ -65,6 +66,13 @@ class NormalizingFlowConfig:
         return NormalizingFlow(self, network, text, shape=shape)
 
 
+@dataclass(frozen=True)
+class InverseSolution(Solution):
+    """certificate: max |f(x) - z| over all samples, where the inverse is iterated and not guided."""
+
+    certificate: float | None = None
+
+
 @api_export("NormalizingFlow")
 class NormalizingFlow(ConditionedFlow):
     """A bijection and a standard normal base under the verbs of a flow.
@@ -80,6 +88,7 @@ class NormalizingFlow(ConditionedFlow):
     ) -> None:
         super().__init__(network, text, shape=shape, whiten=config.whiten)
         self.config = config
+        self._measured = 0  # the batch size for which a tarflow's windows were measured
         asked = config.dequantization
         if len(self.shape) == 1 and asked is not None:
             raise UserError("dequantization is for pictures of grey levels; vectors are continuous: leave it out")
@@ -197,7 +206,7 @@ class NormalizingFlow(ConditionedFlow):
             raise UserError(f"{next(iter(how))} is for likelihoods of a velocity; a {type(self).__name__}'s is exact")
         dtype = str(next(self.network.parameters()).dtype).removeprefix("torch.")
         estimated = [type(m).__name__ for m in self.network.modules() if not getattr(m, "exact", True)]
-        solves = list(dict.fromkeys(m.note for m in self.network.modules() if hasattr(m, "note")))
+        solves = list(dict.fromkeys(str(m.note) for m in self.network.modules() if hasattr(m, "note")))
         kind = ", ".join([f"estimated ({estimated[0]})" if estimated else "exact", *solves])
         if self.dequantize is None:
             return f"{kind}, {dtype}"
@@ -227,28 +236,51 @@ class NormalizingFlow(ConditionedFlow):
         seeds: Sequence[int],
         temperature: float = 1.0,
         guidance: float = 1.0,
+        inverse: str = "auto",
         progress: Progress | None = None,
-    ) -> Solution:
+    ) -> InverseSolution:
         """One sample for each prompt and seed, in one pass; that of a seed does not depend on its batch mates.
 
         prompts: as many as seeds, or one for all of them; or a prepared condition. temperature: the standard deviation of
         the noise. guidance: away from the empty condition, for models that can be guided; 1 is none. Samples of a
-        noise-augmented flow are denoised by Tweedie's formula (TarFlow, arXiv 2412.06329, sec. 2.6).
+        noise-augmented flow are denoised by Tweedie's formula (TarFlow, arXiv 2412.06329, sec. 2.6). inverse: of a tarflow;
+        "sequential", token by token; "jacobi", by sweeps over all tokens; "measured", whichever windows were fastest when
+        they were tried, once for a batch size; "auto", sequential on a CPU and jacobi elsewhere. Sweeps are right to the
+        blocks' tolerance, within which batch mates matter.
 
         Returns x, B x *shape float32, pictures in [-1, 1], and nfe. Raises UserError for what cannot be, and for NaN.
         """
-        InverseConfig(temperature, guidance)
+        InverseConfig(temperature, guidance, inverse)  # type: ignore[arg-type]
         noise = noise_from_seeds(seeds, self.shape).to(self.device) * temperature
         with evaluating(self):
             embedded = self.embed_prompts(prompts, len(seeds))
             pooled = self._pooled(embedded if len(embedded) == len(seeds) else embedded.expand(len(seeds)))
+            certificate = None
+            if isinstance(self.network, TarFlow):
+                self._choose_inverse(self.network, inverse, noise, pooled)
+            elif inverse != "auto":
+                raise UserError(f"inverse = {inverse!r} is of tarflow; this model has one inverse: leave it out")
             y = self._guided(noise, pooled, guidance)
+            if isinstance(self.network, TarFlow) and guidance == 1:
+                certificate = float((self.network(y, pooled)[0] - noise).abs().max())
             if isinstance(self.dequantize, GaussianNoise):
                 y = tweedie(lambda a: self._log_prob(a, pooled), y, self.dequantize.sigma)
         if progress is not None:
             progress(1, 1)
         x = y.float() / self._cell
-        return Solution(x.clamp(-1, 1) if x.dim() == 4 else x, 1).checked()
+        solution = InverseSolution(x.clamp(-1, 1) if x.dim() == 4 else x, 1, certificate=certificate)
+        solution.checked()
+        return solution
+
+    def _choose_inverse(self, network: TarFlow, inverse: str, z: Tensor, condition: Tensor | None) -> None:
+        if inverse == "measured":
+            if self._measured != len(z):
+                measure_inverse(network, z, condition)
+                self._measured = len(z)
+            return
+        self._measured = 0
+        for block in network:
+            block.window = {"auto": None, "sequential": 1, "jacobi": block.tokens}[inverse]
 
     def _guided(self, z: Tensor, condition: Tensor | None, guidance: float) -> Tensor:
         if guidance == 1:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 from genflow.config import Choice, Named
-from genflow.errors import UserError
+from genflow.errors import UserError, nearest
 from genflow.registry import resolve
 from genflow.samplers import bound_sampler, cfg
 from genflow.samplers.guides import CFG
@@ -42,9 +42,13 @@ class InverseConfig:
 
     temperature: float = 1.0  # standard deviation of the noise: below 1 fewer surprises, and less variety
     guidance: float = 1.0  # towards the condition, for models that can be guided
+    # of a tarflow: token by token, all tokens in sweeps, or what was fastest in a measurement made once for a batch size
+    inverse: Literal["auto", "sequential", "jacobi", "measured"] = "auto"
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < math.inf:
             raise UserError(f"temperature = {self.temperature} must be 0 or more, and finite; 1 is the model's own")
         if not math.isfinite(self.guidance):
             raise UserError(f"guidance = {self.guidance} is not finite; 1 is none")
+        if self.inverse not in (ways := get_args(get_type_hints(InverseConfig)["inverse"])):
+            raise UserError(f"inverse {self.inverse!r} is unknown.{nearest(self.inverse, ways)}")
