@@ -8,7 +8,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing may be fetched
 
 import pytest
 import torch
+from hypothesis import settings
 
+settings.register_profile("repeatable", derandomize=True)  # the same examples every time
+settings.load_profile("repeatable")
 torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other
 
 

@@ -35,7 +35,7 @@ def dependencies(network, features, condition=None):
     condition_dim=st.sampled_from([0, 2]),
     residual=st.booleans(),
 )
-def test_parameters_hang_on_the_features_before_and_on_no_others(order, width, depth, condition_dim, residual):
+def test_parameters_hang_on_no_features_but_those_before(order, width, depth, condition_dim, residual):
     torch.manual_seed(0)
     hidden = (width,) * (2 * depth - 1 if residual else depth)
     D = len(order)
@@ -45,8 +45,17 @@ def test_parameters_hang_on_the_features_before_and_on_no_others(order, width, d
     allowed = places.unsqueeze(1) > places
     found = dependencies(network, D, condition)
     assert not (found & ~allowed).any()
-    if width >= 4 * D:  # enough units that none of a path's is dead at every point
-        assert torch.equal(found, allowed)
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+@pytest.mark.parametrize("residual", [False, True])
+def test_parameters_hang_on_all_features_before(depth, residual):
+    torch.manual_seed(0)
+    order = [2, 0, 3, 1]
+    hidden = (64,) * (2 * depth - 1 if residual else depth)  # so many that no path is dead at every point
+    network = perturbed(MADE(4, 3, hidden=hidden, order=order, residual=residual))
+    places = torch.tensor(order)
+    assert torch.equal(dependencies(network, 4, None), places.unsqueeze(1) > places)
 
 
 @pytest.mark.parametrize("residual", [False, True])
