@@ -161,7 +161,7 @@ def draw(results: dict, path: Path) -> None:
     axes = figure.add_subplot()
     for name, result in results.items():
         minutes, _, values = zip(*result["curve"], strict=True)
-        axes.plot(minutes, values, marker="o", markersize=3, label=f"{name}: {result["bits_per_dim"]:.3f}")
+        axes.plot(minutes, values, marker="o", markersize=3, label=f"{name}: {result['bits_per_dim']:.3f}")
     axes.set(xlabel="minutes of one core", ylabel="bits/dim, MNIST test")
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
