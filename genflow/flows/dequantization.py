@@ -11,6 +11,7 @@ Arithmetic is float32 whatever autocast says: a cell of 256 levels is 2^-7 wide,
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -45,7 +46,7 @@ def importance_weighted(log_weights: Tensor) -> Tensor:
     return torch.logsumexp(log_weights, dim=0) - math.log(len(log_weights))
 
 
-class Dequantizer(nn.Module):
+class Dequantizer(nn.Module, ABC):
     """Pictures on 256 grey levels in [-1, 1] to continuous ones.
 
     levels: of the density's pictures: 2^n below 256 keep the top n bits. honest: whether a density of what it gives is a
@@ -76,9 +77,9 @@ class Dequantizer(nn.Module):
             u, log_q = self.noise(k, rng, position)
             return 2 / self.levels * (k + u) - 1, log_q
 
+    @abstractmethod
     def noise(self, k: Tensor, rng: Rng, position: Tensor) -> tuple[Tensor, Tensor]:
         """u and log q(u | k). k: B x C x H x W, float32."""
-        raise NotImplementedError
 
     def uniform(self, like: Tensor, rng: Rng, position: Tensor) -> Tensor:
         """Uniform numbers inside (0, 1), float64, where `like` is."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, cast
@@ -24,7 +25,7 @@ class LipSwish(nn.Module):
         return x * torch.sigmoid(x * F.softplus(self.raw)) / 1.1
 
 
-class Contracted(nn.Module):
+class Contracted(nn.Module, ABC):
     """A layer whose weight is scaled down, where it must be, to the spectral norm `bound` (Miyato et al. 2018, 1802.05957).
 
     The norm is that of the layer as an operator, by power iteration of it and its transpose from a stored direction. In
@@ -46,13 +47,13 @@ class Contracted(nn.Module):
         with torch.no_grad():
             self.direction.copy_(self._iterated(self.cold))
 
+    @abstractmethod
     def apply_weight(self, weight: Tensor, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """The layer with that weight."""
-        raise NotImplementedError
 
+    @abstractmethod
     def adjoint(self, u: Tensor) -> Tensor:
         """The transpose of the layer, without its bias."""
-        raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
         return self.apply_weight(self.normalised(), x, cast(Tensor, self.bias))
