@@ -41,9 +41,7 @@ class Condition:
         def pick(a: Tensor, b: Tensor) -> Tensor:
             return torch.where(keep.view(-1, *[1] * (a.dim() - 1)), a, b.to(a.dtype))
 
-        return Condition(
-            pick(self.tokens, other.tokens), pick(self.mask, other.mask), pick(self.pooled, other.pooled)
-        )
+        return Condition(pick(self.tokens, other.tokens), pick(self.mask, other.mask), pick(self.pooled, other.pooled))
 
     @staticmethod
     def cat(parts: Sequence[Condition]) -> Condition:

@@ -89,6 +89,7 @@ grid_export = partial(genflow_export, kind="grid")
 guidance_export = partial(genflow_export, kind="guidance")
 attention_export = partial(genflow_export, kind="attention")
 text_export = partial(genflow_export, kind="text")
+decoder_export = partial(genflow_export, kind="decoder")
 dataset_export = partial(genflow_export, kind="dataset")
 optimizer_export = partial(genflow_export, kind="optimizer")
 

@@ -188,7 +188,9 @@ def main() -> None:
             subprocess.run([sys.executable, __file__, *sys.argv[1:], "--one", name], check=True)
     results = {n: json.loads((args.out / f"{n}.json").read_text()) for n in MODELS if (args.out / f"{n}.json").exists()}
     for name, result in results.items():
-        print(f"{name:16}{result['bits_per_dim']:.4f} bits/dim  {result['steps']} steps  {result['parameters']} parameters")
+        print(
+            f"{name:16}{result['bits_per_dim']:.4f} bits/dim  {result['steps']} steps  {result['parameters']} parameters"
+        )
     draw(results, args.out / "curves.png")
 
 

@@ -59,7 +59,10 @@ def test_info_explains_one_thing(capsys):
 def test_info_system_says_what_runs_here(capsys):
     assert main(["info", "system"]) == 0
     out = capsys.readouterr().out
-    assert "torch" in out and "sdpa" in out and "fp16" in out
+    assert "torch" in out and "sdpa" in out
+    assert main(["info", "precision"]) == 0
+    out = capsys.readouterr().out
+    assert "bf16" in out and "fp16" in out and "float32" in out
 
 
 @pytest.mark.parametrize(

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,9 +15,14 @@ import torch
 import yaml
 from PIL import Image
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 from genflow.cli import main
+from genflow.data.folders import FolderConfig
 from genflow.data.pictures import read_settings
+from genflow.data.toy2d import Toy2DConfig
+from genflow.evaluation.frechet import frechet_distance
+from genflow.evaluation.reals import read_real
 from genflow.flows.store import load
 
 TRAIN = {
@@ -119,40 +126,156 @@ def test_a_finished_run_says_so_and_how_to_draw(name, how, genflow_, capsys):
 # ------------------------------------------------------------------------------------------------------------------ eval
 
 
+def figures(folder) -> dict[str, float]:
+    return {each["name"]: each["value"] for each in json.loads(Path(folder, "figures.json").read_text())["figures"]}
+
+
 def test_eval_prints_the_figure_and_lays_it_down_with_all_that_it_hangs_on(genflow_, where):
-    out = genflow_("eval", "glow", "-n", "6", "-k", "2")
-    found = json.loads(Path("glow/eval.json").read_text())
-    line = f"{found['mean']:.4f} +- {found['error']:.4f} bits/dim (folder test, 6 samples; {found['how']})\n"
-    assert out == line and "uniform dequantisation, K = 2, 256 levels" in found["how"]
-    assert found["data"]["path"] == "pics" and found["split"] == "test" and found["unit"] == "bits/dim"
-    assert (found["n"], found["k"], found["ema"], found["device"]) == (6, 2, True, "cpu")
-    assert found["model"] == "glow/checkpoints/step-00000006" and found["torch"] == torch.__version__
-    again = genflow_(
-        "eval", "glow/checkpoints/step-00000006", "-n", "6", "-k", "2", "--batch", "4", "--out", "e/g.json"
+    out = genflow_("eval", "glow", "--metrics", "likelihood", "-n", "6", "-k", "2")
+    found = json.loads(Path("glow/eval/figures.json").read_text())
+    (figure,), plan, made = found["figures"], found["plan"], found["made"]
+    line = f"{figure['name']}  {figure['value']:.4f} +- {figure['error']:.4f}    {figure['on']}\n"
+    assert out.startswith(line) and figure["on"].startswith(
+        "folder test, 6 samples; uniform dequantisation, K = 2, 256 "
     )
-    assert again == out and json.loads(Path("e/g.json").read_text())["mean"] == pytest.approx(found["mean"], rel=1e-6)
-    last = genflow_("eval", "glow", "--no-ema", "-n", "6", "-k", "2")
-    assert len({out, last, genflow_("eval", "glow", "--split", "train", "-n", "6", "-k", "2")}) == 3
+    assert (plan["n"], plan["k"], plan["metrics"]) == (6, 2, ["likelihood"]) and made["data"]["path"] == "pics"
+    assert (made["ema"], made["device"], made["versions"]["torch"]) == (True, "cpu", torch.__version__)
+    assert made["model"] == "glow/checkpoints/step-00000006" and made["counts"] == {"likelihood": 6, "overlap": 0}
+    weights = Path("glow/checkpoints/step-00000006/ema.safetensors").read_bytes()
+    assert made["weights"] == {"file": "ema.safetensors", "sha256": hashlib.sha256(weights).hexdigest()}
+    how = ["--metrics", "likelihood", "-n", "6", "-k", "2"]
+    genflow_("eval", "glow/checkpoints/step-00000006", *how, "--batch", "4", "--out", "e")
+    assert figures("e")["bits/dim"] == pytest.approx(figure["value"], rel=1e-6)
+    values = [figure["value"]]
+    for more in (["--no-ema"], ["--split", "train"]):
+        genflow_("eval", "glow", *how, *more, "--out", "e")
+        values.append(figures("e")["bits/dim"])
+    assert len(set(values)) == 3
 
 
 def test_eval_of_one_sample_is_json_without_nan(genflow_):
-    assert "+-" not in genflow_("eval", "glow", "-n", "1", "--out", "one.json")
-    assert json.loads(Path("one.json").read_text(), parse_constant=pytest.fail)["error"] is None
+    assert "+-" not in genflow_("eval", "glow", "--metrics", "likelihood", "-n", "1", "--out", "one")
+    text = Path("one/figures.json").read_text()
+    assert json.loads(text, parse_constant=pytest.fail)["figures"][0]["error"] is None
 
 
 def test_eval_of_numbers_is_in_nats_and_takes_the_solve_of_a_velocity(genflow_):
-    assert "nats (table test, " in genflow_("eval", "table") and "exact, float32" in genflow_("eval", "table")
-    out = genflow_("eval", "plane", "-n", "3", "--divergence", "hutchinson", "--draws", "2", "--tolerance", "1e-3")
-    assert "nats (toy2d test, 3 samples; unguided ODE, divergence hutchinson, draws 2, rtol 0.001, atol 0.001" in out
-    found = json.loads(Path("plane/eval.json").read_text())
-    assert found["draws"] == 2 and found["rtol"] == 1e-3 and found["data"]["kind"] == "moons"
+    out = genflow_("eval", "table")
+    assert "nats" in out and "table test, " in out and "exact, float32" in out and "features pixels" in out
+    assert {"nats", "FD", "KID", "precision", "recall", "density", "coverage", "copying"} == set(figures("table/eval"))
+    how = ["--metrics", "likelihood", "-n", "3", "--divergence", "hutchinson", "--draws", "2", "--tolerance", "1e-3"]
+    out = genflow_("eval", "plane", *how)
+    assert "toy2d test, 3 samples; unguided ODE, divergence hutchinson, draws 2, rtol 0.001, atol 0.001" in out
+    found = json.loads(Path("plane/eval/figures.json").read_text())
+    assert found["plan"]["likelihood"] == {"divergence": "hutchinson", "draws": 2, "rtol": 1e-3, "atol": 1e-3}
+    assert found["made"]["data"]["kind"] == "moons"
+
+
+def test_eval_measures_all_that_a_model_can_honestly_have(genflow_):
+    out = genflow_("eval", "noisy")
+    assert {"loss", "FD", "KID", "precision", "recall", "density", "coverage", "copying"} == set(figures("noisy/eval"))
+    assert "likelihood: left out, likelihood: this flow was trained on pictures with added noise" in out
+    assert "alignment: left out, the model hears no condition" in out
+    assert "fd: 8 samples do not span 192 features" in out
+    found = json.loads(Path("noisy/eval/figures.json").read_text())
+    assert found["made"]["counts"] == {"loss": 16, "samples": 8, "real": 8, "overlap": 0} and found["made"]["nfe"] == 1
+    fd = next(each for each in found["figures"] if each["name"] == "FD")
+    assert fd["on"] == "8 samples, 8 of folder train" and 0 < fd["real"] < fd["value"]
+    assert read_settings("noisy/eval/nearest.png")["model"] == "noisy/checkpoints/step-00000006"
+
+
+def test_the_distance_is_that_of_the_samples_that_sample_draws(genflow_):
+    genflow_("eval", "glow", "--metrics", "fd", "-n", "5", "--seed", "3", "--temperature", "0.5", "--out", "f")
+    drawn = load("glow").sample([""], seeds=[3, 4, 5, 6, 7], temperature=0.5).x
+    drawn = ((drawn + 1) * 127.5).round() / 127.5 - 1
+    x = read_real(FolderConfig("pics", size=8).build("train"), (3, 8, 8)).x[:5].float() / 127.5 - 1
+    assert figures("f")["FD"] == pytest.approx(frechet_distance(drawn.flatten(1), x.flatten(1)), rel=1e-5)
+    genflow_(
+        "eval",
+        "glow",
+        "--metrics",
+        "fd",
+        "-n",
+        "5",
+        "--seed",
+        "3",
+        "--temperature",
+        "0.5",
+        "--batch",
+        "2",
+        "--out",
+        "g",
+    )
+    assert figures("g")["FD"] == pytest.approx(figures("f")["FD"], rel=1e-4)
+
+
+def test_the_loss_is_that_of_all_held_out_samples_at_each_time(genflow_):
+    genflow_("eval", "plane", "--metrics", "loss", "--batch", "7", "--out", "l")
+    flow, data = load("plane"), Toy2DConfig("moons", n=200).build("test")
+    rows, position = torch.arange(len(data)), torch.arange(len(data))
+    batch = SimpleNamespace(x=data.rows[rows], condition=flow.text.encode([""]).expand(len(rows)), position=position)
+    expected = {key.removeprefix("validation_"): float(value) for key, value in flow.validate(batch).items()}
+    found = {key.replace("loss at t = ", "t"): value for key, value in figures("l").items()}
+    assert found == pytest.approx(expected, rel=1e-5) and len(found) == 9
+
+
+def test_an_evaluation_again_holds_until_something_changes(genflow_, capsys):
+    genflow_("eval", "tarflow", "--metrics", "fd", "kid", "likelihood", "--guidance", "2", "--out", "again")
+    file = Path("again/figures.json")
+    out = genflow_("eval", "--again", file)
+    assert out.count(" holds\n") == 3 and out.endswith("all hold, to 1e-06\n")
+    found = json.loads(file.read_text())
+    found["figures"][0]["value"] *= 1 + 1e-5
+    file.write_text(json.dumps(found))
+    assert "1 of 3 do not hold" in genflow_("eval", "--again", file, code=1)
+    found["figures"][0]["value"] /= 1 + 1e-5
+    found["made"]["weights"]["sha256"] = "0"
+    found["figures"].append({"name": "FID", "value": 1.0})
+    file.write_text(json.dumps(found))
+    assert main(["eval", "--again", str(file)]) == 1
+    printed = capsys.readouterr()
+    assert printed.out.endswith("other weights, to 1e-06\n") and printed.err.startswith("other weights: ")
+    assert "FID" in printed.out and "DOES NOT HOLD" in printed.out
+
+
+def test_a_test_split_that_overlaps_the_training_split_is_reported(genflow_):
+    for split in ("train", "test"):
+        Path("twice", split).mkdir(parents=True, exist_ok=True)
+        for path in Path("pics", split).glob("*/*.png"):
+            (Path("twice", split) / f"{path.parent.name}{path.name}").write_bytes(path.read_bytes())
+    Path("twice/test/copy.png").write_bytes(Path(A.replace("dark", "light")).read_bytes())
+    data = {"name": "folder", "path": "twice", "size": 8}
+    assert main(["train", config("glow", data=data), "out=overlapping"]) == 0
+    out = genflow_("eval", "overlapping", "--metrics", "likelihood", "nearest")
+    assert "(overlap: 1 of 17 samples of the test split are in the training split too, such as copy.png; " in out
+
+
+def test_pictures_of_a_class_find_their_caption_and_their_neighbours(genflow_, tmp_path, monkeypatch):
+    """By a network of one convolution that hears brightness."""
+    weights = {
+        "a.weight": torch.ones(2, 3, 1, 1) * torch.tensor([1.0, -1.0]).view(2, 1, 1, 1),
+        "a.bias": torch.tensor([0.0, 3]),
+    }
+    save_file(weights, tmp_path / "bright.safetensors")
+    op = {"op": "conv_relu", "stride": 1, "padding": 0, "inputs": ["x"], "name": "a"}
+    (tmp_path / "bright.json").write_text(json.dumps({"graph": [{"op": "input", "name": "x"}, op]}))
+    out = genflow_(
+        "eval", "tarflow", "--metrics", "alignment", "nearest", "--features", tmp_path / "bright.json", "--out", "seen"
+    )
+    found = {each["name"]: each for each in json.loads(Path("seen/figures.json").read_text())["figures"]}
+    assert set(found) == {"R@1", "copying"} and found["R@1"]["real"] == 1.0  # of two captions
+    assert "16 pictures, 2 captions of folder test; ridge from features" in out and "nearest.png" in out
+    assert (
+        main(["eval", "tarflow", "--metrics", "fd", "alignment", "--features", "pixels"]) == 2
+    )  # pixels know no words
 
 
 def test_a_reflowed_run_is_evaluated_and_drawn_by_the_real_data(genflow_):
     few = ["train.steps=2", "train.preview_every=2"]
     genflow_("reflow", "plane", "--pairs", "16", "--samples", "4", "--steps", "2", "--out", "re", "--set", *few)
     assert Path("re/previews/step-00000002.png").exists()
-    assert "nats (toy2d test, 3 samples; " in genflow_("eval", "re", "-n", "3", "--tolerance", "1e-3")
+    out = genflow_("eval", "re", "--metrics", "likelihood", "-n", "3", "--tolerance", "1e-3")
+    assert "nats" in out and "toy2d test, 3 samples; " in out
     assert "in the units of the training data" in genflow_("sample", "re", "-n", "2", "--out", "r")
 
 
@@ -247,13 +370,33 @@ def test_an_interpolation_begins_and_ends_at_the_pictures(genflow_):
         (["eval", "glow", "--split", "nonsense"], "nonsense"),
         (["eval", "glow", "-n", "0"], "n = 0 is too few; the least is 1"),
         (["eval", "glow", "-k", "0"], "k = 0 is too few; the least is 1"),
-        (["eval", "glow", "--batch", "0"], "batch = 0 is too few"),
+        (["eval", "glow", "--batch", "0"], "--batch must be 1 or more, not 0"),
+        (["eval", "glow", "--seed", "-1"], "seed = -1 is too few; the least is 0"),
+        (["eval", "glow", "--metrics", "fid"], "no metric 'fid'. Did you mean 'fd'?"),
+        (
+            ["eval", "glow", "--metrics", "fd", "-n", "1"],
+            "fd: 1 samples, and as many real ones twice, are too few; 2 are the least",
+        ),
+        (
+            ["eval", "glow", "--metrics", "precision-recall", "-n", "3"],
+            "3 samples, and as many real ones twice, are too few; 4 are",
+        ),
+        (["eval", "glow", "--metrics", "alignment"], "alignment: the model hears no condition"),
+        (["eval", "tarflow", "--metrics", "alignment"], "alignment: pixels know no words"),
+        (["eval", "table", "--metrics", "alignment"], "alignment: vectors show no caption"),
+        (["eval", "table", "--features", "nothing.json"], "nothing.json: no such file"),
+        (["eval", "glow", "--features", "pixles"], "no features 'pixles'"),
         (["eval", "glow", "--divergence", "exact"], "divergence is for likelihoods of a velocity"),
-        (["eval", "glow", "--out", "pics"], "--out pics is a folder; name a file, such as pics/eval.json"),
-        (["eval", "glow", "--out", "table.csv/x.json"], "table.csv is a file; name a folder"),
-        (["eval", "noisy"], "trained on pictures with added noise"),
+        (["eval", "glow", "--steps", "3"], "--steps does nothing for a NormalizingFlow"),
+        (["eval", "glow", "--out", "table.csv"], "table.csv is a file; name a folder"),
+        (["eval", "noisy", "--metrics", "likelihood"], "trained on pictures with added noise"),
         (["eval", "table", "-k", "2"], "k = 2: vectors are continuous"),
-        (["eval", "plane", "--tolerance", "1e-12"], "rtol = 1e-12 is below"),
+        (["eval", "plane", "--metrics", "likelihood", "--tolerance", "1e-12"], "rtol = 1e-12 is below"),
+        (["eval"], "which model? give its run's folder, or --again FILE"),
+        (["eval", "glow", "--again", "x.json"], "says itself of which model and how; leave run out"),
+        (["eval", "--again", "x.json", "-n", "3"], "--again x.json says itself of which model and how; leave n out"),
+        (["eval", "--again", "x.json"], "--again x.json: No such file or directory"),
+        (["eval", "--again", "table.csv"], "--again table.csv: no figures.json of an evaluation"),
         (
             ["sample", "glow", "--prompt", "light"],
             "glow hears no condition; leave --prompt, --prompt-file and --class out",
@@ -310,7 +453,11 @@ LEARNED = {"name": "learned", "dim": 8, "heads": 2, "layers": 1}
             {"flow": {"name": "normalizing", "whiten": 0.1}},
             "whiten = 0.1: the text encoder hears no difference",
         ),
-        ("glow", {"sample": {"steps": 20}}, "unknown key 'steps' in sample. Choose from: guidance, inverse, temperature."),
+        (
+            "glow",
+            {"sample": {"steps": 20}},
+            "unknown key 'steps' in sample. Choose from: guidance, inverse, temperature.",
+        ),
         ("table", {"model": GLOW}, "glow is for pictures"),
         (
             "table",

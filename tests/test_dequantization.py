@@ -125,7 +125,9 @@ def test_cells_are_divided_by_256():
     assert y.item() == 2 * (255 + BELOW_ONE) / 256 - 1
 
 
-@pytest.mark.parametrize("config", [UniformDequantization(), VariationalDequantization(hidden=4), GaussianDequantization()])
+@pytest.mark.parametrize(
+    "config", [UniformDequantization(), VariationalDequantization(hidden=4), GaussianDequantization()]
+)
 def test_noise_hangs_on_the_position_alone(config):
     module = perturbed(config.build((3, 4, 4)))
     k = torch.randint(256, (5, 3, 4, 4), generator=torch.Generator().manual_seed(0))
@@ -169,7 +171,9 @@ def test_gaussian_noise_has_its_sigma_and_makes_no_claim():
 def test_variational_noise_starts_as_the_uniform():
     k = grid(torch.randint(256, (4, 3, 4, 4), generator=torch.Generator().manual_seed(0)))
     y, log_q = VariationalDequantization().build((3, 4, 4))(k, Rng(0), torch.arange(4))
-    torch.testing.assert_close(y, UniformDequantization().build((3, 4, 4))(k, Rng(0), torch.arange(4))[0], rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        y, UniformDequantization().build((3, 4, 4))(k, Rng(0), torch.arange(4))[0], rtol=0, atol=1e-6
+    )
     assert log_q.abs().max() < 1e-4
 
 

@@ -275,6 +275,9 @@ def test_dropped_conditions_are_alike_to_the_coupling():
         def null(self):
             return Condition(torch.zeros(1, 0, 0), torch.zeros(1, 0, dtype=torch.bool), torch.full((1, 1), 9.0))
 
+        def drop(self, condition, rng, position):
+            return condition
+
         def forward(self, condition):
             return condition
 

@@ -65,6 +65,20 @@ def same(a, b, **tolerance):
     torch.testing.assert_close(a, b, **(tolerance or {"rtol": 1e-12, "atol": 1e-12}))
 
 
+class Timed:
+    """A conditional velocity that takes one time for all rows as a number."""
+
+    def __init__(self):
+        self.times = []
+
+    def __call__(self, x, t, c):
+        return conditional(x, t, c)
+
+    def at(self, x, time, c):
+        self.times.append(time)
+        return conditional(x, x.new_full((len(x),), time), c)
+
+
 # ------------------------------------------------------------------------------------------------------------------ cfg
 
 
@@ -86,6 +100,18 @@ def test_outside_the_interval_there_is_one_plain_call(x, c, u):
     for rows, t in calls:
         assert rows == (6 if 0.25 <= t <= 0.75 else 3), t
     assert torch.equal(guided.at(x, 0.9), conditional(x, torch.full((3,), 0.9, dtype=x.dtype), c))
+
+
+def test_a_conditional_velocity_may_take_the_time_as_a_number(x, c, u):
+    grid, timed = [0.9, 0.6, 0.1, 0.0], Timed()
+    for interval in ((0.0, 1.0), (0.5, 0.7)):
+        expected = euler(cfg(conditional, (c,), (u,), 3.0, interval=interval), x, grid).x
+        same(euler(cfg(timed, (c,), (u,), 3.0, interval=interval), x, grid).x, expected)
+    same(euler(Conditioned(timed, (c,)), x, grid).x, euler(Conditioned(conditional, (c,)), x, grid).x)
+    assert timed.times == 3 * grid[:3]
+    rows = torch.full((3,), 0.6, dtype=x.dtype)
+    same(cfg(timed, (c,), (u,), 3.0)(x, rows), cfg(conditional, (c,), (u,), 3.0)(x, rows))  # of each row, as ever
+    assert len(timed.times) == 9
 
 
 def test_scale_one_is_one_plain_call_and_zero_is_the_unconditional(x, c, u, pair):

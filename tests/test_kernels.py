@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 from genflow.layers import kernels
 from genflow.layers.modulation import QKV, Linear, gated_residual, gelu, joint_heads, modulated_norm
@@ -111,6 +112,26 @@ def test_bf16_is_no_worse_than_the_plain_formula(case, monkeypatch):
     for got, other, expected in zip(fused, plain, exact, strict=True):
         small = 2**-8 * expected.abs().max()
         assert (got - expected).abs().max() <= 2 * (other - expected).abs().max() + small
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_without_gradients_the_same_kernel_runs_and_nothing_is_kept(case, dtype, monkeypatch):
+    function, inputs, _ = CASES[case](dtype)
+    expected = function(*inputs)
+    monkeypatch.setattr(torch.autograd.Function, "apply", lambda *_: pytest.fail("autograd was asked"))
+    with torch.no_grad():
+        got = function(*inputs)
+    for a, b in zip(*(o if isinstance(o, tuple) else (o,) for o in (expected, got)), strict=True):
+        assert torch.equal(a, b) and b.grad_fn is None
+
+
+def test_forward_mode_derivatives_are_refused_not_lost():
+    x, shift, scale = modulation_views(torch.float32)[:3]
+    with torch.no_grad(), forward_ad.dual_level():
+        dual = forward_ad.make_dual(x.detach(), torch.ones_like(x))
+        with pytest.raises(RuntimeError, match="jvp"):
+            modulated_norm(dual, shift.detach(), scale.detach())
 
 
 def test_the_kernels_are_what_runs():

@@ -228,7 +228,10 @@ class Nothing(Flow):
         ({"rtol": 1e-3}, "rtol is for likelihoods of a velocity"),
         ({"data": Held(rows() / 0)}, "the likelihood of row 0 is inf; is the model trained?"),
         ({"data": Held(levels(), broken=2), "flow": scale_flow(SHAPE)}, "row 2 cannot be read"),
-        ({"data": Held(levels()), "flow": scale_flow(SHAPE, dequantization=GaussianDequantization())}, "with added noise"),
+        (
+            {"data": Held(levels()), "flow": scale_flow(SHAPE, dequantization=GaussianDequantization())},
+            "with added noise",
+        ),
         ({"flow": Nothing()}, "this flow offers no likelihood"),
         ({"flow": velocity_flow(), "divergence": "exat"}, "divergence 'exat' is unknown. Did you mean 'exact'?"),
         ({"flow": velocity_flow(), "draws": 2}, "the exact divergence has none to take"),

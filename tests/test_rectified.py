@@ -62,6 +62,9 @@ class TinyText(nn.Module):
     def null(self):
         return self.encode([""])
 
+    def drop(self, condition, rng, position):
+        return condition
+
     def forward(self, condition):
         return dataclasses.replace(condition, tokens=self.linear(condition.tokens)) if self.trainable else condition
 

@@ -24,6 +24,8 @@ COMMANDS = {
     "reflow": "straighten a velocity on pairs of its own noise and pictures",
     "tune": "learn the time grid that suits a trained model best",
     "plot": "look at a run: its training, its solves step by step, its errors",
+    "convert": "SD3 checkpoints in and out: diffusers' folders, Stability's files, genflow's models",
+    "bench": "how fast training, sampling, attention and flows are here, beside other libraries",
     "info": "list what there is, or explain one thing",
 }
 

@@ -137,7 +137,9 @@ def _between(
     from genflow.samplers.interpolation import slerp
 
     if not args.into:
-        raise UserError(f"{args.run} is a {type(flow).__name__}, which has no velocity: it can only go --into a picture")
+        raise UserError(
+            f"{args.run} is a {type(flow).__name__}, which has no velocity: it can only go --into a picture"
+        )
     if args.to is not None:
         raise UserError(f"--to is for models of a velocity; {args.run} goes --into a picture under one --prompt")
     refuse_sampling(args)
@@ -149,7 +151,9 @@ def _between(
     for part in (jobs[i : i + args.batch] for i in range(0, len(jobs), args.batch)):
         fractions = torch.tensor([cell["frame"] / max(frames - 1, 1) for _, cell in part])
         images.append(flow.decode(slerp(z[[i for i, _ in part]], z[-1:], fractions), condition).clamp(-1, 1).cpu())
-    _write(out, args.pictures, x, None, jobs, torch.cat(images), {"way": way, "into": args.into, "model": str(args.run)})
+    _write(
+        out, args.pictures, x, None, jobs, torch.cat(images), {"way": way, "into": args.into, "model": str(args.run)}
+    )
     print(f"{len(jobs)} pictures and grid.png in {args.out}: {way} through the flow's noise, and exactly back")
     return 0
 

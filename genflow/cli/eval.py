@@ -1,77 +1,235 @@
-"""genflow eval RUN"""
+"""genflow eval RUN, and genflow eval --again FILE"""
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
+import hashlib
 import json
 import math
-import time
+import platform
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from genflow.cli.options import real_data, writable
+from genflow.cli.options import add_solving, open_model, real_data, writable
 from genflow.errors import UserError
+
+if TYPE_CHECKING:
+    from genflow.evaluation.plan import Evaluation, Plan
+
+FIGURES = "figures.json"
+HOLDS = 1e-6  # relative: what a figure may differ by when it is computed again
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", help="a run's folder, one of its checkpoints, or a model folder")
-    parser.add_argument("--split", default="test", help="of the run's data set (test)")
-    parser.add_argument("-n", type=int, metavar="N", help="samples, the first of the split (default: all)")
-    parser.add_argument("-k", type=int, default=1, metavar="K", help="draws of the dequantisation for each picture (1)")
-    velocity = parser.add_argument_group("of a velocity's likelihood")
-    velocity.add_argument("--divergence", help="exact, hutchinson, hutchinson_gaussian, hutch++ (exact to 16 numbers)")
-    velocity.add_argument("--draws", type=int, metavar="N", help="of the divergence's estimator, for each sample (1)")
-    velocity.add_argument("--tolerance", type=float, metavar="T", help="of the ODE solve, relative and absolute (1e-4)")
-    parser.add_argument("--batch", type=int, default=64, help="samples at once; does not change the figure (64)")
-    parser.add_argument("--no-ema", action="store_true", help="the last weights instead of their average")
-    parser.add_argument("--device", help="cpu, cuda, mps (default: the best there is)")
-    parser.add_argument("--out", metavar="FILE", help="where the figure goes as JSON (default: RUN/eval.json)")
+    from genflow.evaluation.plan import METRICS
+
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = "metrics:\n" + "\n".join(f"  {name:18}{what}" for name, what in METRICS.items())
+    parser.add_argument("run", nargs="?", help="a run's folder, one of its checkpoints, or a model folder")
+    parser.add_argument(
+        "--metrics", nargs="+", default=[], metavar="NAME", help="see below (those that the model can honestly have)"
+    )
+    parser.add_argument("--again", metavar="FILE", help="compute an earlier figures.json again: does it hold, to 1e-6?")
+    what = parser.add_argument_group("of what")
+    what.add_argument("--split", help="of the run's data (held-out figures: test; distances: train)")
+    what.add_argument("-n", type=int, metavar="N", help="samples (2000, or half of the split; likelihoods: all of it)")
+    what.add_argument("--seed", type=int, default=0, help="of the first sample; the next have the next seeds (0)")
+    what.add_argument(
+        "--features",
+        metavar="NAME",
+        help="GRAPH.json, a name in the cache folder, inception, pixels (mixed4, or pixels)",
+    )
+    likely = parser.add_argument_group("of likelihoods")
+    likely.add_argument("-k", type=int, default=1, metavar="K", help="draws of the dequantisation for each picture (1)")
+    likely.add_argument("--divergence", help="exact, hutchinson, hutchinson_gaussian, hutch++ (exact to 16 numbers)")
+    likely.add_argument("--draws", type=int, metavar="N", help="of the divergence's estimator, for each sample (1)")
+    likely.add_argument("--tolerance", type=float, metavar="T", help="of the ODE solve, relative and absolute (1e-4)")
+    add_solving(parser)
+    parser.add_argument("--out", metavar="FOLDER", help=f"where {FIGURES} and nearest.png go (RUN/eval)")
 
 
 def run(args: argparse.Namespace) -> int:
-    import torch
-    from tqdm import tqdm
+    if args.again:
+        _refuse_more(args)
+        return _again(args)
+    if not args.run:
+        raise UserError("which model? give its run's folder, or --again FILE")
+    from genflow.evaluation.plan import Plan
+    from genflow.flows.store import find_model
 
-    from genflow.config import Choice, from_dict
-    from genflow.data.pictures import write_atomic
-    from genflow.evaluation.likelihood import likelihood
-    from genflow.flows.store import find_model, load
-
-    flow = load(args.run, ema=not args.no_ema, device=args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    out = _file(args)
-    section = (flow.recipe or {}).get("data")
-    if not section:
-        raise UserError(f"{args.run} does not say which data it was trained on, so there is none to evaluate it with")
-    section = real_data(section)
-    data: Any = from_dict(Annotated[Any, Choice("dataset")], section, where=f"{args.run}: data")
     asked = {"divergence": args.divergence, "draws": args.draws, "rtol": args.tolerance, "atol": args.tolerance}
-    how = {key: value for key, value in asked.items() if value is not None}
-    begun = time.monotonic()
-    with tqdm(total=args.n, unit="sample", dynamic_ncols=True, disable=None) as bar:
-        what: dict[str, Any] = {"name": section["name"], "split": args.split, "n": args.n, "k": args.k}
-        result = likelihood(flow, data, **what, batch=args.batch, progress=bar.update, **how)
-    print(result)
-    about = {
-        **dataclasses.asdict(result),
-        "error": result.error if math.isfinite(result.error) else None,  # JSON knows no NaN
-        "data": section,
-        "k": args.k,
-        **how,
-        "model": str(find_model(args.run)),
-        "ema": not args.no_ema,
-        "torch": torch.__version__,
-        "device": str(flow.device),
-        "seconds": round(time.monotonic() - begun, 1),
-    }
-    write_atomic(out, lambda file: file.write((json.dumps(about, indent=2) + "\n").encode()))
+    out = writable(args.out or str(Path(args.run) / "eval"))
+    flow, settings = open_model(args)
+    plan = Plan(
+        metrics=tuple(args.metrics),
+        split=args.split,
+        n=args.n,
+        k=args.k,
+        seed=args.seed,
+        batch=args.batch,
+        sampling=settings,
+        likelihood={key: value for key, value in asked.items() if value is not None},
+    )
+    found, made = _measure(flow, plan, str(find_model(args.run)), not args.no_ema, args.features)
+    _print(found, made)
+    _write(found, made, plan, out)
     return 0
 
 
-def _file(args: argparse.Namespace) -> Path:
-    """Where the figure goes. Raises UserError where it cannot: said before the evaluation, not after."""
-    out = Path(args.out) if args.out else Path(args.run) / "eval.json"
-    if out.is_dir():
-        raise UserError(f"--out {out} is a folder; name a file, such as {out / 'eval.json'}")
-    writable(str(out.parent))
-    return out
+def _measure(flow: Any, plan: Plan, model: str, ema: bool, features: str | None) -> tuple[Evaluation, dict[str, Any]]:
+    """The figures, and everything that made them."""
+    import numpy
+    import torch
+
+    from genflow import __version__
+    from genflow.config import Choice, from_dict
+    from genflow.evaluation.features import feature_network
+    from genflow.evaluation.report import evaluate
+
+    section = (flow.recipe or {}).get("data")
+    if not section:
+        raise UserError(f"{model} does not say which data it was trained on, so there is none to evaluate it with")
+    section = real_data(section)
+    data: Any = from_dict(Annotated[Any, Choice("dataset")], section, where=f"{model}: data")
+    network = feature_network(features if len(flow.shape) == 3 or features else "pixels")
+    found = evaluate(flow, data, plan, name=section["name"], features=network, bar=_bar)
+    made = {
+        "model": model,
+        "weights": _weights(model, ema=ema),
+        "ema": ema,
+        "data": section,
+        "features": {
+            "name": network.name,
+            "sha256": network.digest,
+            "file": str(getattr(network, "path", "")) or features,
+        },
+        "counts": found.counts,
+        "nfe": found.nfe,
+        "device": str(flow.device),
+        "threads": torch.get_num_threads(),
+        "versions": {
+            "genflow": __version__,
+            "torch": torch.__version__,
+            "numpy": numpy.__version__,
+            "python": platform.python_version(),
+        },
+        "seconds": found.seconds,
+    }
+    return found, made
+
+
+@contextmanager
+def _bar(what: str, total: int) -> Iterator[Callable[[int], object]]:
+    from tqdm import tqdm
+
+    with tqdm(total=total, desc=what, unit="sample", leave=False, dynamic_ncols=True, disable=None) as bar:
+        yield bar.update
+
+
+def _weights(model: str, *, ema: bool) -> dict[str, str]:
+    """The file of the weights and its SHA-256."""
+    from genflow.flows.store import EMA, MODEL
+
+    file = next(
+        path for path in (Path(model, EMA), Path(model, MODEL)) if path.exists() and (ema or path.name == MODEL)
+    )
+    with file.open("rb") as content:
+        return {"file": file.name, "sha256": hashlib.file_digest(content, "sha256").hexdigest()}
+
+
+# -------------------------------------------------------------------------------------------------------------- a report
+
+
+def _print(found: Evaluation, made: dict[str, Any]) -> None:
+    rows, before = [("", "", "real" if any(each.real is not None for each in found.figures) else "", "")], ""
+    for each in found.figures:
+        error = "" if each.error is None else f" +- {_number(each.error)}"
+        real = "" if each.real is None else _number(each.real)
+        rows.append((each.name, _number(each.value) + error, real, each.on if each.on != before else ""))
+        before = each.on or before
+    widths = [max(len(row[i]) for row in rows) for i in range(3)]
+    for row in rows if rows[0][2] else rows[1:]:
+        print("  ".join([*(f"{text:{width}}" for text, width in zip(row, widths)), row[3]]).rstrip())
+    if found.counts.get("samples") or found.counts.get("alignment"):
+        print(f"features {made['features']['name']}; {found.nfe} network evaluations for each sample")
+    for remark in found.remarks:
+        print(f"({remark})")
+
+
+def _number(value: float) -> str:
+    return f"{value:.4f}" if 1e-3 <= abs(value) < 1000 or value == 0 else f"{value:.4g}"
+
+
+def _write(found: Evaluation, made: dict[str, Any], plan: Plan, out: Path) -> None:
+    from genflow.data.pictures import write_atomic
+
+    about = {
+        "figures": [{key: _json(value) for key, value in asdict(each).items()} for each in found.figures],
+        "remarks": found.remarks,
+        "plan": {**asdict(plan), "metrics": found.metrics},
+        "made": made,
+    }
+    write_atomic(out / FIGURES, lambda file: file.write((json.dumps(about, indent=2) + "\n").encode()))
+    print(f"with all that made them in {out / FIGURES}", end="")
+    if found.picture is not None:
+        from dataclasses import replace
+
+        replace(found.picture, settings={"model": made["model"], "seed": plan.seed}).save_atomic(out / "nearest.png")
+        print(f"; samples beside their nearest training pictures in {out / 'nearest.png'}", end="")
+    print()
+
+
+def _json(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+# --------------------------------------------------------------------------------------------------------------- again
+
+
+def _refuse_more(args: argparse.Namespace) -> None:
+    """Raises UserError for what the file says already."""
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    plain = {**vars(parser.parse_args([])), "again": args.again, "device": args.device}
+    if more := [name for name, value in vars(args).items() if value != plain[name]]:
+        raise UserError(
+            f"--again {args.again} says itself of which model and how; leave {more[0].replace('_', '-')} out"
+        )
+
+
+def _again(args: argparse.Namespace) -> int:
+    """0 where every figure holds, 1 where one does not."""
+    from genflow.evaluation.plan import Plan
+    from genflow.flows.store import load
+
+    path = Path(args.again)
+    try:
+        old = json.loads(path.read_text())
+        plan, made, before = Plan(**old["plan"]), old["made"], {each["name"]: each["value"] for each in old["figures"]}
+        model, ema, device, features = made["model"], made["ema"], made["device"], made["features"]["file"]
+    except OSError as error:
+        raise UserError(f"--again {path}: {error.strerror}; give the {FIGURES} of an earlier evaluation") from error
+    except (ValueError, LookupError, TypeError) as error:
+        raise UserError(f"--again {path}: no {FIGURES} of an evaluation ({error})") from error
+    flow = load(model, ema=ema, device=args.device or device)
+    found, now = _measure(flow, plan, model, ema, features or "pixels")
+    for what in ("weights", "data", "features", "versions", "device", "threads"):
+        if made[what] != now[what]:
+            print(f"other {what}: {made[what]} then, {now[what]} now", file=sys.stderr)
+    width, fails = max(map(len, before)), 0
+    for each in found.figures:
+        then = before.pop(each.name, None)
+        holds = then is not None and math.isclose(each.value, then, rel_tol=HOLDS, abs_tol=1e-12)
+        fails += not holds
+        print(f"{each.name:{width}}  {then!r:>22}  {each.value!r:>22}  {'holds' if holds else 'DOES NOT HOLD'}")
+    for name in before:
+        print(f"{name:{width}}  {before[name]!r:>22}  {'':>22}  DOES NOT HOLD")
+    fails += len(before)
+    changed = made["weights"] != now["weights"]
+    verdict = "other weights" if changed else f"{fails} of {len(found.figures)} do not hold" if fails else "all hold"
+    print(f"{verdict}, to {HOLDS:g}")
+    return int(bool(fails) or changed)

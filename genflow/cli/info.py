@@ -31,13 +31,15 @@ PLURAL = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("what", nargs="?", help="a kind (sampler), a name (heun), or: system")
+    parser.add_argument("what", nargs="?", help="a kind (sampler), a name (heun), or: system, precision")
 
 
 def run(args: argparse.Namespace) -> int:
     what = {"data": "dataset", "model": "network"}.get(args.what, args.what)  # as a config's sections are called
     if what == "system":
         _system()
+    elif what == "precision":
+        _precision()
     elif what is None or what in PLURAL:
         for kind in PLURAL if what is None else [what]:
             _list(kind)
@@ -48,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
         attrs = [(k, n) for k, group in index().items() for n, entry in group.items() if entry["attr"] == what]
         if not kinds and not attrs:
             every = [n for kind in PLURAL for n in names(kind)]
-            raise UserError(f"nothing is called {what!r}.{nearest(what, [*PLURAL, 'system', *every])}")
+            raise UserError(f"nothing is called {what!r}.{nearest(what, [*PLURAL, 'system', 'precision', *every])}")
         for kind, name in attrs or [(kind, what) for kind in kinds]:
             _explain(kind, name)
     return 0
@@ -98,16 +100,30 @@ def _system() -> None:
     if torch.backends.mps.is_available():
         print("mps: available")
     from genflow.attention import choose
-    from genflow.training.precision import DTYPES, matmul_tflops, refusal
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    print(f"\ntraining precision on {device.type}")
-    for name, dtype in DTYPES.items():
-        reason = refusal(name, device)
-        rate = "" if reason or device.type != "cpu" else f"matrix products at {matmul_tflops(dtype):.2f} TFLOP/s"
-        print(f"  {name:22}{reason or rate or 'yes'}")
     call = _training_call()
     print(f"\nattention: {choose('auto', call).name} ({_words(call)}); genflow info attention says more")
+    print("training precision: genflow info precision")
+
+
+def _precision() -> None:
+    """For each device: the precisions of train.precision, how fast it multiplies in each, and why not in the others."""
+    import torch
+
+    from genflow.training.precision import precision_report, resolve_precision
+
+    devices = [torch.device("cpu"), *(torch.device("cuda", i) for i in range(torch.cuda.device_count()))]
+    if torch.backends.mps.is_available():
+        devices.append(torch.device("mps"))
+    for device in devices:
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
+        print(f"{device} ({name}), train.precision" if device.type != "mps" else "mps, train.precision")
+        chosen, why = resolve_precision("auto", device)
+        print(f"  {'auto':22}{chosen} ({why.removeprefix('auto: ')})")
+        for precision, told in precision_report(device).items():
+            print(f"  {precision:22}{told}")
+        print()
+    print("weights, optimiser and averages are float32 in all of them; there is no fp8 training")
 
 
 def _training_call() -> Call:

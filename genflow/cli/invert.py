@@ -118,8 +118,16 @@ def _by_bijection(args: argparse.Namespace, prompts: list[str], flow: Any, x: Te
     errors = psnr(back, x).tolist()
     _print_table(args.pictures, ["1 pass"], [1], [[db] for db in errors], z.flatten(1).std(1).tolist())
     print(f"the largest error of a value in [-1, 1]: {float((back - x).abs().max()):.2g}")
-    captions = [c for path, db in zip(args.pictures, errors, strict=True) for c in (Path(path).stem, f"back: {db:.1f} dB")]
-    about = {"pictures": args.pictures, "prompts": prompts, "model": str(args.run), "ema": not args.no_ema, "psnr": errors}
+    captions = [
+        c for path, db in zip(args.pictures, errors, strict=True) for c in (Path(path).stem, f"back: {db:.1f} dB")
+    ]
+    about = {
+        "pictures": args.pictures,
+        "prompts": prompts,
+        "model": str(args.run),
+        "ema": not args.no_ema,
+        "psnr": errors,
+    }
     sheet = torch.stack([x, back.clamp(-1, 1)], 1).flatten(0, 1).cpu()
     caption_grid(sheet, captions, columns=2, settings=about).save_atomic(out / "grid.png")
     _save_noise(out / "noise.safetensors", z.cpu(), about)

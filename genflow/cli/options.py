@@ -38,7 +38,9 @@ def add_solving(
     how.add_argument("--rescale", type=float, help="bring the contrast of guided pictures back, 0 (not) to 1 (all)")
     how.add_argument("--shift", type=_shift, help="of the time grid; 1 = none, resolution = by the picture's size")
     how.add_argument("--temperature", type=float, help="of a normalizing flow: standard deviation of the noise")
-    how.add_argument("--inverse", metavar="HOW", help="of a tarflow: sequential, jacobi, measured (auto: by the device)")
+    how.add_argument(
+        "--inverse", metavar="HOW", help="of a tarflow: sequential, jacobi, measured (auto: by the device)"
+    )
     how.add_argument("--batch", type=int, default=64, help="pictures at once; does not change them (64)")
     how.add_argument("--no-ema", action="store_true", help="the last weights instead of their average")
     how.add_argument("--device", help="cpu, cuda, mps (default: the best there is)")
@@ -60,13 +62,12 @@ def open_model(args: argparse.Namespace, *, unguided: bool = False) -> tuple[Any
     """
     import torch
 
-    from genflow.flows.store import load
     from genflow.flows.tuned import tuned
 
     if args.batch < 1:
         raise UserError(f"--batch must be 1 or more, not {args.batch}")
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    flow: Any = load(args.run, ema=not args.no_ema, device=device)
+    flow: Any = _load(args.run, ema=not args.no_ema, device=device)
     settings = dict((flow.recipe or {}).get("sample", {}))
     asked = {
         "sampler": args.sampler,
@@ -80,6 +81,7 @@ def open_model(args: argparse.Namespace, *, unguided: bool = False) -> tuple[Any
         "options": read_options("--option", args.option) if args.option else None,
         "temperature": getattr(args, "temperature", None),
         "inverse": getattr(args, "inverse", None),
+        "cache": getattr(args, "cache", None),
     }
     takes = [f.name for f in fields(flow.config.sampling)]
     if wrong := [key for key, value in asked.items() if value is not None and key not in takes]:
@@ -100,6 +102,17 @@ def open_model(args: argparse.Namespace, *, unguided: bool = False) -> tuple[Any
     return flow, settings
 
 
+def _load(run: str, *, ema: bool, device: str) -> Any:
+    """The flow of a run or model folder, or of a diffusers pipeline's folder."""
+    if (Path(run) / "model_index.json").is_file():
+        from genflow.interop.pipelines import open_pipeline
+
+        return open_pipeline(run, device=device)
+    from genflow.flows.store import load
+
+    return load(run, ema=ema, device=device)
+
+
 def open_velocity(args: argparse.Namespace, *, unguided: bool = False) -> tuple[Any, dict[str, Any]]:
     """As `open_model`, for what needs a velocity. Raises UserError for other models."""
     flow, settings = open_model(args, unguided=unguided)
@@ -111,7 +124,9 @@ def open_velocity(args: argparse.Namespace, *, unguided: bool = False) -> tuple[
 def refuse_unheard(args: argparse.Namespace, flow: Any, *prompts: str) -> None:
     """Raises UserError for prompts to a model that hears none; the empty one is no prompt."""
     if any(prompts) and not flow.text.max_tokens:
-        raise UserError(f"{args.run} hears no condition; leave out what it should hear, {next(filter(None, prompts))!r}")
+        raise UserError(
+            f"{args.run} hears no condition; leave out what it should hear, {next(filter(None, prompts))!r}"
+        )
 
 
 def refuse_sampling(args: argparse.Namespace) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import inspect
 import io
 import re
 from dataclasses import replace
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", help="a run's folder, one of its checkpoints, or a model folder")
+    parser.add_argument("run", help="the folder of a run, a checkpoint, a model, or a diffusers SD3 pipeline")
     what = parser.add_argument_group("what to draw (prompts and classes: as many as you like)")
     what.add_argument("--prompt", action="append", default=[], metavar="TEXT", help='"" draws without a prompt')
     what.add_argument("--prompt-file", action="append", default=[], metavar="FILE", help="one prompt a line")
@@ -30,6 +31,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--size", type=int, nargs="+", metavar="PX", help="height and width (default: as trained)")
     how = add_solving(parser)
     how.add_argument("--weak", metavar="RUN", help="guide away from this weaker model, not from the empty prompt")
+    speed = parser.add_argument_group("how fast")
+    speed.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="of the network; the solve is in fp32")
+    speed.add_argument(
+        "--cache",
+        type=float,
+        metavar="THRESHOLD",
+        help="LOSSY: skip blocks in steps that change little, such as 0.1 (first-block caching; 0 = none)",
+    )
     parser.add_argument("--out", default="samples", metavar="FOLDER", help="where PNGs and grid.png go (./samples)")
 
 
@@ -55,19 +64,20 @@ def run(args: argparse.Namespace) -> int:
     if args.size and len(args.size) > 2:
         raise UserError(f"--size takes one or two numbers, not {len(args.size)}")
     more: dict[str, Any] = {"size": (args.size[0], args.size[-1])} if args.size else {}
-    if (args.weak or args.size) and not hasattr(flow, "guided"):
-        flag = "--weak" if args.weak else "--size"
-        raise UserError(f"{flag} is for models of a velocity; {args.run} is a {type(flow).__name__}")
+    takes = inspect.signature(flow.sample).parameters
+    if wrong := [name for name in ("weak", "size") if getattr(args, name) and name not in takes]:
+        raise UserError(f"--{wrong[0]} is for models of a velocity; {args.run} is a {type(flow).__name__}")
     if args.weak and settings.get("guidance", 1) == 1:
         raise UserError("--weak does nothing without guidance; add --guidance 2, or any number but 1")
     if args.weak:
         more["weak"] = load(args.weak, ema=not args.no_ema, device=flow.device)
+    speed = _in_dtype(args, [flow, *([more["weak"]] if args.weak else [])])
     wanted = [(prompt, args.seed + i) for i, prompt in enumerate(p for p in prompts or [""] for _ in range(args.n))]
 
-    model = {"model": str(args.run), "ema": not args.no_ema, **settings}
+    model = {"model": str(args.run), "ema": not args.no_ema, **speed, **settings}
     if args.weak:
         model["weak"] = args.weak
-    images, nfe, off = [], 0, None
+    images, nfe, off, skipped = [], 0, None, 0.0
     with tqdm(total=0, unit="step", dynamic_ncols=True, disable=None) as bar:
         batches = [wanted[i : i + args.batch] for i in range(0, len(wanted), args.batch)]
         bar.reset(total=len(batches) * settings.get("steps", 1))
@@ -77,6 +87,7 @@ def run(args: argparse.Namespace) -> int:
             nfe = max(nfe, solution.nfe)
             if (error := getattr(solution, "certificate", None)) is not None:
                 off = max(off or 0.0, error)
+            skipped += getattr(solution, "skipped", 0.0) * len(batch) / len(wanted)
             images.append(solution.x.cpu())
             if solution.x.dim() == 2:
                 continue
@@ -89,8 +100,24 @@ def run(args: argparse.Namespace) -> int:
         return _save_points(flow, torch.cat(images), captions, out, about)
     caption_grid(torch.cat(images), captions, settings=about).save_atomic(out / "grid.png")
     exact = "" if off is None else f"; max |f(x) - z| = {off:.1g}"
-    print(f"{len(wanted)} pictures and grid.png in {out} ({nfe} network evaluations each{exact})")
+    lossy = f"; LOSSY cache: {skipped:.0%} of the blocks skipped" if settings.get("cache") else ""
+    print(f"{len(wanted)} pictures and grid.png in {out} ({nfe} network evaluations each{exact}{lossy})")
     return 0
+
+
+def _in_dtype(args: argparse.Namespace, flows: list[Any]) -> dict[str, object]:
+    """Bring the networks into the dtype asked for, and say what was asked."""
+    from genflow.training.precision import DTYPES, refusal
+
+    if args.dtype == "fp32":
+        return {}
+    for flow in flows:
+        if not hasattr(flow, "guided"):
+            raise UserError(f"--dtype is for models of a velocity; {args.run} is a {type(flow).__name__}")
+        if reason := refusal(args.dtype, flow.device):
+            raise UserError(f"--dtype {args.dtype}: {reason}")
+        flow.network.to(DTYPES[args.dtype])
+    return {"dtype": args.dtype}
 
 
 def _save_points(flow: Any, points: Tensor, captions: list[str], out: Path, about: dict[str, object]) -> int:

@@ -2,7 +2,8 @@
 
 d^2 = |m1 - m2|^2 + tr(C1 + C2 - 2 (C1^1/2 C2 C1^1/2)^1/2) (Dowson & Landau 1982; Heusel et al. 2017, arXiv 1706.08500, with
 the features of an Inception network). It is biased upwards, the more the fewer the samples: compare equal numbers only, and
-beside the distance of real samples to other real ones.
+beside the distance of real samples to other real ones. With fewer samples than features the covariances are singular, and
+the bias is large.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from genflow.errors import UserError
+from genflow.evaluation.features import checked
 from genflow.registry import api_export
 
 
@@ -23,13 +24,7 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     matrix is formed, so that nothing is lost where there are fewer samples than features. Raises UserError for fewer than
     two samples, different widths, and features that are not finite.
     """
-    for features in (a, b):
-        if features.dim() != 2 or len(features) < 2:
-            raise UserError(f"features of {tuple(features.shape)} have no covariance; give N x D with N of 2 or more")
-        if not bool(features.isfinite().all()):
-            raise UserError("features are not finite, so they have no distance; look at the samples that they are of")
-    if a.shape[1] != b.shape[1]:
-        raise UserError(f"features of widths {a.shape[1]} and {b.shape[1]} are of different networks")
+    checked(a, b)
     a, b = a.cpu().double(), b.cpu().double()
     mean = (a.mean(0) - b.mean(0)).square().sum()
     root_a, root_b = _root(a), _root(b)

@@ -18,9 +18,10 @@ from genflow.layers.whitening import Whitening
 class ConditionedFlow(Flow):
     """A network and a text encoder under the verbs of a flow.
 
-    text: a module that turns prepared conditions into embedded ones, with encode(prompts) and null() for prepared ones. A
-    text encoder that is not trainable stays out of the state dict: its name says what it is. whiten: the ridge of a
-    whitening of the pooled vectors, fitted to the training captions (layers/whitening.py), or none.
+    text: a module that turns prepared conditions into embedded ones, with encode(prompts) and null() for prepared ones, and
+    drop(condition, rng, position) for what training hides of them (`TextEncoder`). A text encoder that is not trainable
+    stays out of the state dict: its name says what it is. whiten: the ridge of a whitening of the pooled vectors, fitted to
+    the training captions (layers/whitening.py), or none.
     """
 
     text: Any

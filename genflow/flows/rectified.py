@@ -6,7 +6,7 @@ Liu et al. 2022 (arXiv 2209.03003), Lipman et al. 2022 (arXiv 2210.02747); the r
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -23,10 +23,12 @@ from genflow.flows.couplings import Coupling, Independent, Paired
 from genflow.flows.densities import Density, LogitNormal
 from genflow.flows.dequantization import GREYS, UniformDequantization, bits_per_dim, importance_weighted
 from genflow.flows.paths import LinearPath, PathConfig, rows_like
+from genflow.flows.prepared import CachedSolution, PreparedVelocity, check_cache, family
 from genflow.flows.sampling import SolveConfig
 from genflow.flows.velocity_likelihood import velocity_log_prob
 from genflow.functional import Rng, noise_from_seeds, resolution_shift, velocity_from_x
-from genflow.registry import api_export, flow_export, resolve, tag_of
+from genflow.networks.caching import FirstBlockCache
+from genflow.registry import api_export, flow_export, resolve
 from genflow.samplers import Progress, Solution, Velocity, bound_sampler, cfg, check_grid, heun, uniform, velocity_from
 from genflow.samplers.guidance import Conditioned, autoguidance
 from genflow.samplers.guides import Guide
@@ -72,7 +74,9 @@ class RectifiedFlowConfig:
         Raises UserError for a bijection, and for what does not fit.
         """
         if isinstance(network, Bijection):
-            raise UserError("flow rectified: the model is a bijection; take flow normalizing, or a velocity such as mmdit")
+            raise UserError(
+                "flow rectified: the model is a bijection; take flow normalizing, or a velocity such as mmdit"
+            )
         return RectifiedFlow(self, network, text, shape=shape)
 
 
@@ -80,13 +84,16 @@ class RectifiedFlowConfig:
 class RectifiedFlow(ConditionedFlow):
     """A velocity network under the verbs of a flow. network: called as network(z, t, tokens, pooled, context_mask=...)."""
 
+    bounded = True  # pictures lie in [-1, 1]; latents, of a LatentFlow, do not
+
     def __init__(
         self, config: RectifiedFlowConfig, network: nn.Module, text: nn.Module, *, shape: Sequence[int]
     ) -> None:
         super().__init__(network, text, shape=shape, whiten=config.whiten)
         self.config = config
         self.path = config.path.build()
-        self._straight = config.path == LinearPath()
+        # Whether network and solve share their times.
+        self.straight = config.path == LinearPath() and config.prediction != "eps"
 
     @property
     def t_max(self) -> float:
@@ -94,30 +101,33 @@ class RectifiedFlow(ConditionedFlow):
         last = 1 - self.config.t_min if self.config.prediction == "eps" else 1.0
         return min(self.path.t_max, last)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which the network computes."""
+        return next((p.dtype for p in self.network.parameters()), torch.float32)
+
     def velocity(self, z: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """v = dz/dt of the straight path at (z, t) under an embedded condition. z: B x C x H x W; t: B. As z."""
-        return self._velocity(z, t, condition.tokens, condition.mask, condition.pooled)
+        return self.velocity_of(lambda x, s: self.predict(x, s, condition), z, t)
 
-    def _velocity(self, z: Tensor, t: Tensor, tokens: Tensor, mask: Tensor, pooled: Tensor) -> Tensor:
-        def model(x: Tensor, s: Tensor) -> Tensor:
-            return self._predict(x, s, tokens, mask, pooled)
-
+    def velocity_of(self, predict: Callable[[Tensor, Tensor], Tensor], z: Tensor, t: Tensor) -> Tensor:
+        """The velocity of what the network answers. predict(x_s, s): that answer, on the path."""
         config = self.config
         if config.prediction == "x":
-            if self._straight:
-                return velocity_from_x(z, model(z, t), t, config.t_min)
+            if self.straight:
+                return velocity_from_x(z, predict(z, t), t, config.t_min)
             s = self.path.s_of_t(t.double().clamp(self.path.t_min, self.path.t_max)).to(t.dtype)
             scale = rows_like(self.path.alpha(s) + self.path.sigma(s), z)
-            return velocity_from_x(z, model(scale * z, s), t, config.t_min)
+            return velocity_from_x(z, predict(scale * z, s), t, config.t_min)
         if config.prediction == "v":
-            return model(z, t) if self._straight else velocity_from(model, self.path, "velocity")(z, t)
-        return velocity_from(model, replace(self.path, t_max=self.t_max), "eps")(z, t)
+            return predict(z, t) if self.straight else velocity_from(predict, self.path, "velocity")(z, t)
+        return velocity_from(predict, replace(self.path, t_max=self.t_max), "eps")(z, t)
 
-    def _predict(self, x: Tensor, s: Tensor, tokens: Tensor, mask: Tensor, pooled: Tensor) -> Tensor:
-        """What the network answers at (x_s, s), in x's dtype."""
-        dtype = next((p.dtype for p in self.network.parameters()), x.dtype)
-        context_mask = mask if self.config.text_mask else None
-        return self.network(x.to(dtype), s, tokens.to(dtype), pooled.to(dtype), context_mask=context_mask).to(x.dtype)
+    def predict(self, x: Tensor, s: Tensor, condition: Condition) -> Tensor:
+        """What the network answers at (x_s, s) under an embedded condition, in x's dtype."""
+        dtype, context_mask = self.dtype, condition.mask if self.config.text_mask else None
+        tokens, pooled = condition.tokens.to(dtype), condition.pooled.to(dtype)
+        return self.network(x.to(dtype), s, tokens, pooled, context_mask=context_mask).to(x.dtype)
 
     def loss(self, batch: Batch, rng: Rng) -> LossOutput:
         """The mean square error of what the network predicts, over each picture, then over the batch.
@@ -131,7 +141,7 @@ class RectifiedFlow(ConditionedFlow):
         x = batch.x.float()
         s = config.density(rng.uniform("t", position)).float().to(x.device)
         keep = (rng.uniform("drop", position) >= config.drop_condition).to(x.device)
-        condition = batch.condition.where(keep, self.text.null().to(x.device))
+        condition = self.text.drop(batch.condition, rng, position).where(keep, self.text.null().to(x.device))
         noise = config.coupling(x, self._noise(batch, rng), condition)
         per_sample = self._error(x, noise, s, self.embed(condition))
         loss = per_sample.mean()
@@ -151,7 +161,7 @@ class RectifiedFlow(ConditionedFlow):
         """Mean square error of the prediction at times s for each sample: B, float32."""
         prediction, path = self.config.prediction, self.path
         alpha, sigma = (rows_like(a, x) for a in (path.alpha(s), path.sigma(s)))
-        output = self._predict(alpha * x + sigma * noise, s, condition.tokens, condition.mask, condition.pooled)
+        output = self.predict(alpha * x + sigma * noise, s, condition)
         if prediction == "x":
             error = (output - x) / (sigma / (alpha + sigma)).clamp(min=self.config.t_min)
         elif prediction == "eps":
@@ -196,6 +206,7 @@ class RectifiedFlow(ConditionedFlow):
         rescale: float = 0.0,
         weak: RectifiedFlow | None = None,
         size: int | tuple[int, int] | None = None,
+        cache: float = 0.0,
         progress: Progress | None = None,
         record: bool = False,
     ) -> Solution:
@@ -206,10 +217,12 @@ class RectifiedFlow(ConditionedFlow):
         say; shift: a number, or "resolution" for the one of the picture's size (`resolution_shift`). guidance: its scale,
         1 is none; interval: the times at which it acts; guide: how, a registered name, one with its options, {"name":
         "apg", "eta": 0.5}, or a Guide; rescale: as in `cfg`. weak: a weaker model to move away from, in place of the
-        empty prompt (`autoguidance`). size: side, or height and width, in place of the trained size. progress: called as
-        progress(done, steps) after every step. record: keep the trajectory.
+        empty prompt (`autoguidance`). size: side, or height and width, in place of the trained size. cache: LOSSY, the
+        threshold of first-block caching (networks/caching.py), 0 is none. progress: called as progress(done, steps) after
+        every step. record: keep the trajectory.
 
-        Returns x, B x C x H x W float32 in [-1, 1], and nfe. Raises UserError for what cannot be, and for NaN.
+        Returns x, B x C x H x W float32 in [-1, 1], and nfe; with a cache also skipped (`CachedSolution`). Raises
+        UserError for what cannot be, and for NaN.
         """
         rule = from_dict(_Guidance, {"guide": guide}, where="sample").guide
         shape = self.shape if size is None else self._of_size(size)
@@ -223,17 +236,29 @@ class RectifiedFlow(ConditionedFlow):
         if weak is not None and (not isinstance(weak, RectifiedFlow) or weak.shape[0] != shape[0]):
             has = f" of {tuple(weak.shape)}" if isinstance(weak, RectifiedFlow) else ""
             raise UserError(f"weak must be a rectified flow of {shape}, not a {type(weak).__name__}{has}")
+        check_cache(cache, self.network, sampler)
+        caches: list[FirstBlockCache] = []
+        # The blocks of a flow in training may be shared out among processes: each is whole only while it runs.
+        ahead, rows = () if self.training else times, len(seeds) * (1 if guidance == 1 or weak is not None else 2)
+
+        def prepared(flow: RectifiedFlow) -> PreparedVelocity:
+            caches.extend([FirstBlockCache(cache)] if cache else [])
+            return PreparedVelocity(flow, ahead, rows, caches[-1] if cache else None)
+
         with evaluating(self), evaluating(self if weak is None else weak):
             condition = self.embed_prompts(prompts, len(seeds))
+            own = prepared(self)
             if weak is None:
-                velocity = self.guided(condition, guidance=guidance, interval=interval, guide=rule, rescale=rescale)
+                velocity = self._guided(own, condition, guidance, interval, rule, rescale)
             else:
-                strong = Conditioned(self._velocity, _tensors(condition))
-                weaker = Conditioned(weak._velocity, _tensors(weak.embed_prompts(prompts, len(seeds))))
+                other = prepared(weak)
+                strong = Conditioned(own, own.prepare(condition))
+                weaker = Conditioned(other, other.prepare(weak.embed_prompts(prompts, len(seeds))))
                 velocity = autoguidance(strong, weaker, guidance, interval=interval, guide=rule, rescale=rescale)
             solution = solve(velocity, noise, times, progress=progress, record=record).checked()
         x = solution.x.float()
-        return replace(solution, x=x.clamp(-1, 1) if x.dim() == 4 else x)
+        solution = replace(solution, x=x.clamp(-1, 1) if x.dim() == 4 and self.bounded else x)
+        return CachedSolution.of(solution, caches) if cache else solution
 
     def _of_size(self, size: int | tuple[int, int]) -> tuple[int, ...]:
         """The shape of a picture of that size. Raises UserError for what is none."""
@@ -279,9 +304,20 @@ class RectifiedFlow(ConditionedFlow):
     ) -> Velocity:
         """The velocity v(z, t) under an embedded condition (`embed`), for any sampler or edit; guidance as in `sample`."""
         rule = from_dict(_Guidance, {"guide": guide}, where="guided").guide
-        cond = _tensors(condition)
-        uncond = _tensors(self.embed(self.text.null().to(self.device))) if guidance != 1 else cond
-        return cfg(self._velocity, cond, uncond, guidance, interval=interval, guide=rule, rescale=rescale)
+        return self._guided(PreparedVelocity(self), condition, guidance, interval, rule, rescale)
+
+    def _guided(
+        self,
+        velocity: PreparedVelocity,
+        condition: Condition,
+        guidance: float,
+        interval: tuple[float, float],
+        rule: Guide,
+        rescale: float,
+    ) -> Velocity:
+        cond = velocity.prepare(condition)
+        uncond = velocity.prepare(self.embed(self.text.null().to(self.device))) if guidance != 1 else cond
+        return cfg(velocity, cond, uncond, guidance, interval=interval, guide=rule, rescale=rescale)
 
     @torch.no_grad()
     def log_prob(
@@ -352,14 +388,9 @@ class RectifiedFlow(ConditionedFlow):
 
 def draws_noise(sampler: str) -> bool:
     """Whether the sampler of that name draws noise on the way."""
-    tag = tag_of(resolve("sampler", sampler))
-    return tag is not None and tag.metadata.get("family") == "sde"
+    return family(sampler) == "sde"
 
 
 @dataclass(frozen=True)
 class _Guidance:
     guide: Annotated[Guide, Choice("guidance")]
-
-
-def _tensors(condition: Condition) -> tuple[Tensor, Tensor, Tensor]:
-    return condition.tokens, condition.mask, condition.pooled

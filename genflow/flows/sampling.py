@@ -26,6 +26,7 @@ class SolveConfig:
     guide: Annotated[Any, Choice("guidance")] = field(default_factory=CFG)
     rescale: float = 0.0  # how far guidance keeps the standard deviation of the unguided velocity, 0 to 1
     shift: Literal["resolution"] | float = 1.0
+    cache: float = 0.0  # LOSSY: the threshold of first-block caching; 0 computes every block
 
     def __post_init__(self) -> None:
         """Refuse now what the sampler, the grid and the guide would refuse at the first preview."""
@@ -33,6 +34,8 @@ class SolveConfig:
         if self.options is not None and not isinstance(self.options, dict):
             raise UserError(f"options = {self.options!r} must be a section of keys, such as {{rtol: 1e-3}}")
         bound_sampler(self.sampler, self.options or {}, ())
+        if not 0 <= self.cache < math.inf:
+            raise UserError(f"cache = {self.cache} is not a threshold; 0 is no caching, 0.1 a mild one")
         cfg(lambda x, t: x, (), (), self.guidance, interval=self.interval, guide=self.guide, rescale=self.rescale)
 
 

@@ -27,8 +27,8 @@ class Likelihood:
     """What `velocity_log_prob` found. All tensors B, in nats, float32 or wider.
 
     log_prob: log p(x); ladj: log |det dz/dx|; z: like x, the noise that x came from. standard_error: of log_prob from the
-    draws of the divergence's estimator: 0 for the exact one, NaN for a single draw. error: how far the last refinements
-    of the quadrature moved ladj. nfe: evaluations of the velocity of the longest solve;
+    draws of the divergence's estimator: 0 for the exact one, NaN for a single draw. error: the estimate of the quadrature's
+    in ladj. nfe: evaluations of the velocity of the longest solve;
     divergences: evaluations with the divergence. rtol, atol: as asked.
     """
 
@@ -100,11 +100,11 @@ def path_integral(
     """Where the path ends, and the integral of the divergence along it, each row to its own tolerance. No gradients.
 
     The path does not hang on the integral: it is solved for alone, and the divergence is asked at the nodes of
-    Clenshaw-Curtis quadrature on the solver's dense output, which are doubled until the integral stays within
-    D (atol + rtol) + rtol |integral|. Returns z, the integrals of the draws K x B, how far the last doublings moved
-    their mean, B, and the evaluations without and with the divergence.
+    Clenshaw-Curtis quadrature on the solver's dense output, which are doubled until its error is within
+    D (atol + rtol) + rtol |integral|. Returns z, the integrals of the draws K x B, the estimated error of their mean, B,
+    and the evaluations without and with the divergence.
 
-    Raises UserError for a row that is still far from staying at the last doubling.
+    Raises UserError for a row that is still far from that at the last doubling.
     """
     sampler = resolve("sampler", stepping.solver)
     how = {"rtol": stepping.rtol, "atol": stepping.atol, "max_steps": stepping.max_steps, "compact": compact}
@@ -129,15 +129,13 @@ def path_integral(
             rates[i] = estimator(here, states[i], t, None if probes is None else probes[:, rows]).divergence
             divergences += 1
         level = [rates[i] for i in range(0, most + 1, most // count)]
-        integral = (end - start) * _weighted(level)
-        coarse, coarser = ((end - start) * _weighted(level[::skip]) for skip in (2, 4))
-        # Two doublings, the first by less weight: one may move nothing by chance.
-        change = torch.maximum((integral - coarse).mean(0).abs(), 0.1 * (coarse - coarser).mean(0).abs())
+        integral, off = _quadrature(level)
+        integral, off = (end - start) * integral, abs(end - start) * off
         if count == LEVELS[0]:
-            total, error, allowed = integral.clone(), change.clone(), change.clone()
+            total, error, allowed = integral.clone(), off.clone(), off.clone()
         new = open_[rows]  # rows that stayed keep what they had
         total[:, rows] = torch.where(new, integral, total[:, rows])
-        error[rows] = torch.where(new, change, error[rows])
+        error[rows] = torch.where(new, off, error[rows])
         allowed[rows] = dims * (stepping.atol + stepping.rtol) + stepping.rtol * integral.mean(0).abs()
         open_ = open_ & ~(error <= allowed)
         keep = open_[rows].nonzero().squeeze(1)
@@ -158,22 +156,31 @@ def path_integral(
     return z, total, error, nfe, divergences
 
 
-def _weighted(rates: list[Tensor]) -> Tensor:
-    """The integral over [0, 1] from values at (1 - cos(pi i / n)) / 2, i = 0 .. n."""
-    weights = _clenshaw_curtis(len(rates) - 1)
-    return torch.tensordot(rates[0].new_tensor(weights), torch.stack(rates), 1)
+def _quadrature(rates: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """The integral over [0, 1] from values at (1 - cos(pi i / n)) / 2, i = 0 .. n, each K x B, and its mean's error, B.
+
+    The error is foretold from the Chebyshev coefficients: the largest of the last quarter falls from the largest of the
+    quarter before by some factor, and what is missing beyond n is no larger than that factor times it.
+    """
+    weights, cosines = (each.to(rates[0]) for each in _clenshaw_curtis(len(rates) - 1))
+    values = torch.stack(rates)
+    before, last = torch.tensordot(cosines, values.mean(1), 1).abs().chunk(2)
+    before, last = before.amax(0), last.amax(0)
+    fall = (last / before.clamp(min=torch.finfo(last.dtype).tiny)).clamp(max=1)
+    return torch.tensordot(weights, values, 1), last * fall
 
 
 @cache
-def _clenshaw_curtis(n: int) -> list[float]:
-    """Weights for n even that integrate the cosine series through n + 1 points (Clenshaw & Curtis 1960)."""
-
-    def weight(j: int) -> float:
-        cosines = (math.cos(2 * math.pi * j * k / n) / (4 * k * k - 1) for k in range(1, n // 2))
-        last = math.cos(math.pi * j) / (n * n - 1)
-        return (1 if j in (0, n) else 2) / (2 * n) * (1 - 2 * sum(cosines) - last)
-
-    return [weight(j) for j in range(n + 1)]
+def _clenshaw_curtis(n: int) -> tuple[Tensor, Tensor]:
+    """What n + 1 values are multiplied with, n divisible by 4, float64: n + 1 weights that integrate their cosine series
+    (Clenshaw & Curtis 1960), and n / 2 x n + 1 that give the second half of its coefficients.
+    """
+    k = torch.arange(n + 1, dtype=torch.float64)
+    series = torch.cos(math.pi / n * torch.outer(k, k)) * 2 / n
+    for end in (0, n):
+        series[end] /= 2
+        series[:, end] /= 2
+    return (series[::2] / (1 - k[::2, None].square())).sum(0), series[n // 2 + 1 :]
 
 
 def check_velocity(velocity: Any, x: Tensor, stepping: Stepping) -> None:

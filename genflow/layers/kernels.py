@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from genflow.cachedir import cache_folder
 
@@ -74,6 +75,20 @@ def usable(*tensors: Tensor) -> bool:
         and not torch._C._functorch.peek_interpreter_stack()  # vmap, jvp and their like
         and library() is not None
     )
+
+
+class _Forgotten:
+    """Stands in for autograd's context where nothing is kept."""
+
+    def save_for_backward(self, *tensors: Tensor) -> None:
+        pass
+
+
+def run(function: type[torch.autograd.Function], *arguments: Any) -> Any:
+    """function.apply(...), without autograd's bookkeeping where no gradient can be asked for."""
+    if torch.is_grad_enabled() or forward_ad._current_level >= 0:
+        return function.apply(*arguments)
+    return function.forward(_Forgotten(), *arguments)
 
 
 def call(name: str, dtype: torch.dtype, *arguments: Any) -> None:
@@ -214,7 +229,9 @@ class JointHeads(torch.autograd.Function):
             L = stream.shape[1]
             rq, rk = (stream.new_empty(B, L, heads, dtype=torch.float32) for _ in range(2))
             normed = int(wq.numel() > 0)
-            call("heads_forward", first.dtype, stream, bias, wq, wk, q, k, v, rq, rk, B, L, heads, D, J, at, eps, normed)
+            call(
+                "heads_forward", first.dtype, stream, bias, wq, wk, q, k, v, rq, rk, B, L, heads, D, J, at, eps, normed
+            )
             scales += [rq, rk]
             at += L
         ctx.save_for_backward(*streams, *tensors[n:], *scales)

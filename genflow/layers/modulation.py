@@ -20,15 +20,15 @@ class Modulation(nn.Linear):
         super().__init__(hidden, n * hidden)
         self.n = n
 
-    def forward(self, c: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
-        """c: B x hidden, after its SiLU. Returns n tensors of B x 1 x hidden."""
-        return super().forward(c)[:, None].chunk(self.n, dim=-1)
+    def vectors(self, packed: Tensor) -> tuple[Tensor, ...]:
+        """What the forward gives of B x hidden (after its SiLU), B x n hidden, as n tensors of B x 1 x hidden."""
+        return packed[:, None].chunk(self.n, dim=-1)
 
 
 def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """(1 + scale) LN(x) + shift, LN without parameters. x: B x L x hidden; shift, scale: B x 1 x hidden."""
     if kernels.usable(x, shift, scale):
-        return kernels.ModulatedNorm.apply(x, shift, scale, EPS, _modulated_norm)
+        return kernels.run(kernels.ModulatedNorm, x, shift, scale, EPS, _modulated_norm)
     return _modulated_norm(x, shift, scale)
 
 
@@ -46,7 +46,7 @@ class Linear(nn.Linear):
 def gated_residual(x: Tensor, gate: Tensor, linear: Linear, y: Tensor) -> Tensor:
     """x + gate linear(y). x: B x L x hidden; gate: B x 1 x hidden; y: B x L x the linear's input."""
     if kernels.usable(x, gate, y):
-        return kernels.GatedResidual.apply(x, gate, linear(y, bias=False), linear.bias, _gated_residual)
+        return kernels.run(kernels.GatedResidual, x, gate, linear(y, bias=False), linear.bias, _gated_residual)
     return torch.addcmul(x, gate, linear(y))
 
 
@@ -57,7 +57,7 @@ def _gated_residual(x: Tensor, gate: Tensor, y: Tensor, bias: Tensor) -> Tensor:
 def gelu(linear: Linear, x: Tensor) -> Tensor:
     """a Phi(a) of a = linear(x) in its tanh form (Hendrycks & Gimpel 2016, arXiv 1606.08415). x: B x L x the input."""
     if kernels.usable(x):
-        return kernels.GELU.apply(linear(x, bias=False), linear.bias, _gelu)
+        return kernels.run(kernels.GELU, linear(x, bias=False), linear.bias, _gelu)
     return F.gelu(linear(x), approximate="tanh")
 
 
@@ -90,14 +90,16 @@ def joint_heads(streams: Sequence[tuple[QKV, Tensor]]) -> tuple[Tensor, Tensor, 
     products = [qkv.linear(x, bias=not fused) for qkv, x in streams]
     none = products[0].new_empty(0)
     parameters = [
-        none if w is None else w for qkv, _ in streams for w in (qkv.linear.bias if fused else None, qkv.q_norm, qkv.k_norm)
+        none if w is None else w
+        for qkv, _ in streams
+        for w in (qkv.linear.bias if fused else None, qkv.q_norm, qkv.k_norm)
     ]
 
     def plain(*tensors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return _joint_heads(heads, tensors)
 
     if fused:
-        return kernels.JointHeads.apply(heads, EPS, plain, *products, *parameters)
+        return kernels.run(kernels.JointHeads, heads, EPS, plain, *products, *parameters)
     return plain(*products, *parameters)
 
 

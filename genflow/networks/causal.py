@@ -12,34 +12,8 @@ from torch import Tensor, nn
 from genflow.attention import Mask, attention
 from genflow.errors import UserError
 from genflow.layers.modulation import EPS, MLP, QKV, Linear, gated_residual, joint_heads, modulated_norm
+from genflow.networks.cache import KeyValueCache
 from genflow.registry import api_export
-
-
-class KeyValueCache:
-    """The keys and values of the first `length` tokens of a CausalTransformer, in room made once for all of them.
-
-    tensor: layers x 2 x B x heads x tokens x head_dim, keys then values.
-    """
-
-    def __init__(self, layers: int, rows: int, heads: int, tokens: int, head_dim: int, like: Tensor) -> None:
-        self.tensor = like.new_empty(layers, 2, rows, heads, tokens, head_dim)
-        self.layers = self.tensor.unbind()
-        self.length = 0
-        self.mask = Mask(causal=True)  # keeps what backends make of it as long as the cache lives
-
-    def extend(self, layer: int, kv: Tensor) -> tuple[Tensor, Tensor]:
-        """Write a window's keys and values behind the first `length` tokens; returns those of all up to its end."""
-        end = self.length + kv.shape[3]
-        room = self.layers[layer]
-        room[:, :, :, self.length : end] = kv
-        k, v = room[:, :, :, :end].unbind()
-        return k, v
-
-    def truncate(self, length: int) -> None:
-        """Forget all tokens but the first `length`: the next window overwrites them."""
-        if not 0 <= length <= self.length:
-            raise UserError(f"truncate: the cache has {self.length} tokens, so it cannot keep the first {length}")
-        self.length = length
 
 
 @api_export("CausalTransformer")
@@ -100,10 +74,10 @@ class CausalTransformer(nn.Module):
             assert condition is not None
             extra = extra + self.condition(condition.to(x.dtype))[:, None]
         h = h + extra.to(h.dtype)
+        if cache is not None:
+            cache.open(x.shape[1])
         for i, block in enumerate(cast(Iterable[Block], self.blocks)):
             h = block(h) if cache is None else block.extend(h, cache, i)
-        if cache is not None:
-            cache.length = start + x.shape[1]
         with torch.autocast(h.device.type, enabled=False):  # what is read off a map is not rounded to half precision
             wide = torch.promote_types(self.head.weight.dtype, torch.float32)
             return F.linear(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -13,7 +14,10 @@ from genflow.attention import Mask, attention
 from genflow.errors import UserError
 from genflow.layers.embeddings import MLPEmbedder, PatchEmbed, sincos_2d, sinusoidal, unpatchify
 from genflow.layers.modulation import MLP, QKV, Linear, Modulation, gated_residual, joint_heads, modulated_norm
+from genflow.networks.caching import FirstBlockCache
 from genflow.registry import api_export, network_export
+
+Conditioning = Tensor | tuple[Tensor, Tensor]  # c, B x hidden, or the modulation of both streams made of it
 
 
 @network_export("mmdit")
@@ -141,25 +145,83 @@ class MMDiT(nn.Module):
         context_dim; pooled: B x pooled_dim; context_mask: B x L bool, True = attend (None, as SD3 was trained: all).
         Returns B x C x H x W. Raises UserError for a picture size that the patches do not divide.
         """
+        context, pooled, _ = self.prepare(context, pooled)
+        return self.denoise(x, t, context, pooled, context_mask=context_mask)
+
+    def prepare(self, context: Tensor, pooled: Tensor, times: Sequence[float] = ()) -> tuple[Tensor, Tensor, Tensor]:
+        """What `denoise` takes, and can be computed once for all steps of a solve.
+
+        context, pooled: as of the forward; times: S, those to come. Returns the context, B x L x hidden, the pooled vector,
+        B x hidden, and the modulation of every block at each of the times, B x S x what all of them take.
+        """
+        context, pooled = self.context_embed(context), self.pooled_embed(pooled)
+        if not times:
+            return context, pooled, pooled.new_empty(len(pooled), 0, 0)
+        t = torch.tensor(times, dtype=torch.float32, device=pooled.device)
+        c = F.silu(self.time_embed(sinusoidal(t, 256).to(pooled.dtype)) + pooled[:, None])
+        return context, pooled, torch.cat([modulation(c) for modulation in self._modulations()], dim=-1)
+
+    def _modulations(self) -> list[Modulation]:
+        blocks: Any = self.blocks
+        return [m for b in blocks for m in (b.image_modulation, b.context_modulation)] + [self.final_modulation]
+
+    def denoise(
+        self,
+        x: Tensor,
+        t: Tensor,
+        context: Tensor,
+        pooled: Tensor,
+        *,
+        context_mask: Tensor | None = None,
+        modulation: Tensor | None = None,
+        cache: FirstBlockCache | None = None,
+    ) -> Tensor:
+        """Velocity at time t, of what `prepare` made of the condition; the rest as of the forward.
+
+        modulation: B x ..., of this time, where it is there; then t is not looked at. cache: for sampling, LOSSY.
+        """
         p, (height, width) = self.config.patch_size, x.shape[-2:]
         if height % p or width % p:
             near = f"{max(round(height / p), 1) * p} x {max(round(width / p), 1) * p}"
             raise UserError(f"mmdit: a picture of {height} x {width} does not divide into patches of {p}; try {near}")
         h, w = height // p, width // p
         dtype = self.final.weight.dtype
-        mask = None
+        keys = None
         if context_mask is not None:
-            mask = Mask(keys=torch.cat([context_mask.new_ones(len(x), h * w), context_mask], dim=1))
+            keys = torch.cat([context_mask.new_ones(len(x), h * w), context_mask], dim=1)
 
         x = self.patch(x)
         x = x + self.positions(h, w, x)
-        c = F.silu(self.time_embed(sinusoidal(t, 256).to(dtype)) + self.pooled_embed(pooled))
-        context = self.context_embed(context)
-        for block in self.blocks:
-            x, context = block(x, context, c, mask)
-        shift, scale = self.final_modulation(c)
+        each: Sequence[Conditioning]
+        if modulation is None:
+            c = F.silu(self.time_embed(sinusoidal(t, 256).to(dtype)) + pooled)
+            each, last = [c] * len(self.blocks), self.final_modulation(c)
+        else:
+            *streams, last = modulation.split([m.out_features for m in self._modulations()], dim=-1)
+            each = list(zip(streams[::2], streams[1::2], strict=True))
+        if cache is None:
+            x, _ = self._through(slice(None), x, context, each, keys)
+        else:
+            first, context = self._through(slice(1), x, context, each, keys)
+
+            def rest(rows: Tensor | slice) -> Tensor:
+                some = [c[rows] if isinstance(c, Tensor) else (c[0][rows], c[1][rows]) for c in each]
+                left = None if keys is None else keys[rows]
+                return self._through(slice(1, None), first[rows], context[rows], some, left)[0]
+
+            x = cache(x, first, rest, len(self.blocks) - 1)
+        shift, scale = self.final_modulation.vectors(last)
         x = self.final(modulated_norm(x, shift, scale))
         return unpatchify(x, h, w, p)
+
+    def _through(
+        self, which: slice, x: Tensor, context: Tensor, each: Sequence[Conditioning], keys: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Both streams through some of the blocks. each: of all blocks; keys: B x (Lx + Lc) bool."""
+        mask = None if keys is None else Mask(keys=keys)
+        for block, c in zip(self.blocks[which], each[which], strict=True):
+            x, context = block(x, context, c, mask)
+        return x, context
 
 
 class JointBlock(nn.Module):
@@ -188,9 +250,13 @@ class JointBlock(nn.Module):
         self.context_attention = SelfAttention(hidden, heads, qk_norm=qk_norm, project=not context_pre_only)
         self.context_mlp = None if context_pre_only else MLP(hidden, mlp_ratio * hidden)
 
-    def forward(self, x: Tensor, context: Tensor, c: Tensor, mask: Mask | None) -> tuple[Tensor, Tensor]:
-        """x: B x Lx x hidden; context: B x Lc x hidden; c: B x hidden; mask: over Lx + Lc keys. Returns both streams."""
-        x_mod, context_mod = self.image_modulation(c), self.context_modulation(c)
+    def forward(self, x: Tensor, context: Tensor, c: Conditioning, mask: Mask | None) -> tuple[Tensor, Tensor]:
+        """x: B x Lx x hidden; context: B x Lc x hidden; mask: over Lx + Lc keys. Returns both streams.
+
+        c: B x hidden, or what the two modulations make of it, where that is known.
+        """
+        packed = (self.image_modulation(c), self.context_modulation(c)) if isinstance(c, Tensor) else c
+        x_mod, context_mod = self.image_modulation.vectors(packed[0]), self.context_modulation.vectors(packed[1])
         x_in = modulated_norm(x, x_mod[0], x_mod[1])
         context_in = modulated_norm(context, context_mod[0], context_mod[1])
         q, k, v = joint_heads([(self.image_attention.qkv, x_in), (self.context_attention.qkv, context_in)])

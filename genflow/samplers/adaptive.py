@@ -136,17 +136,16 @@ class _Record:
         """A step of all rows, to x at t with the stages k: Hermite's cubic, and the rest of the pair's quartic (II.6)."""
         passed = accept & ((self.times - rows.t) * (self.times - t) <= 0)
         times, who = passed.nonzero(as_tuple=True)
-        column = (-1, *[1] * (x.dim() - 1))
-        h = (t - rows.t)[who]
-        theta, h = ((self.times[times, 0] - rows.t[who]) / h).view(column), h.view(column)
-        k, before, line = [each[who] for each in k], rows.x[who], (x - rows.x)[who]
-        first, last = h * k[0] - line, line - h * k[-1]
-        bend = first + theta * (last - first)
+        column, h = (-1, *[1] * (x.dim() - 1)), t - rows.t
+        theta, where = ((self.times[times, 0] - rows.t[who]) / h[who]).view(column), rows.where[who]
+        h, line = h.view(column), x - rows.x
+        first, last = torch.addcmul(-line, h, k[0]), torch.addcmul(line, h, k[-1], value=-1)
+        bend = torch.addcmul(first[who], theta, (last - first)[who])
         if self.pair.dense:
             factor, mix = _mix(self.pair.dense, k)
-            bend = bend + factor * theta * (1 - theta) * h * mix
-        self.states[times, rows.where[who]] = before + theta * (line + (1 - theta) * bend)
-        self.counts[times, rows.where[who]] = evaluations[who]
+            bend.addcmul_(theta * (1 - theta), (h * mix)[who], value=factor)
+        self.states[times, where] = torch.addcmul(rows.x[who], theta, torch.addcmul(line[who], 1 - theta, bend))
+        self.counts[times, where] = evaluations[who]
 
     def trajectory(self, x: Tensor, nfe: int) -> Trajectory:
         """Rows that stopped stay where they did. x: the last states."""
@@ -232,7 +231,9 @@ class _Solve:
             live = clip(torch.add(rows.t, rows.h, alpha=1 / 8), goal) != rows.t
             if self.steps >= self.max_steps:
                 live &= rows.attempts < self.max_steps
-            t = torch.where(live, clip(rows.t + rows.h, goal), rows.t)  # the others stay, with steps of 0
+            left = (goal - rows.t) / rows.h
+            t = torch.where(left < 2, left / 2, 1.0).mul_(rows.h).add_(rows.t)  # the last two steps are of one size
+            t = torch.where(live, torch.where(left < 1.01, goal, t), rows.t)  # the others stay, with steps of 0
             running = int(torch.count_nonzero(live))  # the only wait for the device
             if running == 0:
                 return rows if len(rows.t) == len(whole.t) else whole.put(rows)

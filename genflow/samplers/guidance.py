@@ -28,7 +28,10 @@ PLAIN = CFG()  # the guide, unless another is asked for
 @api_export("Conditioned")
 @dataclass(frozen=True)
 class Conditioned:
-    """The velocity of a network under its conditions: velocity(x, t, *cond). cond: tensors of B rows, or of one."""
+    """The velocity of a network under its conditions: velocity(x, t, *cond). cond: tensors of B rows, or of one.
+
+    velocity may also have at(x, time, *cond), of one time for all rows, a number.
+    """
 
     velocity: Callable[..., Tensor]
     cond: tuple[Tensor, ...]
@@ -38,6 +41,9 @@ class Conditioned:
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
         return self.velocity(x, t, *_rows(self.cond, len(x)))
+
+    def at(self, x: Tensor, time: float) -> Tensor:
+        return _at(self.velocity, x, time, _rows(self.cond, len(x)))
 
     def take(self, rows: Tensor) -> Conditioned:
         return Conditioned(self.velocity, take_rows(self.cond, rows))
@@ -65,9 +71,13 @@ class OneNetwork:
         if n not in self._pairs:  # the same at every step
             pairs = zip(_rows(self.cond, n), _rows(self.uncond, n), strict=True)
             self._pairs[n] = tuple(torch.cat(pair) for pair in pairs)
-        times = torch.cat([t, t]) if isinstance(t, Tensor) else x.new_full((2 * n,), t)
-        v = self.velocity(torch.cat([x, x]), times, *self._pairs[n]).to(x.dtype)
-        return v[:n], v[n:]
+        twice = torch.cat([x, x])
+        if isinstance(t, Tensor):
+            v = self.velocity(twice, torch.cat([t, t]), *self._pairs[n])
+        else:
+            v = _at(self.velocity, twice, t, self._pairs[n])
+        v_c, v_u = v.to(x.dtype).chunk(2)
+        return v_c, v_u
 
     def take(self, rows: Tensor) -> OneNetwork:
         return OneNetwork(self.velocity, take_rows(self.cond, rows), take_rows(self.uncond, rows))
@@ -101,6 +111,12 @@ def _refuse_one(cond: object) -> None:
         raise UserError("conditions are a tuple of tensors, such as (tokens, pooled) or (labels,), not one tensor")
 
 
+def _at(velocity: Callable[..., Tensor], x: Tensor, time: float, cond: tuple[Tensor, ...]) -> Tensor:
+    """The velocity at one time for all rows."""
+    at = getattr(velocity, "at", None)
+    return velocity(x, x.new_full((len(x),), time), *cond) if at is None else at(x, time, *cond)
+
+
 def _rows(tensors: tuple[Tensor, ...], n: int) -> tuple[Tensor, ...]:
     return tuple(a.expand(n, *a.shape[1:]) for a in tensors)
 
@@ -126,7 +142,8 @@ def cfg(
 ) -> Guided:
     """Classifier-free guidance, on all channels: away from what the network says without its conditions.
 
-    velocity: called as velocity(x, t, *cond); cond, uncond: tensors of B rows, or of one. Within the interval lo <= t
+    velocity: called as velocity(x, t, *cond), or at(x, time, *cond) as of `Conditioned`; cond, uncond: tensors of B rows,
+    or of one. Within the interval lo <= t
     <= hi (Kynkaanniemi et al. 2024, arXiv 2404.07724) both branches go as one doubled batch, [cond, uncond]; outside,
     and for scale 1, there is one plain call on cond. rescale: 0 .. 1, how far to bring each sample's standard deviation
     back to that of v_c (Lin et al. 2023, arXiv 2305.08891, sec. 3.4).

@@ -6,9 +6,10 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
-from torch import nn
+from torch import Tensor, nn
 
 from genflow.conditions import Condition
+from genflow.functional import Rng
 from genflow.registry import api_export
 
 
@@ -36,6 +37,13 @@ class TextEncoder(nn.Module, ABC):
     def null(self) -> Condition:
         """The prepared condition of guidance's other branch and of dropped captions: the empty prompt. One row."""
         return self.encode([""])
+
+    def drop(self, condition: Condition, rng: Rng, position: Tensor) -> Condition:
+        """Prepared conditions, B rows, with what the encoder hides of them in training by its own rule: here, nothing.
+
+        Randomness comes from rng at position (B), as in a flow's loss.
+        """
+        return condition
 
 
 def warn_cut(cut: Sequence[str], limit: str) -> None:

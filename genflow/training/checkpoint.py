@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from genflow.errors import UserError
 from genflow.flows.store import checkpoints, finish_checkpoint, normalise_keys
 from genflow.training.ema import EMA
+from genflow.training.sharding import as_shared, whole
 
 
 def named_optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
@@ -34,20 +35,35 @@ def load_named_optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Modul
     for full, value in normalise_keys(state).items():
         name, _, key = full.rpartition("/")
         p = params[name]
-        optimizer.state[p][key] = value if key == "step" else value.to(p.device)
+        if key == "step":  # a fused optimiser counts on the device
+            optimizer.state[p][key] = value.to(p.device) if optimizer.defaults.get("fused") else value
+        else:
+            optimizer.state[p][key] = as_shared(value, p.detach())
 
 
-def save_checkpoint(
-    run: Path,
-    step: int,
-    *,
-    config: dict,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    ema: EMA | None,
-    state: dict,
-    keep: int,
-) -> Path:
+Tensors = dict[str, dict[str, Tensor]]  # file -> name -> tensor
+
+
+def checkpoint_tensors(
+    model: nn.Module, optimizer: torch.optim.Optimizer, ema: EMA | None, *, main: bool = True
+) -> Tensors:
+    """All that a checkpoint holds, whole and on the CPU, whoever shared it out; nothing where not `main`.
+
+    Every process of the run has to call.
+    """
+    states = {"model": model.state_dict(), "optimizer": named_optimizer_state(optimizer, model)}
+    if ema is not None:
+        states["ema"] = ema.state_dict()
+    found: Tensors = {name: {} for name in states}
+    for name, state in states.items():
+        for key, value in normalise_keys(state).items():
+            gathered = whole(value.detach())  # one at a time: a device need not hold them all
+            if main:
+                found[name][key] = gathered.contiguous().cpu()
+    return found
+
+
+def save_checkpoint(run: Path, step: int, *, config: dict, tensors: Tensors, state: dict, keep: int) -> Path:
     """Write checkpoints/step-XXXXXXXX of the run and drop all but the newest `keep` whole ones.
 
     Raises UserError where the disk refuses; what had been saved before is untouched.
@@ -59,11 +75,7 @@ def save_checkpoint(
         temporary.mkdir(parents=True)
         (temporary / "config.json").write_text(json.dumps(config, indent=2))
         (temporary / "state.json").write_text(json.dumps({"step": step, **state}))
-        tensors = {"model": model.state_dict(), "optimizer": named_optimizer_state(optimizer, model)}
-        if ema is not None:
-            tensors["ema"] = ema.state_dict()
         for name, values in tensors.items():
-            values = {key: value.detach().contiguous().cpu() for key, value in normalise_keys(values).items()}
             save_file(values, temporary / f"{name}.safetensors")
         finish_checkpoint(temporary)
         shutil.rmtree(final, ignore_errors=True)
@@ -87,7 +99,8 @@ def load_checkpoint(folder: Path, *, model: nn.Module, optimizer: torch.optim.Op
     """
     try:
         state = json.loads((folder / "state.json").read_text())
-        model.load_state_dict(load_file(folder / "model.safetensors"))
+        mine, saved = model.state_dict(), load_file(folder / "model.safetensors")
+        model.load_state_dict({key: as_shared(v, mine[key]) if key in mine else v for key, v in saved.items()})
         load_named_optimizer_state(optimizer, model, load_file(folder / "optimizer.safetensors"))
         if ema is not None:
             ema.load_state_dict(load_file(folder / "ema.safetensors"))

@@ -35,7 +35,8 @@ class TrainConfig:
     steps: int = 1000
     batch_size: int = 64
     accumulation: int = 1  # micro-batches per step and process
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "auto"  # training/precision.py
+    parallel: Literal["ddp", "fsdp"] = "ddp"  # of several processes: each holds all, or a part (training/README.md)
     optimizer: Annotated[Any, Choice("optimizer")] = field(default_factory=AdamWConfig)
     warmup: int = 100  # steps of linear warm-up
     decay: float = 0.0  # the last part of the run, 0 to 1, over which the learning rate falls linearly to zero

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from genflow.training.sharding import as_shared, own
+
 
 def power_gamma(width: float) -> float:
     """gamma of the power profile whose relative standard deviation is `width` (EDM2, arXiv 2312.02696, alg. 2)."""
@@ -19,21 +21,23 @@ class EMA:
     """A float32 (or wider) average of a model's trained parameters.
 
     After step n (counted from 1) the average moves by 1 - (1 - 1/n)^(gamma + 1): its memory is a fixed part of the run
-    so far, `width` of it, so that it needs no warm-up (EDM2, eq. 127). It starts as a copy.
+    so far, `width` of it, so that it needs no warm-up (EDM2, eq. 127). It starts as a copy, shared out among processes as
+    the parameters are.
     """
 
     def __init__(self, model: nn.Module, width: float) -> None:
         self.gamma = power_gamma(width)
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         self.names = [name for name, _ in named]
-        self.live: list[Tensor] = [p for _, p in named]
-        self.average = [p.detach().to(torch.promote_types(p.dtype, torch.float32), copy=True) for p in self.live]
+        self.average = [p.detach().to(torch.promote_types(p.dtype, torch.float32), copy=True) for _, p in named]
+        self.live = [own(p.detach()) for _, p in named]
+        self.parts = [own(average) for average in self.average]
 
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Take in the weights after optimiser step `step`, counted from 1."""
         weight = 1 - (1 - 1 / step) ** (self.gamma + 1)
-        torch._foreach_lerp_(self.average, self.live, weight)
+        torch._foreach_lerp_(self.parts, self.live, weight)
 
     def state_dict(self) -> dict[str, Tensor]:
         return dict(zip(self.names, self.average, strict=True))
@@ -41,15 +45,15 @@ class EMA:
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         for name, average in zip(self.names, self.average, strict=True):
-            average.copy_(state[name])
+            average.copy_(as_shared(state[name], average))
 
     @contextmanager
     def swapped(self) -> Iterator[None]:
         """The model holds the average inside, its own weights again after, whatever happens."""
-        own = [p.detach().clone() for p in self.live]
+        before = [p.clone() for p in self.live]
         with torch.no_grad():
-            torch._foreach_copy_(self.live, self.average)
+            torch._foreach_copy_(self.live, self.parts)
             try:
                 yield
             finally:
-                torch._foreach_copy_(self.live, own)
+                torch._foreach_copy_(self.live, before)

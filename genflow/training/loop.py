@@ -9,11 +9,12 @@ import time
 from collections.abc import Iterator
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from genflow.config import to_dict
 from genflow.data.loading import Batch, PreparedConditions, StreamSampler, loader
@@ -23,11 +24,13 @@ from genflow.errors import UserError
 from genflow.flows.store import newest_checkpoint
 from genflow.functional import Rng
 from genflow.training.apply import checkpointed, compile_blocks
-from genflow.training.checkpoint import load_checkpoint, save_checkpoint
+from genflow.training.checkpoint import checkpoint_tensors, load_checkpoint, save_checkpoint
 from genflow.training.config import RunConfig
 from genflow.training.ema import EMA
 from genflow.training.log import T_BINS, Log, LossByTime
-from genflow.training.precision import verified
+from genflow.training.precision import DTYPES, verified
+from genflow.training.ranks import all_or_none, same_on_all
+from genflow.training.sharding import shard, unreduced, whole
 
 POINTS = 4096  # of a preview of vectors
 MAX_HALVINGS = 24  # of the fp16 loss scale for one batch, before the run is given up
@@ -70,6 +73,29 @@ class Trainer:
     def __init__(self, config: RunConfig, run: Path, accelerator: Accelerator) -> None:
         train = config.train
         self.run_folder, self.accelerator = run, accelerator
+        with all_or_none():
+            network = self._prepare(config)
+        same_on_all({"the number of training samples": len(self.dataset)})
+        self.sharded = train.parallel == "fsdp" and accelerator.num_processes > 1
+        if self.sharded:
+            self.model: nn.Module = shard(self.flow, network, DTYPES[train.precision])
+            self.optimizer = accelerator.prepare(train.optimizer.build(self.flow))
+        else:
+            self.model, self.optimizer = accelerator.prepare(self.flow, train.optimizer.build(self.flow))
+        self.base_lr = [group["lr"] for group in self.optimizer.param_groups]
+        self.ema = EMA(self.flow, train.ema) if train.ema else None
+        self.step, self.by_time = 0, LossByTime()
+        self.checked = False  # whether the first forward has shown the precision that was asked
+        self.caught: list[int] = []  # signals that ask the run to stop
+        self.bad: dict[str, str] = {}
+        self.parts: dict[str, Tensor] = {}  # of this process's last micro-batch
+        with all_or_none():
+            self._resume()
+        self.log = Log(run, accelerator, steps=train.steps, start=self.step, batch_size=train.batch_size)
+
+    def _prepare(self, config: RunConfig) -> nn.Module:
+        """What every rank builds alike and alone: data, conditions and the flow. Returns the flow's network."""
+        train, accelerator = config.train, self.accelerator
         self.dataset = config.data.build("train")
         torch.manual_seed(config.seed)  # the initial weights hang on nothing else
         self.text = config.text.build()
@@ -88,19 +114,10 @@ class Trainer:
         self.flow = config.flow.build(network, self.text, shape=self.shape)
         if train.compile:
             compile_blocks(network)
-        optimizer = train.optimizer.build(self.flow)
-        self.base_lr = [group["lr"] for group in optimizer.param_groups]
         self.conditions = PreparedConditions.prepare(self.dataset, self.text)
         self.validation = self._validation_batches() if train.validate_every else []
         self.flow.to(accelerator.device).initialise(self.conditions.table, self._first_batch)
-        self.model, self.optimizer = accelerator.prepare(self.flow, optimizer)
-        self.ema = EMA(self.flow, train.ema) if train.ema else None
-        self.step, self.by_time = 0, LossByTime()
-        self.checked = False  # whether the first forward has shown the precision that was asked
-        self.bad: dict[str, str] = {}
-        self.parts: dict[str, Tensor] = {}  # of this process's last micro-batch
-        self._resume()
-        self.log = Log(run, accelerator, steps=train.steps, start=self.step, batch_size=train.batch_size)
+        return network
 
     def _resume(self) -> None:
         folder = newest_checkpoint(self.run_folder)
@@ -115,7 +132,9 @@ class Trainer:
 
     def _first_batch(self) -> Batch:
         """The samples of the first step, of all ranks and micro-batches together."""
-        sampler = StreamSampler(len(self.dataset), seed=self.config.seed, batch_size=self.config.train.batch_size, steps=1)
+        sampler = StreamSampler(
+            len(self.dataset), seed=self.config.seed, batch_size=self.config.train.batch_size, steps=1
+        )
         batch = next(loader(self.dataset, self.conditions, sampler, shape=self.shape))
         return batch.to(self.accelerator.device)
 
@@ -146,18 +165,17 @@ class Trainer:
         """Train to the last step. Raises Interrupted after a signal, UserError where the run cannot go on."""
         train = self.config.train
         batches = self.batches()
-        with stop_signal() as caught:
+        with stop_signal() as self.caught:
             while self.step < train.steps:
                 micro = [next(batches).to(self.accelerator.device) for _ in range(train.accumulation)]
                 self._note_bad(micro)
-                loss, norm = self._optimise(micro)
+                loss, norm, stop = self._optimise(micro)
                 self.step += 1
                 if self.ema is not None:
                     self.ema.update(self.step)
                 self.log.advance()
                 if self.step % train.log_every == 0 or self.step == train.steps:
                     self._log(loss, norm)
-                stop = bool(self._any_rank(bool(caught)))
                 if self.step % train.save_every == 0 or self.step == train.steps or stop:
                     self._save()
                 if stop:
@@ -167,8 +185,11 @@ class Trainer:
                 if train.preview_every and (self.step % train.preview_every == 0 or self.step == train.steps):
                     self._aside(self._preview)
 
-    def _optimise(self, micro: list[Batch]) -> tuple[Tensor, float]:
-        """One optimiser step over its micro-batches. Returns the mean loss and the gradient's norm before clipping."""
+    def _optimise(self, micro: list[Batch]) -> tuple[Tensor, Tensor, bool]:
+        """One optimiser step over its micro-batches: the mean loss, the gradient's norm before clipping, whether to stop.
+
+        A gradient that overflows fp16 halves the loss scale, and the same step is done again: nothing else has moved.
+        """
         train, accelerator = self.config.train, self.accelerator
         factor = learning_rate(self.step, steps=train.steps, warmup=train.warmup, decay=train.decay)
         for group, lr in zip(self.optimizer.param_groups, self.base_lr, strict=True):
@@ -178,34 +199,39 @@ class Trainer:
             loss = torch.zeros((), device=accelerator.device)
             parts = []
             for i, batch in enumerate(micro):
-                last = i == len(micro) - 1
                 check = contextlib.nullcontext() if self.checked else verified(self.flow, train.precision)
-                with contextlib.nullcontext() if last else accelerator.no_sync(self.model):
-                    with check:
+                with unreduced(self.model) if i < len(micro) - 1 else contextlib.nullcontext():
+                    with check, accelerator.autocast():
                         out = self.model(batch, rng)
                     self.checked = True
                     accelerator.backward(out.loss / len(micro))
                 loss += out.loss.detach() / len(micro)
                 parts.append((out.per_sample, out.t))
                 self.parts = out.parts
-            norm = accelerator.clip_grad_norm_(self.flow.parameters(), train.clip or math.inf)
-            norm = float(norm) if norm is not None else math.nan
-            overflow = accelerator.scaler is not None and math.isfinite(float(loss)) and not math.isfinite(norm)
-            if not overflow:
-                self._refuse_nan(float(loss), norm, micro)
+            norm = whole(accelerator.clip_grad_norm_(self.flow.parameters(), train.clip or math.inf))
+            bad_loss, bad_norm, stop = self._outcome(loss, norm)
+            overflow = accelerator.scaler is not None and bad_norm and not bad_loss
+            if (bad_loss or bad_norm) and not overflow:
+                self._refuse_nan(float(loss), float(norm), micro)
             self.optimizer.step()
             self.optimizer.zero_grad()
-            if not overflow:  # an overflow in fp16 only halves the loss scale: the same step is done again
+            if not overflow:
                 for per_sample, t in parts:
                     if t is not None:
                         self.by_time.add(per_sample, t)
-                return loss, norm
+                return loss, norm, stop
         raise UserError(f"step {self.step}: gradients overflow fp16 at every loss scale; train with bf16 or fp32")
 
-    def _refuse_nan(self, loss: float, norm: float, micro: list[Batch]) -> None:
-        wrong = self._any_rank(not (math.isfinite(loss) and math.isfinite(norm)))
-        if not wrong:
-            return
+    def _outcome(self, loss: Tensor, norm: Tensor) -> list[bool]:
+        """On any rank: whether the loss is not finite, whether the gradient is not, whether a signal asks to stop.
+
+        The one message of a step beyond its gradients, and the one wait for the device.
+        """
+        asked = torch.tensor(float(bool(self.caught)), device=loss.device)
+        flags = torch.stack([(~loss.isfinite()).float(), (~norm.isfinite()).float(), asked])
+        return (self.accelerator.reduce(flags) > 0).tolist()  # type: ignore[operator]
+
+    def _refuse_nan(self, loss: float, norm: float, micro: list[Batch]) -> NoReturn:
         mine = [name for batch in micro for name in batch.ids]
         last = newest_checkpoint(self.run_folder)
         raise UserError(
@@ -214,12 +240,6 @@ class Trainer:
             + (f"Last good checkpoint: {last}" if last else "No checkpoint had been written yet")
             + ". To go on, take a lower train.optimizer.lr or train.clip, or fp32"
         )
-
-    def _any_rank(self, flag: bool) -> bool:
-        if self.accelerator.num_processes == 1:
-            return flag
-        total = self.accelerator.reduce(torch.tensor(float(flag), device=self.accelerator.device))
-        return float(total) > 0  # type: ignore[arg-type]
 
     def _note_bad(self, micro: list[Batch]) -> None:
         for batch in micro:
@@ -233,7 +253,7 @@ class Trainer:
                 f"{self.config.train.max_bad}; the last: {next(reversed(self.bad))}"
             )
 
-    def _log(self, loss: Tensor, norm: float) -> None:
+    def _log(self, loss: Tensor, norm: Tensor) -> None:
         if self.accelerator.num_processes > 1:
             loss = self.accelerator.reduce(loss, reduction="mean")  # type: ignore[assignment]
         sums = self.by_time.reduced(self.accelerator)
@@ -243,36 +263,38 @@ class Trainer:
             f"loss_t{i / T_BINS:.3f}": float(total / count) for i, (total, count) in enumerate(sums.T) if count > 0
         }
         parts = {name: float(part) for name, part in self.parts.items()} if len(self.parts) > 1 else {}
-        values = {"loss": float(loss), **parts, "grad_norm": norm, "lr": self.optimizer.param_groups[0]["lr"], **by_time}
+        lr = self.optimizer.param_groups[0]["lr"]
+        values = {"loss": float(loss), **parts, "grad_norm": float(norm), "lr": lr, **by_time}
         if self.accelerator.scaler is not None:
             values["loss_scale"] = self.accelerator.scaler.get_scale()
         self.log.write(self.step, {**values, "images_per_s": rate, "bad_images": len(self.bad)})
 
     def _save(self) -> None:
-        sums = self.by_time.reduced(self.accelerator)
-        if self.accelerator.is_main_process:
+        sums, main = self.by_time.reduced(self.accelerator), self.accelerator.is_main_process
+        tensors = checkpoint_tensors(self.flow, self.optimizer.optimizer, self.ema, main=main)
+        if main:
             scaler = self.accelerator.scaler
             save_checkpoint(
                 self.run_folder,
                 self.step,
                 config={**to_dict(self.config), "shape": list(self.shape)},
-                model=self.flow,
-                optimizer=self.optimizer.optimizer,
-                ema=self.ema,
+                tensors=tensors,
                 state={"by_time": sums.tolist(), "scaler": scaler.state_dict() if scaler else None},
                 keep=self.config.train.keep,
             )
         self.accelerator.wait_for_everyone()
 
     def _aside(self, work: Any) -> None:
-        """Do something that is not training, on the averaged weights, on the main process."""
-        if self.accelerator.is_main_process:
+        """Do something that is not training, on the averaged weights: on the main process; on all where each has a part."""
+        if self.accelerator.is_main_process or self.sharded:
             begun = time.monotonic()
             with self.ema.swapped() if self.ema is not None else contextlib.nullcontext(), torch.no_grad():
                 self.flow.eval()
                 with self.accelerator.autocast():
                     work()
                 self.flow.train()
+                if isinstance(self.flow, FSDPModule):
+                    self.flow.reshard()  # it would go on with the average
             self.log.pause(time.monotonic() - begun)
         self.accelerator.wait_for_everyone()
 
@@ -309,6 +331,8 @@ class Trainer:
             x = self.flow.sample(prompts, seeds=list(range(n)), **how).x
         except UserError as error:  # a picture that cannot be drawn is no reason to lose the run
             self.log.say(f"step {self.step}: no preview: {error}")
+            return
+        if not self.accelerator.is_main_process:
             return
         path = self.run_folder / "previews" / f"step-{self.step:08d}.png"
         if x.dim() == 2:

@@ -14,16 +14,27 @@ from genflow.errors import UserError
 from genflow.layers.modulation import Linear
 from genflow.networks.couplers import ConvNet
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# What weights and pictures meet in inside of products; weights, optimiser and averages are float32 in all of them.
+DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+WHAT = {
+    "fp32": "float32 products, not shortened",
+    "tf32": "float32 whose products take 10 bits of each factor",
+    "bf16": "products in bfloat16",
+    "fp16": "products in float16, with a loss scale that follows overflows",
+}
 
 
 def refusal(precision: str, device: torch.device) -> str | None:
     """Why the device cannot train in this precision, or None."""
+    cuda = device.type == "cuda"
     if precision == "fp16" and device.type == "cpu":
         return "fp16 training needs a GPU: on a CPU accelerate would silently run fp32; use bf16 or fp32"
-    if precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        name = torch.cuda.get_device_name(device)
-        return f"{name} has no bf16 arithmetic; use fp16 or fp32"
+    if precision == "tf32" and not cuda:
+        return f"TF32 is arithmetic of NVIDIA's GPUs, and this is {device.type}; use fp32"
+    if precision == "tf32" and (torch.version.hip or torch.cuda.get_device_capability(device) < (8, 0)):
+        return f"{torch.cuda.get_device_name(device)} has no TF32 arithmetic; use fp32"
+    if precision == "bf16" and cuda and not torch.cuda.is_bf16_supported(including_emulation=False):
+        return f"{torch.cuda.get_device_name(device)} has no bf16 arithmetic; use fp16 or fp32"
     return None
 
 
@@ -40,21 +51,52 @@ def resolve_precision(asked: str, device: torch.device) -> tuple[Any, str]:
         return ("fp16", "auto: the GPU has no bf16") if refusal("bf16", device) else ("bf16", "auto: the GPU has bf16")
     if device.type != "cpu":
         return "fp32", f"auto: the default on {device.type}"
-    rate = {name: matmul_tflops(DTYPES[name]) for name in ("bf16", "fp32")}
+    rate = {name: matmul_tflops(name, device) for name in ("bf16", "fp32")}
     # bf16 must pay for its casts, so it has to win clearly.
     best = "bf16" if rate["bf16"] > 1.3 * rate["fp32"] else "fp32"
     return best, f"auto: matrix products run at {rate['bf16']:.2f} TFLOP/s in bf16, {rate['fp32']:.2f} in fp32 here"
 
 
-def matmul_tflops(dtype: torch.dtype, size: int = 1024) -> float:
-    """Best of a few size^3 matrix products on this CPU, in TFLOP/s."""
-    a, b = torch.ones(size, size, dtype=dtype), torch.ones(size, size, dtype=dtype)
+@contextmanager
+def float32_products(precision: str) -> Iterator[None]:
+    """Inside, products of float32 matrices are TF32 where that was asked, and float32 in full where not.
+
+    torch itself takes TF32 for convolutions unless told otherwise. What was set before holds again after.
+    """
+    # Not torch.backends.*.fp32_precision: torch's compiler reads these (2.14), and refuses a mixture.
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    short = precision == "tf32"
+    try:
+        torch.set_float32_matmul_precision("high" if short else "highest")
+        torch.backends.cudnn.allow_tf32 = short
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
+
+
+def matmul_tflops(precision: str, device: torch.device) -> float:
+    """Best of a few products of square matrices on the device, in TFLOP/s."""
+    size = 1024 if device.type == "cpu" else 8192
+    a, b = (torch.ones(size, size, dtype=DTYPES[precision], device=device) for _ in range(2))
+    wait = torch.cuda.synchronize if device.type == "cuda" else torch.mps.synchronize if device.type == "mps" else None
     seconds = []
-    for _ in range(5):
-        start = time.perf_counter()
-        a @ b
-        seconds.append(time.perf_counter() - start)
+    with float32_products(precision):
+        for _ in range(5):
+            start = time.perf_counter()
+            a @ b
+            if wait is not None:
+                wait()
+            seconds.append(time.perf_counter() - start)
     return 2 * size**3 / min(seconds) / 1e12
+
+
+def precision_report(device: torch.device) -> dict[str, str]:
+    """For each precision: how fast the device multiplies matrices in it, or why it cannot train in it."""
+    return {
+        name: refusal(name, device) or f"{matmul_tflops(name, device):.2f} TFLOP/s; {what}"
+        for name, what in WHAT.items()
+    }
 
 
 @contextmanager
@@ -74,7 +116,7 @@ def verified(model: nn.Module, precision: str) -> Iterator[None]:
         for hook in hooks:
             hook.remove()
     wrong = [dtype for dtype in seen if dtype != DTYPES[precision]]
-    if not seen and precision != "fp32":
+    if not seen and DTYPES[precision] != torch.float32:
         raise UserError(f"train.precision={precision} was asked, but nothing in this network computes in it; take fp32")
     if len(wrong) > len(seen) / 2:
         raise UserError(f"train.precision={precision} was asked, but the network's linears computed in {set(wrong)}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +21,8 @@ from genflow.flows.store import newest_checkpoint, read_config
 from genflow.registry import api_export
 from genflow.training.config import RunConfig
 from genflow.training.loop import Trainer
-from genflow.training.precision import resolve_precision
+from genflow.training.precision import float32_products, resolve_precision
+from genflow.training.ranks import all_or_none, from_main, join_processes, lost_ranks_told, same_on_all
 
 try:
     import fcntl
@@ -35,6 +37,7 @@ FREE = {
     "train.clip",
     "train.workers",
     "train.accumulation",
+    "train.parallel",
     "train.compile",
     "train.checkpointing",
     "train.save_every",
@@ -51,39 +54,63 @@ FREE = {
 def train(config: str | Path | RunConfig, overrides: Sequence[str] = ()) -> Path:
     """Train a run, or go on with it where its folder holds a checkpoint of the same config. Returns the folder.
 
-    config: a YAML file or a RunConfig. Raises UserError for what a person can put right.
+    config: a YAML file or a RunConfig. Raises UserError for what a person can put right; of several processes the main one
+    does, and where it is not one of them that is wrong, but a process that is lost, every one that is left.
     """
-    if isinstance(config, RunConfig):
-        asked = config
-    else:
-        asked = load(config, overrides, schema=RunConfig)
-        asked = replace(asked, out=asked.out or f"runs/{Path(config).stem}")
-    if asked.out is None:
-        raise UserError("config: `out` is not set; name the run's folder")
-    _check_trackers(asked.train.trackers)
-    run = Path(asked.out)
-    asked = _as_saved(asked, run)
-    device = PartialState(cpu=not (torch.cuda.is_available() or torch.backends.mps.is_available())).device
-    precision: Any
+    device = join_processes()
+    with lost_ranks_told():
+        return _train_together(config, overrides, device)
+
+
+def _train_together(config: str | Path | RunConfig, overrides: Sequence[str], device: torch.device) -> Path:
+    with all_or_none():
+        if isinstance(config, RunConfig):
+            asked = config
+        else:
+            asked = load(config, overrides, schema=RunConfig)
+            asked = replace(asked, out=asked.out or f"runs/{Path(config).stem}")
+        if asked.out is None:
+            raise UserError("config: `out` is not set; name the run's folder")
+        run = Path(asked.out)
+        newest = newest_checkpoint(run)
+    same_on_all({**_leaves(to_dict(asked)), "the newest checkpoint": newest and newest.name})
+    with contextlib.ExitStack() as stack:
+        with all_or_none():
+            _check_trackers(asked.train.trackers)
+            asked = _as_saved(asked, run)
+            asked, why = _with_precision(asked, device)
+            _make_folder(run)
+            stack.enter_context(_alone(run))
+        # "auto" is measured: its answer may not be the same on every rank
+        precision, why = from_main((asked.train.precision, why))
+        asked = replace(asked, train=replace(asked.train, precision=precision))
+        stack.enter_context(float32_products(precision))
+        _train(asked, run, device, why)
+    return run
+
+
+def _with_precision(asked: RunConfig, device: torch.device) -> tuple[RunConfig, str]:
+    """The config with the precision that will run, and why it is that one."""
     if asked.train.precision == "auto" and getattr(asked.model, "full_precision", False):
-        precision, why = "fp32", "auto: this model needs it"
+        precision: Any = "fp32"
+        why = "auto: this model needs it"
     else:
         precision, why = resolve_precision(asked.train.precision, device)
-    asked = replace(asked, train=replace(asked.train, precision=precision))
+    return replace(asked, train=replace(asked.train, precision=precision)), why
+
+
+def _make_folder(run: Path) -> None:
     try:
         run.mkdir(parents=True, exist_ok=True)
     except FileExistsError as error:
         raise UserError(f"{run} is a file; name another folder as `out`") from error
     except OSError as error:
         raise UserError(f"cannot make the run's folder {run}: {error.strerror}") from error
-    with _alone(run):
-        _train(asked, run, device, precision, why)
-    return run
 
 
-def _train(asked: RunConfig, run: Path, device: torch.device, precision: str, why: str) -> None:
+def _train(asked: RunConfig, run: Path, device: torch.device, why: str) -> None:
     accelerator = Accelerator(
-        mixed_precision={"fp32": "no"}.get(precision, precision),
+        mixed_precision={"fp32": "no", "tf32": "no"}.get(asked.train.precision, asked.train.precision),
         cpu=device.type == "cpu",
         log_with=list(asked.train.trackers) or None,
         project_config=ProjectConfiguration(project_dir=str(run), logging_dir=str(run)),
@@ -98,7 +125,10 @@ def _train(asked: RunConfig, run: Path, device: torch.device, precision: str, wh
             accelerator.init_trackers("tensorboard")
     trainer.log.say(_summary(trainer, why))
     try:
-        trainer.run()
+        with warnings.catch_warnings():
+            # of a block that hands on a stream as it is; nothing of ours writes into what a block returns
+            warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")
+            trainer.run()
     finally:
         trainer.log.close()
         accelerator.end_training()
@@ -179,6 +209,7 @@ def _summary(trainer: Trainer, why: str) -> str:
         f"{trainer.run_folder}: {start} of {train.steps}, batch {train.batch_size}, "
         f"{len(trainer.dataset)} pictures, {params / 1e6:.1f} M parameters\n"
         f"precision {train.precision} ({why}); weights, optimiser and EMA in fp32; "
-        f"{trainer.accelerator.num_processes} process(es) on {trainer.accelerator.device}, "
+        f"{trainer.accelerator.num_processes} process(es){', sharded,' if trainer.sharded else ''} on "
+        f"{trainer.accelerator.device}, "
         f"{torch.get_num_threads()} threads"
     )

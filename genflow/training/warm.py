@@ -7,7 +7,7 @@ from pathlib import Path
 from genflow.config import to_dict
 from genflow.flows.base import Flow
 from genflow.flows.store import newest_checkpoint
-from genflow.training.checkpoint import save_checkpoint
+from genflow.training.checkpoint import checkpoint_tensors, save_checkpoint
 from genflow.training.config import RunConfig
 from genflow.training.ema import EMA
 
@@ -24,9 +24,7 @@ def warm_start(config: RunConfig, flow: Flow, run: Path) -> None:
         run,
         0,
         config={**to_dict(config), "shape": list(flow.shape)},
-        model=flow,
-        optimizer=train.optimizer.build(flow),
-        ema=EMA(flow, train.ema) if train.ema else None,
+        tensors=checkpoint_tensors(flow, train.optimizer.build(flow), EMA(flow, train.ema) if train.ema else None),
         state={"by_time": [], "scaler": None},
         keep=train.keep,
     )

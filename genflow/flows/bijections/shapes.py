@@ -129,7 +129,10 @@ def multi_scale(
     inside = squeeze.output_shape
     parts = steps(inside)
     if levels > 1:
-        parts = [*parts, Split(inside, multi_scale(split_shape(inside), levels - 1, steps, condition_dim), condition_dim)]
+        parts = [
+            *parts,
+            Split(inside, multi_scale(split_shape(inside), levels - 1, steps, condition_dim), condition_dim),
+        ]
     return Chain([squeeze, *parts, squeeze.inv])
 
 

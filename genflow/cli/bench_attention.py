@@ -1,0 +1,99 @@
+"""genflow bench attention: the backends that can serve a call, in turn."""
+
+from __future__ import annotations
+
+import argparse
+import warnings
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from genflow.attention import Call, Mask, attention, attention_report
+from genflow.attention.masks import KINDS
+from genflow.errors import UserError, nearest
+from genflow.evaluation.bench import Contest, Side, Task, difference
+from genflow.evaluation.flops import attention_flops
+from genflow.training.precision import DTYPES
+
+
+def attending(args: argparse.Namespace) -> tuple[list[Contest], dict[str, str]]:
+    """Every attention backend that can serve the call, and why the others cannot."""
+    warnings.filterwarnings("ignore", message="flex_attention called without")  # told by its time
+    call = Call(args.device.type, DTYPES[args.precision], args.head_dim, args.mask, args.lq, args.lk)
+    refused = {name: "; ".join(reasons) for name, reasons in attention_report(call).items() if reasons}
+    refused_backward = attention_report(call._replace(needs=frozenset({"backward"})))
+    able = {name: not reasons for name, reasons in refused_backward.items() if name not in refused}
+    refused |= {
+        f"{name}, backward": "; ".join(refused_backward[name]) for name, backward in able.items() if not backward
+    }
+    live = make_mask(args, 1).full(torch.empty(1, 1, args.lq, 1), args.lq, args.lk)
+    one = args.lq * args.lk if live is None else int(live.expand(1, 1, args.lq, args.lk).sum())
+    flops = [args.batch * attention_flops(one, args.heads, args.head_dim, backward=b) for b in (False, True)]
+    shape = f"{args.batch} x {args.heads} heads x {args.lq} queries, {args.lk} keys, head_dim {args.head_dim}"
+    contest = Contest(
+        f"attention: {shape}, {args.precision}, mask {args.mask}",
+        tuple(able),
+        partial(attention_side, args, able),
+        (Task("forward", "calls", 1, flops[0]), Task("forward and backward", "calls", 1, flops[1])),
+        DTYPES[args.precision],
+    )
+    return [contest], refused
+
+
+def attention_side(args: argparse.Namespace, able: dict[str, bool], name: str) -> Side:
+    """A backend; its error is that of the first head of the first sample beside float64, forward, and the worst gradient."""
+    dtype, backward = DTYPES[args.precision], able[name]
+    draw = partial(torch.randn, generator=torch.Generator().manual_seed(0))
+    lengths = (args.lq, args.lk, args.lk, args.lq)
+    q, k, v, g = (draw(args.batch, args.heads, n, args.head_dim).to(args.device, dtype) for n in lengths)
+    mask, first = make_mask(args, args.batch), make_mask(args, 1)
+    inputs = (q.requires_grad_(backward), k.requires_grad_(backward), v.requires_grad_(backward))
+
+    @torch.no_grad()
+    def forward() -> Tensor:
+        return attention(*inputs, mask, backend=name)
+
+    def both() -> tuple[Tensor, ...]:
+        o = attention(*inputs, mask, backend=name)
+        return (o, *torch.autograd.grad(o, inputs, g))
+
+    q, k, v = exact = tuple(a[:1, :1].detach().double().requires_grad_() for a in inputs)
+    o = attention(q, k, v, first, backend="math")
+    truth = (o, *torch.autograd.grad(o, exact, g[:1, :1].double()))
+    found = both() if backward else (forward(),)
+    off = [difference(a[:1, :1], b) for a, b in zip(found, truth)]
+    tasks: dict[str, Callable[[], object]] = {"forward": forward}
+    return Side(
+        tasks | {"forward and backward": both} if backward else tasks,
+        error={"forward": off[0], "forward and backward": max(off)},
+    )
+
+
+def make_mask(args: argparse.Namespace, batch: int) -> Mask:
+    """The mask of that kind for the first `batch` samples. Raises UserError for an unknown kind."""
+    draw = torch.Generator().manual_seed(3)
+    lq, lk, device = args.lq, args.lk, args.device
+    parts = {
+        "none": lambda: Mask(),
+        "causal": lambda: Mask(causal=True),
+        # half of the keys or more are real
+        "keys": lambda: Mask(
+            keys=(torch.arange(lk) < torch.randint(lk // 2, lk + 1, (batch, 1), generator=draw)).to(device)
+        ),
+        "segments": lambda: Mask(
+            segments=(4 * torch.arange(lq) // lq).expand(batch, lq).to(device)
+        ),  # four, end to end
+        "tree": lambda: Mask(tree=((torch.arange(lq) + 1) // 2 - 1).to(device)),  # of two branches at each node
+        "dense": lambda: Mask(dense=(torch.rand(lq, lk, generator=draw) < 0.5).to(device)),
+    }
+    mask = Mask()
+    for kind in args.mask.split("+"):
+        if kind not in parts:
+            raise UserError(
+                f"--mask {kind!r} is none.{nearest(kind, KINDS)} Several are joined by +, such as causal+keys"
+            )
+        mask = mask & parts[kind]()
+    mask.check(batch, args.heads, lq, lk)
+    return mask

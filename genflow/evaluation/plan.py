@@ -1,0 +1,94 @@
+"""What an evaluation is asked, and what it answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from genflow.errors import UserError, nearest
+from genflow.registry import api_export
+
+if TYPE_CHECKING:
+    from genflow.data.pictures import Picture
+
+METRICS = {
+    "likelihood": "bits/dim of held-out pictures, or nats of vectors",
+    "loss": "the loss of held-out samples, a velocity's also by time",
+    "fd": "Frechet distance of features",
+    "kid": "kernel distance (MMD) of features, unbiased",
+    "precision-recall": "how good and how varied, by nearest neighbours",
+    "density-coverage": "the same, less swayed by outliers",
+    "alignment": "R@1 and R@10: whether pictures find the captions that they were drawn from",
+    "nearest": "whether samples are copies of training samples",
+}
+DISTANCES = {"fd": 2, "kid": 2, "precision-recall": 4, "density-coverage": 6}  # and the fewest samples of each
+SAMPLES = 2000
+
+Bar = Callable[[str, int], AbstractContextManager[Callable[[int], object]]]
+"""A progress bar by its description and total: gives what is to be told how many are done since."""
+
+
+@contextmanager
+def no_bar(_what: str, _total: int) -> Iterator[Callable[[int], object]]:
+    yield lambda done: None
+
+
+@api_export("Plan")
+@dataclass(frozen=True)
+class Plan:
+    """What to measure, and how.
+
+    metrics: of METRICS, none for those that the model can honestly have. split: of the data, by default "test" for what is
+    asked of held-out samples and "train" for distances, as is the custom. n: samples, by default 2000, but half of the
+    split at most, so that the other half shows how far real ones are from real ones; of likelihoods, the whole split.
+    k: draws of the dequantisation. seed: of the first sample. batch: samples at once. sampling: of `flow.sample`;
+    likelihood: of a velocity's.
+    """
+
+    metrics: Sequence[str] = ()
+    split: str | None = None
+    n: int | None = None
+    k: int = 1
+    seed: int = 0
+    batch: int = 64
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+    likelihood: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for what, least in (("n", 1), ("k", 1), ("batch", 1), ("seed", 0)):
+            if (value := getattr(self, what)) is not None and value < least:
+                raise UserError(f"{what} = {value} is too few; the least is {least}")
+        if wrong := [name for name in self.metrics if name not in METRICS]:
+            raise UserError(f"no metric {wrong[0]!r}.{nearest(wrong[0], METRICS)}")
+
+
+@api_export("Figure")
+@dataclass(frozen=True)
+class Figure:
+    """value, with error (its standard error, or the spread of its subsets) where it has one, and what it hangs on.
+
+    real: what real samples have in place of the model's, at the count that `on` names.
+    """
+
+    name: str
+    value: float
+    on: str
+    error: float | None = None
+    real: float | None = None
+
+
+@api_export("Evaluation")
+@dataclass(frozen=True)
+class Evaluation:
+    """figures; remarks: what was left out, and what to be careful with; picture: samples and their nearest training
+    pictures; counts, nfe, seconds: of what was drawn."""
+
+    figures: list[Figure]
+    remarks: list[str]
+    picture: Picture | None
+    metrics: list[str]
+    counts: dict[str, int]
+    nfe: int
+    seconds: dict[str, float]

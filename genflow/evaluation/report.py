@@ -1,0 +1,335 @@
+"""What a model is worth, in figures that say what they hang on: one evaluation of one flow on one data set."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from genflow.data.loading import loader
+from genflow.data.pictures import Picture, caption_grid
+from genflow.data.prepared import PreparedConditions
+from genflow.errors import UserError
+from genflow.evaluation.alignment import caption_ranks, fit_caption_probe, recall_at
+from genflow.evaluation.features import FeatureNetwork, as_samples, features_of
+from genflow.evaluation.frechet import frechet_distance
+from genflow.evaluation.kernel import kernel_distance
+from genflow.evaluation.likelihood import likelihood
+from genflow.evaluation.neighbours import copying, density_coverage, nearest_neighbours, own_found, precision_recall
+from genflow.evaluation.plan import DISTANCES, METRICS, SAMPLES, Bar, Evaluation, Figure, Plan, no_bar
+from genflow.evaluation.reals import HASHED, MOST, RealSamples, overlap, read_real
+from genflow.flows.base import Flow
+from genflow.registry import api_export, resolve
+
+QUERIES, SHOWN, NEIGHBOURS = 256, 10, 5
+
+
+@api_export("evaluate")
+def evaluate(
+    flow: Flow, data: Any, plan: Plan, *, name: str, features: FeatureNetwork, bar: Bar = no_bar
+) -> Evaluation:
+    """Measure a flow. data: a data set's config, called `name`. Raises UserError for a metric of the plan that the model
+    cannot honestly have, with the reason; those that were not asked for by name are left out with a remark."""
+    return _Run(flow, data, plan, name, features, bar).evaluation()
+
+
+class _Run:
+    """What several metrics share, made once: real samples, their features, the model's samples."""
+
+    def __init__(self, flow: Flow, data: Any, plan: Plan, name: str, network: FeatureNetwork, bar: Bar) -> None:
+        self.flow: Any = flow
+        self.data, self.plan, self.name, self.network, self.bar = data, plan, name, network, bar
+        self.pictures = len(flow.shape) == 3
+        self.remarks: list[str] = []
+        self.datasets: dict[str, Any] = {}
+        self.real_of: dict[str, RealSamples] = {}
+        self.known: dict[str, Tensor] = {}
+        self.counts: dict[str, int] = {}
+        self.nfe, self.drawing = 0, 0.0
+        self.held_out, self.reference = plan.split or "test", plan.split or "train"
+
+    def evaluation(self) -> Evaluation:
+        begun = time.monotonic()
+        self.metrics = self._chosen()
+        measure = {
+            "likelihood": self._likelihood,
+            "loss": self._loss,
+            **dict.fromkeys(DISTANCES, None),
+            "alignment": self._alignment,
+            "nearest": self._nearest,
+        }
+        figures: list[Figure] = []
+        self.picture: Picture | None = None
+        for metric in METRICS:
+            if metric in self.metrics:
+                figures += (measure[metric] or self._distance_of(metric))()
+        if set(self.metrics) & {"likelihood", "loss", "alignment", "nearest"}:
+            self._report_overlap()
+        seconds = {"sampling": round(self.drawing, 1), "all": round(time.monotonic() - begun, 1)}
+        return Evaluation(figures, self.remarks, self.picture, self.metrics, self.counts, self.nfe, seconds)
+
+    # -------------------------------------------------------------------------------------------------- what can be had
+
+    def _chosen(self) -> list[str]:
+        if self.plan.split:
+            self._dataset(self.plan.split)
+        if self.plan.metrics:
+            for metric in self.plan.metrics:
+                if why := self._unable(metric):
+                    raise UserError(why if metric == "likelihood" else f"{metric}: {why}")
+            return list(dict.fromkeys(self.plan.metrics))
+        chosen = []
+        velocity, asked = hasattr(self.flow, "velocity"), self.plan.k > 1 or bool(self.plan.likelihood)
+        for metric in METRICS:
+            if metric == "likelihood" and velocity and self.pictures and not asked:
+                self.remarks.append("likelihood: left out, an ODE solve for each picture; it must be named")
+            elif metric == "loss" and not velocity and "likelihood" in chosen:
+                continue  # the same figure
+            elif why := self._unable(metric):
+                if metric == "likelihood" and asked:
+                    raise UserError(why)
+                self.remarks.append(f"{metric}: left out, {why}")
+            else:
+                chosen.append(metric)
+        if not chosen:
+            raise UserError(f"there is nothing to measure this model with; {self.remarks[-1]}")
+        return chosen
+
+    def _unable(self, metric: str) -> str | None:
+        """Why this model, on this data, cannot honestly have a metric."""
+        try:
+            if metric in ("likelihood", "loss", "alignment"):
+                self._dataset(self.held_out)
+            if metric == "likelihood":
+                self.flow.likelihood_note(self.plan.k, **self.plan.likelihood)
+            if (least := DISTANCES.get(metric, 0)) > (count := min(self.n, len(self._dataset(self.reference)) // 2)):
+                return f"{count} samples, and as many real ones twice, are too few; {least} are the least"
+        except UserError as error:
+            return str(error)
+        if metric == "alignment":
+            if not self.pictures:
+                return "vectors show no caption"
+            if not self.flow.text.max_tokens:
+                return "the model hears no condition, so that its pictures answer no caption"
+            if not self.network.channels:
+                return "pixels know no words; give --features, such as a graph of convolutions"
+            if len(set(self._dataset(self.held_out).captions)) < 2:
+                return f"all captions of the {self.held_out} split are alike"
+        return None
+
+    def _dataset(self, split: str) -> Any:
+        if split not in self.datasets:
+            self.datasets[split] = self.data.build(split)
+        return self.datasets[split]
+
+    # ---------------------------------------------------------------------------------------------- what they are made of
+
+    @cached_property
+    def n(self) -> int:
+        there = len(self._dataset(self.reference))
+        return min(SAMPLES, max(there // 2, 2)) if self.plan.n is None else self.plan.n
+
+    @property
+    def searched(self) -> bool:
+        """Whether all of the training samples are wanted, or as many as can be kept."""
+        return bool({"alignment", "nearest"} & set(self.metrics))
+
+    def _real(self, split: str) -> RealSamples:
+        if split not in self.real_of:
+            dataset = self._dataset(split)
+            most = max(2 * self.n, QUERIES, MOST if split == "train" and self.searched else 0)
+            hashed = HASHED if split in ("train", self.held_out) else 0
+            with self.bar(f"real samples, {split}", min(max(most, hashed), len(dataset))) as progress:
+                self.real_of[split] = read_real(dataset, self.flow.shape, most=most, hashed=hashed, progress=progress)
+            if bad := self.real_of[split].bad:
+                self.remarks.append(f"{bad} pictures of the {split} split cannot be read and were passed over")
+        return self.real_of[split]
+
+    def _features(self, split: str, count: int) -> Tensor:
+        """Of the first `count` real samples of a split."""
+        asked = count
+        if split == "train" and self.searched:  # which will be asked for all of them
+            count = max(count, MOST)
+        if len(self.known.get(split, ())) < min(count, len(self._real(split))):
+            x = self._real(split).x[:count]
+            with self.bar(f"features, {split}", len(x)) as progress:
+                how: dict[str, Any] = {"device": self.flow.device, "keep": True, "progress": progress}
+                self.known[split] = features_of(self.network, x, **how)
+        return self.known[split][:asked]
+
+    def _draw(self, prompts: Sequence[str], seed: int, what: str) -> tuple[Tensor, Tensor]:
+        """Samples, pictures as the bytes that a file would hold, and their features."""
+        begun, made = time.monotonic(), []
+        if not self.flow.text.max_tokens:
+            prompts = [""] * len(prompts)
+        with self.bar(f"sampling, {what}", len(prompts)) as progress:
+            for i in range(0, len(prompts), self.plan.batch):
+                part = prompts[i : i + self.plan.batch]
+                seeds = range(seed + i, seed + i + len(part))
+                solution = self.flow.sample(part, seeds=list(seeds), **self.plan.sampling)
+                self.nfe = max(self.nfe, solution.nfe)
+                x = solution.x.float().cpu()
+                made.append(((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8) if self.pictures else x)
+                progress(len(part))
+        self.drawing += time.monotonic() - begun
+        x = torch.cat(made)
+        with self.bar("features, samples", len(x)) as progress:
+            return x, features_of(self.network, x, device=self.flow.device, progress=progress)
+
+    @cached_property
+    def _samples(self) -> tuple[Tensor, Tensor]:
+        """n samples of the captions of the reference's first real samples."""
+        captions = self._real(self.reference).captions[: self.n]
+        self.counts["samples"] = self.n
+        return self._draw([captions[i % len(captions)] for i in range(self.n)], self.plan.seed, self.reference)
+
+    # ------------------------------------------------------------------------------------------------------- likelihoods
+
+    def _likelihood(self) -> list[Figure]:
+        total = len(self._dataset(self.held_out)) if self.plan.n is None else self.plan.n
+        what: dict[str, Any] = {"name": self.name, "split": self.held_out, "n": self.plan.n, "k": self.plan.k}
+        with self.bar("likelihood", total) as progress:
+            found = likelihood(
+                self.flow, self.data, **what, batch=self.plan.batch, progress=progress, **self.plan.likelihood
+            )
+        self.counts["likelihood"] = found.n
+        on = f"{self.name} {found.split}, {found.n} sample{'s' * (found.n > 1)}; {found.how}"
+        return [Figure(found.unit, found.mean, on, error=None if found.n < 2 else found.error)]
+
+    @torch.no_grad()
+    def _loss(self) -> list[Figure]:
+        """Weighted by the batches' sizes, as in training (SD3, sec. 5.3)."""
+        dataset = self._dataset(self.held_out)
+        n, batch = min(self.plan.n or SAMPLES, len(dataset)), self.plan.batch
+        places = [[(i, i) for i in range(j, min(j + batch, n))] for j in range(0, n, batch)]
+        sums: dict[str, float] = {}
+        with self.bar("loss", n) as progress:
+            conditions = PreparedConditions.prepare(dataset, self.flow.text)
+            for part in loader(dataset, conditions, places, shape=self.flow.shape):
+                for key, value in self.flow.validate(part.to(self.flow.device)).items():
+                    sums[key] = sums.get(key, 0.0) + float(value) * len(part.ids)
+                progress(len(part.ids))
+        self.counts["loss"] = n
+        on = f"{self.name} {self.held_out}, {n} sample{'s' * (n > 1)}"
+        names = {key: key.replace("validation_loss", "loss").replace("validation_t", "loss at t = ") for key in sums}
+        return [Figure(names[key], total / n, on if key == "validation_loss" else "") for key, total in sums.items()]
+
+    # --------------------------------------------------------------------------------------------------------- distances
+
+    def _distance_of(self, metric: str) -> Callable[[], list[Figure]]:
+        def measure() -> list[Figure]:
+            features = self._features(self.reference, 2 * self.n)
+            samples = self._samples[1]
+            real, half = features[: self.n], len(features) // 2
+            found = _of(metric, real, samples)
+            base = _of(metric, features[:half], features[half : 2 * half])
+            on = f"{len(samples)} samples, {len(real)} of {self.name} {self.reference}"
+            if half < self.n:  # the split is too small for twice as many
+                on += f"; real to real of {half} each"
+            if metric == "fd" and min(len(samples), len(real)) <= samples.shape[1]:
+                what = f"fd: {min(len(samples), len(real))} samples do not span {samples.shape[1]} features: "
+                self.remarks.append(f"{what}biased upwards; read it beside real to real only, or take kid")
+            self.counts["real"] = len(real)
+            return [Figure(key, value, on, error, base.get(key, (None,))[0]) for key, (value, error) in found.items()]
+
+        return measure
+
+    # --------------------------------------------------------------------------------------------------------- alignment
+
+    def _alignment(self) -> list[Figure]:
+        judge = resolve("text", "minilm")().build()
+        train, held = self._real("train"), self._real(self.held_out)
+        count = min(QUERIES, len(held))
+        probe = fit_caption_probe(self._features("train", MOST), judge.encode(train.captions[:MOST]).pooled)
+        captions = held.captions[:count]
+        gallery = list(dict.fromkeys(captions))
+        vectors = judge.encode(gallery).pooled.double() - probe.centre
+        own = torch.tensor([gallery.index(caption) for caption in captions])
+        _, drawn = self._draw(captions, self.plan.seed + self.n, "captions")
+        self.counts["alignment"] = count
+        ranks, real = (caption_ranks(probe(x), vectors, own) for x in (drawn, self._features(self.held_out, count)))
+        which = f"{count} pictures, {len(gallery)} captions of {self.name} {self.held_out}"
+        on = f"{which}; ridge from features to all-MiniLM-L6-v2"
+        return [
+            Figure(f"R@{k}", recall_at(ranks, k), on if k == 1 else "", real=recall_at(real, k))
+            for k in (1, 10)
+            if k < len(gallery)
+        ]
+
+    # ----------------------------------------------------------------------------------------------------------- nearest
+
+    def _nearest(self) -> list[Figure]:
+        train, (x, features) = self._real("train"), self._samples
+        known = self._features("train", MOST)
+        searched = f"the {len(known)} of {self.name} train" + (
+            f"'s {train.total} that were searched" if len(known) < train.total else ""
+        )
+        figures = []
+        try:
+            held = self._features(self.held_out, self.n) if self.held_out != "train" else known[:0]
+        except UserError as error:
+            held = known[:0]
+            self.remarks.append(f"copying: left out, {error}")
+        if len(held) > 1:
+            on = f"nearer to {searched} than {len(held)} of {self.held_out} are; 0.5 as new, 1 copies"
+            figures.append(Figure("copying", copying(features, held, known), on, real=0.5))
+        captions = train.captions[: self.n]
+        if self.reference == "train" and self.flow.text.max_tokens and 2 * len(set(captions)) > len(captions) > 1:
+            rows = len(captions)
+            on = f"nearest of {min(QUERIES, rows)} training samples is that of its prompt, {len(x[:rows])} samples"
+            figures.append(Figure(f"own found, {self.network.name}", own_found(features[:rows], known[:rows]), on))
+            if self.network.channels:
+                mine, theirs = (as_samples(each).flatten(1) for each in (x[:rows], train.x[:rows]))
+                figures.append(Figure("own found, pixels", own_found(mine, theirs), ""))
+        if self.pictures:
+            self.picture = self._neighbours(x, features, known, train)
+        return figures
+
+    def _neighbours(self, x: Tensor, features: Tensor, known: Tensor, train: RealSamples) -> Picture:
+        """The samples with the nearest training pictures of all, each beside its nearest, by features and by pixels."""
+        k = min(NEIGHBOURS, len(known))
+        shown = nearest_neighbours(features, known, 1)[0][:, 0].argsort(stable=True)[:SHOWN]
+        spaces = {"features" if self.network.channels else "pixels": (features[shown], known)}
+        if self.network.channels:
+            flat = as_samples(train.x[: len(known)]).flatten(1)
+            spaces["pixels"] = (as_samples(x[shown]).flatten(1), flat)
+        columns = [(as_samples(x[shown])[:, None], [[f"sample {int(i)}"] for i in shown])]
+        for name, (mine, theirs) in spaces.items():
+            far, which = nearest_neighbours(mine, theirs, k)
+            columns.append((as_samples(train.x[which]), [[f"{name} {d:.3g}" for d in row] for row in far.tolist()]))
+        images = torch.cat([each for each, _ in columns], 1).flatten(0, 1)
+        captions = [text for row in zip(*(texts for _, texts in columns), strict=True) for part in row for text in part]
+        return caption_grid(images, captions, columns=1 + k * len(spaces), cell=64)
+
+    def _report_overlap(self) -> None:
+        if self.held_out == "train":
+            self.remarks.append("the training split is no held-out one: what is asked of it flatters the model")
+            return
+        try:
+            training, held = self._real("train"), self._real(self.held_out)
+        except UserError:  # no such split: said already
+            return
+        if same := overlap(held, training):
+            what = (
+                f"{len(same)} of {len(held.hashes)} samples of the {self.held_out} split are in the training split too"
+            )
+            self.remarks.append(f"overlap: {what}, such as {same[0]}; figures of that split flatter the model")
+        self.counts["overlap"] = len(same)
+
+
+def _of(metric: str, real: Tensor, samples: Tensor) -> dict[str, tuple[float, float | None]]:
+    """The figures of a metric of distance by name, with their spread."""
+    if metric == "fd":
+        return {"FD": (frechet_distance(real, samples), None)}
+    if metric == "kid":
+        found = kernel_distance(real, samples)
+        return {"KID": (found.mean, found.spread)}
+    if metric == "precision-recall":
+        pair = precision_recall(real, samples)
+        return {"precision": (pair.precision, None), "recall": (pair.recall, None)}
+    each = density_coverage(real, samples)
+    return {"density": (each.density, None), "coverage": (each.coverage, None)}

@@ -1,0 +1,172 @@
+"""Latent flows: any flow in the latents of an autoencoder (Rombach et al. 2022, arXiv 2112.10752)."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Any
+
+import torch
+from torch import Tensor, nn
+
+from genflow.conditions import Condition
+from genflow.config import Choice
+from genflow.errors import UserError
+from genflow.flows.base import Batch, Flow, LossOutput, evaluating
+from genflow.flows.rectified import RectifiedFlowConfig
+from genflow.functional import Rng
+from genflow.registry import api_export, flow_export
+from genflow.samplers import Solution
+
+
+@api_export("Autoencoder")
+class Autoencoder(nn.Module, ABC):
+    """Pictures to latents, each of `channels` x H/factor x W/factor, and back; in float32.
+
+    A flow sees (z - shift) * scale, so that its data has about unit variance.
+    """
+
+    picture_channels: int
+    channels: int
+    factor: int
+    scale: float
+    shift: float
+
+    @abstractmethod
+    def posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of q(z | x). x: B x C x H x W in [-1, 1], multiples of factor."""
+
+    @abstractmethod
+    def decode(self, z: Tensor) -> Tensor:
+        """B x channels x h x w -> B x C x h factor x w factor, which may leave [-1, 1]."""
+
+
+@flow_export("latent")
+@dataclass(frozen=True)
+class LatentFlowConfig:
+    """A flow of an autoencoder's latents. Its pictures are the autoencoder's; the autoencoder itself is not trained."""
+
+    autoencoder: Annotated[Any, Choice("autoencoder")]
+    flow: Annotated[Any, Choice("flow")] = field(default_factory=RectifiedFlowConfig)
+
+    @property
+    def sampling(self) -> type:
+        return type(self.flow).sampling
+
+    def build(self, network: nn.Module, text: nn.Module, *, shape: Sequence[int]) -> LatentFlow:
+        """shape: of a picture, C, H, W. Raises UserError for a shape that the autoencoder does not make."""
+        autoencoder = self.autoencoder.build()
+        inner = _latent_shape(autoencoder, shape)
+        return LatentFlow(self, self.flow.build(network, text, shape=inner), autoencoder)
+
+
+def _latent_shape(autoencoder: Autoencoder, shape: Sequence[int]) -> tuple[int, int, int]:
+    """The latents' shape of pictures of a shape. Raises UserError for one that has none."""
+    factor, channels = autoencoder.factor, autoencoder.picture_channels
+    if len(shape) != 3 or shape[0] != channels:
+        raise UserError(
+            f"flow latent: the autoencoder makes pictures of {channels} channels, not samples of {tuple(shape)}"
+        )
+    _, height, width = shape
+    if height % factor or width % factor or min(height, width) < 1:
+        near = f"{max(round(height / factor), 1) * factor} x {max(round(width / factor), 1) * factor}"
+        raise UserError(f"flow latent: {height} x {width} is no multiple of the autoencoder's {factor}; try {near}")
+    return autoencoder.channels, height // factor, width // factor
+
+
+@api_export("LatentFlow")
+class LatentFlow(Flow):
+    """A flow of latents under the verbs of a flow of pictures. flow: of latents; autoencoder: frozen, in eval mode."""
+
+    no_density = "the density of latents is not that of pictures"
+
+    def __init__(self, config: LatentFlowConfig, flow: Flow, autoencoder: Autoencoder) -> None:
+        super().__init__()
+        self.config = config
+        self.flow = flow
+        flow.bounded = False  # type: ignore[assignment]
+        self.autoencoder = autoencoder.requires_grad_(False)
+        channels, height, width = flow.shape
+        if channels != autoencoder.channels:
+            raise UserError(f"flow latent: the flow has {channels} channels, the autoencoder {autoencoder.channels}")
+        self.shape = (autoencoder.picture_channels, height * autoencoder.factor, width * autoencoder.factor)
+
+    @property
+    def text(self) -> Any:
+        return self.flow.text
+
+    @property
+    def network(self) -> Any:
+        return self.flow.network
+
+    def train(self, mode: bool = True) -> LatentFlow:
+        super().train(mode)
+        self.autoencoder.eval()
+        return self
+
+    @torch.no_grad()
+    def to_latents(self, x: Tensor, noise: Tensor | float = 0.0) -> Tensor:
+        """Latents as the flow sees them: the posterior's mean, and noise times its standard deviation. x: B x C x H x W."""
+        mean, std = self.autoencoder.posterior(x.float())
+        return (mean + std * noise - self.autoencoder.shift) * self.autoencoder.scale
+
+    @torch.no_grad()
+    def to_pictures(self, z: Tensor) -> Tensor:
+        """Pictures of latents as the flow makes them, B x C x H x W float32 in [-1, 1]."""
+        return self.autoencoder.decode(z.float() / self.autoencoder.scale + self.autoencoder.shift).clamp(-1, 1)
+
+    def initialise(self, table: Condition, first: Callable[[], Batch]) -> None:
+        self.flow.initialise(table, lambda: _Latents.of(batch := first(), self.to_latents(batch.x)))
+
+    def loss(self, batch: Batch, rng: Rng) -> LossOutput:
+        """The flow's own, on latents drawn from the posterior: stream "latent" of batch.position, then the flow's."""
+        shape = _latent_shape(self.autoencoder, batch.x.shape[1:])
+        noise = rng.normal("latent", batch.position, shape).to(batch.x.device)
+        return self.flow.loss(_Latents.of(batch, self.to_latents(batch.x, noise)), rng)
+
+    def validate(self, batch: Batch) -> dict[str, Tensor]:
+        """The flow's own, on the posteriors' means."""
+        return self.flow.validate(_Latents.of(batch, self.to_latents(batch.x)))
+
+    @torch.no_grad()
+    def sample(
+        self,
+        prompts: Sequence[str] | Condition,
+        *,
+        seeds: Sequence[int],
+        size: int | tuple[int, int] | None = None,
+        **how: Any,
+    ) -> Solution:
+        """One picture per seed, decoded from latents that the flow samples; how: the flow's own (`RectifiedFlow.sample`).
+
+        size: side, or height and width, of the picture. Raises UserError for what the autoencoder or the flow refuses.
+        """
+        if size is not None:
+            height, width = (size, size) if isinstance(size, int) else size
+            how["size"] = _latent_shape(self.autoencoder, (self.shape[0], height, width))[1:]
+        solution = self.flow.sample(prompts, seeds=seeds, **how)
+        with evaluating(self):
+            # one by one: a decoder's activations at 1024 x 1024 are of gigabytes
+            return replace(solution, x=torch.cat([self.to_pictures(z[None]) for z in solution.x]))
+
+    def encode(self, x: Tensor, condition: Condition | None = None) -> Tensor:
+        """Pictures to the noise of their latents' means."""
+        return self.flow.encode(self.to_latents(x.to(self.device)), condition)
+
+    def decode(self, z: Tensor, condition: Condition | None = None) -> Tensor:
+        """Noise of latents to pictures."""
+        return self.to_pictures(self.flow.decode(z, condition))
+
+
+@dataclass
+class _Latents:
+    """A batch of pictures as the flow of latents sees it."""
+
+    x: Tensor
+    condition: Condition
+    position: Tensor
+
+    @staticmethod
+    def of(batch: Batch, x: Tensor) -> _Latents:
+        return _Latents(x, batch.condition, batch.position)

@@ -1,0 +1,100 @@
+"""The velocity of a rectified flow along one solve: what every step would compute alike is computed once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from genflow.conditions import Condition
+from genflow.errors import UserError
+from genflow.networks.caching import FirstBlockCache
+from genflow.registry import resolve, tag_of
+from genflow.samplers import Solution
+
+if TYPE_CHECKING:
+    from genflow.flows.rectified import RectifiedFlow
+
+
+class PreparedVelocity:
+    """velocity(z, t, *cond) and at(z, time, *cond), as `cfg` and `Conditioned` take it. cond: what `prepare` gives.
+
+    A network that has prepare and denoise, as MMDiT, embeds its text once, and makes the modulation of all its blocks for
+    the times to come in one product each. times: those, for `rows` samples; they are not looked at where the table would
+    be larger than the weights that it saves reading, and on paths other than the straight one, whose times are not ours.
+    cache: first-block caching, LOSSY.
+    """
+
+    def __init__(
+        self, flow: RectifiedFlow, times: Sequence[float] = (), rows: int = 1, cache: FirstBlockCache | None = None
+    ) -> None:
+        self.flow, self.cache = flow, cache
+        self.network: Any = flow.network
+        small = rows * len(times) <= getattr(self.network, "hidden", 0)
+        self._step = {time: i for i, time in enumerate(times)} if flow.straight and small else {}
+
+    def prepare(self, condition: Condition) -> tuple[Tensor, ...]:
+        """Tensors of as many rows as an embedded condition has."""
+        dtype = self.flow.dtype
+        tokens, pooled = condition.tokens.to(dtype), condition.pooled.to(dtype)
+        # A gradient would run through what is prepared at every step, and is free to be asked for at each.
+        if torch.is_grad_enabled() or not hasattr(self.network, "prepare"):
+            return tokens, condition.mask, pooled
+        context, pooled, table = self.network.prepare(tokens, pooled, list(self._step))
+        return context, condition.mask, pooled, table
+
+    def __call__(self, z: Tensor, t: Tensor, *cond: Tensor) -> Tensor:
+        return self.flow.velocity_of(lambda x, s: self._predict(x, s, cond, None), z, t)
+
+    def at(self, z: Tensor, time: float, *cond: Tensor) -> Tensor:
+        step, t = self._step.get(time), z.new_full((len(z),), time)
+        return self.flow.velocity_of(lambda x, s: self._predict(x, s, cond, step), z, t)
+
+    def _predict(self, x: Tensor, s: Tensor, cond: tuple[Tensor, ...], step: int | None) -> Tensor:
+        flow = self.flow
+        if len(cond) == 3:
+            return flow.predict(x, s, Condition(*cond))
+        context, mask, pooled, table = cond
+        output = self.network.denoise(
+            x.to(context.dtype),
+            s,
+            context,
+            pooled,
+            context_mask=mask if flow.config.text_mask else None,
+            modulation=None if step is None else table[:, step],
+            cache=self.cache,
+        )
+        return output.to(x.dtype)
+
+
+@dataclass(frozen=True)
+class CachedSolution(Solution):
+    """skipped: the part of all blocks that first-block caching left out, 0 to 1. nfe counts as if it had not."""
+
+    skipped: float = 0.0
+
+    @classmethod
+    def of(cls, solution: Solution, caches: Sequence[FirstBlockCache]) -> CachedSolution:
+        own = {field.name: getattr(solution, field.name) for field in fields(solution)}
+        return cls(**own, skipped=sum(c.skipped for c in caches) / max(sum(c.blocks for c in caches), 1))
+
+
+def family(sampler: str) -> Any:
+    """Of the sampler of that name: "ode", "sde", "adaptive" or "parallel"."""
+    tag = tag_of(resolve("sampler", sampler))
+    return tag and tag.metadata.get("family")
+
+
+def check_cache(cache: float, network: nn.Module, sampler: str) -> None:
+    """Raises UserError for a threshold that is none, and for networks and samplers that first-block caching is not for."""
+    if not 0 <= cache < math.inf:
+        raise UserError(f"cache = {cache} is not a threshold; 0 is no caching, 0.1 a mild one")
+    if cache and not hasattr(network, "denoise"):
+        raise UserError(f"cache = {cache} skips blocks of an MMDiT; this network is a {type(network).__name__}")
+    if cache and family(sampler) in ("adaptive", "parallel"):
+        why = "takes steps by what the network says"
+        raise UserError(f"cache = {cache}: sampler {sampler!r} {why}; choose one such as 'euler'")

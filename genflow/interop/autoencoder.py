@@ -1,0 +1,176 @@
+"""diffusers' AutoencoderKL as genflow's autoencoder, and its tensors under the names of Stability's files.
+
+Kingma & Welling 2014 (arXiv 1312.6114); the network is that of latent diffusion (arXiv 2112.10752).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from genflow.errors import UserError
+from genflow.flows.latent import Autoencoder
+from genflow.interop.tensors import Lazy, numbers
+from genflow.registry import genflow_export
+
+# Scale and shift by the number of latent channels, of the autoencoders whose files do not hold them.
+SD3 = {"scale": 1.5305, "shift": 0.0609}
+# genflow's field -> diffusers' keys
+FIELDS = {
+    "channels": ("block_out_channels",),
+    "latent_channels": ("latent_channels",),
+    "layers": ("layers_per_block",),
+    "groups": ("norm_num_groups",),
+    "picture_channels": ("in_channels", "out_channels"),
+    "quant_convs": ("use_quant_conv", "use_post_quant_conv"),
+    "middle_attention": ("mid_block_add_attention",),
+    "scale": ("scaling_factor",),
+    "shift": ("shift_factor",),
+}
+
+
+@genflow_export("kl", kind="autoencoder")
+@dataclass(frozen=True)
+class KLAutoencoderConfig:
+    """The autoencoder of Stable Diffusion, diffusers' AutoencoderKL; as it stands, SD3's.
+
+    channels: of its levels, each half as large as the one before; layers: residual blocks a level; groups: of its norms;
+    quant_convs: 1 x 1 convolutions around the latents (SD1, SDXL). A flow sees (z - shift) * scale.
+    """
+
+    channels: tuple[int, ...] = (128, 256, 512, 512)
+    latent_channels: int = 16
+    layers: int = 2
+    groups: int = 32
+    picture_channels: int = 3
+    quant_convs: bool = False
+    middle_attention: bool = True
+    scale: float = SD3["scale"]
+    shift: float = SD3["shift"]
+
+    def build(self) -> KLAutoencoder:
+        return KLAutoencoder(self)
+
+
+class KLAutoencoder(Autoencoder):
+    """An AutoencoderKL, `module`, under genflow's interface."""
+
+    def __init__(self, config: KLAutoencoderConfig) -> None:
+        from diffusers import AutoencoderKL
+
+        super().__init__()
+        self.picture_channels, self.channels = config.picture_channels, config.latent_channels
+        self.factor = 2 ** (len(config.channels) - 1)
+        self.scale, self.shift = config.scale, config.shift
+        self.module: Any = AutoencoderKL(**vae_to_diffusers(config))
+
+    def posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        latents = self.module.encode(x).latent_dist
+        return latents.mean, latents.std
+
+    def decode(self, z: Tensor) -> Tensor:
+        return self.module.decode(z).sample
+
+
+def vae_to_diffusers(config: KLAutoencoderConfig) -> dict[str, Any]:
+    """The arguments of an AutoencoderKL of the same shape."""
+    levels = len(config.channels)
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * levels, "up_block_types": ("UpDecoderBlock2D",) * levels}
+    return {**blocks, **{key: getattr(config, name) for name, keys in FIELDS.items() for key in keys}}
+
+
+def vae_from_diffusers(source: Mapping[str, Any]) -> KLAutoencoderConfig:
+    """The reverse of vae_to_diffusers. Raises UserError for an autoencoder that is another, or has parts not known here."""
+    from diffusers import AutoencoderKL
+
+    with torch.device("meta"):
+        plain: Any = AutoencoderKL(block_out_channels=(32,))
+    given = {**plain.config, **source, "shift_factor": source.get("shift_factor") or 0.0}
+    if source.get("_class_name", "AutoencoderKL") != "AutoencoderKL":
+        raise UserError(f"the autoencoder is a {source['_class_name']}; only an AutoencoderKL is known here")
+    values = {name: given[keys[0]] for name, keys in FIELDS.items()}
+    config = KLAutoencoderConfig(**{**values, "channels": tuple(values["channels"])})
+    known = {**plain.config, **vae_to_diffusers(config), "sample_size": None, "force_upcast": None}
+    for key, value in known.items():
+        there = tuple(given[key]) if isinstance(value, tuple) else given[key]
+        if key not in ("sample_size", "force_upcast") and not key.startswith("_") and there != value:
+            raise UserError(f"the autoencoder has {key} = {there}, and only {value} is known here")
+    return config
+
+
+# ---------------------------------------------------------------------------------------------------- Stability's names
+
+
+def vae_from_shapes(tensors: Mapping[str, Lazy]) -> KLAutoencoderConfig:
+    """The configuration of an autoencoder under Stability's names, from its tensors' shapes.
+
+    Raises UserError where it is none, or its scale and shift are not known: they are in no file.
+    """
+
+    def shape(name: str) -> tuple[int, ...]:
+        if name not in tensors:
+            raise UserError(f"the file's autoencoder has no tensor {name}")
+        return tensors[name].shape
+
+    levels = numbers(tensors, r"encoder\.down\.(\d+)\.")
+    config = KLAutoencoderConfig(
+        channels=tuple(shape(f"encoder.down.{i}.block.0.conv1.weight")[0] for i in levels),
+        latent_channels=shape("decoder.conv_in.weight")[1],
+        layers=len(numbers(tensors, r"encoder\.down\.0\.block\.(\d+)\.")),
+        picture_channels=shape("encoder.conv_in.weight")[1],
+        quant_convs="quant_conv.weight" in tensors,
+        middle_attention="encoder.mid.attn_1.q.weight" in tensors,
+    )
+    if config.latent_channels != 16 or config.quant_convs:
+        what = f"{config.latent_channels} channels{' and quant convolutions' * config.quant_convs}"
+        raise UserError(
+            f"the file's autoencoder is not SD3's but one of {what}, whose scale no file tells; give --like"
+        )
+    return config
+
+
+def vae_from_stability(source: Mapping[str, Lazy], config: KLAutoencoderConfig) -> dict[str, Lazy]:
+    """An AutoencoderKL's tensors from those under Stability's names. Raises UserError for one missing or left over."""
+    with torch.device("meta"):
+        shapes = {name: tuple(w.shape) for name, w in config.build().module.state_dict().items()}
+    theirs = {name: _stability_name(name, len(config.channels)) for name in shapes}
+    if missing := {*theirs.values()} - {*source}:
+        raise UserError(f"not an autoencoder of this configuration: it has no tensor {min(missing)}")
+    if unused := {*source} - {*theirs.values()}:
+        raise UserError(f"not an autoencoder of this configuration: what would {min(unused)} be for?")
+    for name, there in theirs.items():
+        if math.prod(source[there].shape) != math.prod(shapes[name]):
+            raise UserError(f"not an autoencoder of this configuration: {there} is {source[there].shape}")
+    return {name: _reshaped(source[there], shapes[name]) for name, there in theirs.items()}
+
+
+def vae_to_stability(state: Mapping[str, Lazy], config: KLAutoencoderConfig) -> dict[str, Lazy]:
+    """The reverse of vae_from_stability."""
+    result = {}
+    for name, tensor in state.items():
+        linear = ".attentions." in name and len(tensor.shape) == 2  # a 1 x 1 convolution there
+        shape = (*tensor.shape, 1, 1) if linear else tensor.shape
+        result[_stability_name(name, len(config.channels))] = _reshaped(tensor, shape)
+    return result
+
+
+def _reshaped(tensor: Lazy, shape: tuple[int, ...]) -> Lazy:
+    return tensor if tensor.shape == shape else tensor.map(lambda w: w.reshape(shape), shape)
+
+
+def _stability_name(name: str, levels: int) -> str:
+    """Stability's name of one of AutoencoderKL's tensors: levels of its decoder are counted from the other end."""
+    name = name.replace("conv_norm_out", "norm_out").replace("conv_shortcut", "nin_shortcut")
+    name = re.sub(r"mid_block\.resnets\.(\d+)", lambda m: f"mid.block_{int(m[1]) + 1}", name)
+    name = re.sub(r"down_blocks\.(\d+)\.", r"down.\1.", name)
+    name = re.sub(r"up_blocks\.(\d+)\.", lambda m: f"up.{levels - 1 - int(m[1])}.", name)
+    name = name.replace(".resnets.", ".block.").replace("samplers.0.conv", "sample.conv")
+    attention = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
+    pattern = rf"mid_block\.attentions\.0\.({'|'.join(map(re.escape, attention))})\."
+    return re.sub(pattern, lambda m: f"mid.attn_1.{attention[m[1]]}.", name)

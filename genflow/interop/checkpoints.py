@@ -1,0 +1,208 @@
+"""Checkpoints of the SD3 family as they lie on the disk, opened without reading them.
+
+A diffusers pipeline folder or the folder of its transformer, sharded or not; a file of Stability's names
+(`model.diffusion_model.`, `first_stage_model.`, `text_encoders.`); a genflow run or model folder.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from genflow.config import from_dict, to_dict
+from genflow.errors import UserError
+from genflow.flows.latent import LatentFlowConfig
+from genflow.flows.rectified import RectifiedFlowConfig
+from genflow.flows.store import CONFIG, EMA, MODEL, Recipe, _plain, find_model, read_config
+from genflow.interop.autoencoder import KLAutoencoderConfig, vae_from_diffusers, vae_from_shapes, vae_from_stability
+from genflow.interop.diffusers import config_from_diffusers
+from genflow.interop.families import looks_like
+from genflow.interop.layouts import DIFFUSERS, STABILITY, config_from_shapes, to_genflow
+from genflow.interop.tensors import Lazy, read_file, read_folder, strip
+from genflow.networks.mmdit import MMDiTConfig
+
+INDEX = "model_index.json"
+NETWORK, VAE = "model.diffusion_model.", "first_stage_model."
+# Folders of a pipeline -> the prefixes of Stability's files.
+ENCODERS = {
+    "text_encoder": "text_encoders.clip_l.transformer.",
+    "text_encoder_2": "text_encoders.clip_g.transformer.",
+    "text_encoder_3": "text_encoders.t5xxl.transformer.",
+}
+PROJECTION, FINAL_NORM = "text_projection.weight", "text_model.final_layer_norm.weight"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a model's files hold, read as it is asked for.
+
+    transformer: under genflow's names; vae: under diffusers', with its configuration, where there is one; encoders: under
+    transformers', by their folder in a pipeline; pipeline: the folder in which configurations, tokenizers and scheduler lie.
+    carried: whether the encoders lie in a file of Stability's and not in the pipeline. config: of a genflow model folder,
+    its own.
+    """
+
+    model: MMDiTConfig
+    transformer: Mapping[str, Lazy]
+    vae: Mapping[str, Lazy] = field(default_factory=dict)
+    autoencoder: KLAutoencoderConfig | None = None
+    encoders: Mapping[str, Mapping[str, Lazy]] = field(default_factory=dict)
+    pipeline: Path | None = None
+    carried: bool = False
+    config: Mapping[str, Any] | None = None
+
+
+def open_checkpoint(path: str | Path, *, ema: bool = True) -> Checkpoint:
+    """A checkpoint of any layout. Raises UserError for what is none of the SD3 family, saying what it looks like."""
+    path = Path(path)
+    try:
+        if path.is_file():
+            return _open_file(path)
+        if (path / INDEX).exists():
+            return _open_pipeline(path)
+        if path.is_dir() and not (path / "checkpoints").is_dir() and not (path / MODEL).exists():
+            return _open_transformer(path)
+        return _open_genflow(path, ema)
+    except UserError as error:
+        raise error if str(path) in str(error) else UserError(f"{path}: {error}") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Raises UserError, with the file's name."""
+    try:
+        content = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing; copy the whole folder") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is damaged ({error}); copy it again") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is damaged: not a JSON object; copy it again")
+    return content
+
+
+def _open_file(path: Path) -> Checkpoint:
+    everything = read_file(path)
+    prefixed = strip(everything, NETWORK)
+    bare = prefixed or everything
+    if f"{STABILITY.blocks}.0.x_block.attn.qkv.weight" in bare:
+        network = {k: v for k, v in bare.items() if not k.startswith((VAE, *ENCODERS.values()))}
+        model = config_from_shapes(network, STABILITY)
+        known = (NETWORK, VAE, *ENCODERS.values())
+        if prefixed and (rest := [name for name in everything if not name.startswith(known)]):
+            warnings.warn(
+                f"{path}: {len(rest)} tensors belong to no part of SD3 and are left out: {rest[0]}", stacklevel=4
+            )
+        vae = strip(everything, VAE)
+        autoencoder = vae_from_shapes(vae) if vae else None
+        encoders = {name: tensors for name, prefix in ENCODERS.items() if (tensors := strip(everything, prefix))}
+        clip = encoders.get("text_encoder", {})
+        if FINAL_NORM in clip and PROJECTION not in clip:  # SD3's CLIP-L projects nothing
+            width, dtype = clip[FINAL_NORM].shape[0], clip[FINAL_NORM].dtype
+            clip[PROJECTION] = Lazy((width, width), dtype, lambda: torch.eye(width, dtype=dtype))
+        return Checkpoint(
+            model,
+            to_genflow(network, model, STABILITY),
+            vae=vae_from_stability(vae, autoencoder) if autoencoder else {},
+            autoencoder=autoencoder,
+            encoders=encoders,
+            carried=bool(encoders),
+        )
+    return _transformer(everything, None)
+
+
+def _transformer(tensors: Mapping[str, Lazy], config: Mapping[str, Any] | None) -> Checkpoint:
+    """A transformer under diffusers' names. config: its config.json's content; without, its shapes tell."""
+    if f"{DIFFUSERS.blocks}.0.attn.add_q_proj.weight" not in tensors or DIFFUSERS.positions not in tensors:
+        raise UserError(f"no transformer of the SD3 family; {looks_like(tensors)}")
+    model = config_from_shapes(tensors, DIFFUSERS) if config is None else config_from_diffusers(config)
+    return Checkpoint(model, to_genflow(tensors, model, DIFFUSERS))
+
+
+def _open_transformer(folder: Path) -> Checkpoint:
+    config = read_json(folder / CONFIG) if (folder / CONFIG).exists() else None
+    kind = (config or {}).get("_class_name", "SD3Transformer2DModel")
+    if kind != "SD3Transformer2DModel":
+        raise UserError(f"{folder} holds a {kind}, not an SD3Transformer2DModel")
+    return _transformer(read_folder(folder), config)
+
+
+def _open_pipeline(folder: Path) -> Checkpoint:
+    index = read_json(folder / INDEX)
+    kind = str(index.get("_class_name"))
+    if not kind.startswith("StableDiffusion3"):
+        raise UserError(f"{folder} is a {kind} of diffusers; only those of Stable Diffusion 3 are known here")
+    checkpoint = _open_transformer(folder / "transformer")
+    autoencoder = vae_from_diffusers(read_json(folder / "vae" / CONFIG))
+    _check_channels(checkpoint.model, autoencoder)
+    there = [name for name in ENCODERS if (index.get(name) or [None])[0] is not None]
+    return replace(
+        checkpoint,
+        vae=read_folder(folder / "vae"),
+        autoencoder=autoencoder,
+        encoders={name: read_folder(folder / name) for name in there},
+        pipeline=folder,
+    )
+
+
+def _open_genflow(path: Path, ema: bool) -> Checkpoint:
+    folder = find_model(path)
+    config = read_config(folder)
+    recipe = from_dict(Recipe, {name: config[name] for name in ("model", "flow", "text")}, where=str(folder / CONFIG))
+    if not isinstance(recipe.model, MMDiTConfig):
+        raise UserError(f"{folder} holds a {config['model'].get('name')}; only an mmdit has SD3's layout")
+    tensors = {_plain(key): tensor for key, tensor in read_file(folder / MODEL).items()}
+    if ema and (folder / EMA).exists():
+        tensors |= {_plain(key): tensor for key, tensor in read_file(folder / EMA).items()}
+    latent = isinstance(recipe.flow, LatentFlowConfig)
+    _check_velocity(recipe.flow.flow if latent else recipe.flow, folder)
+    autoencoder = recipe.flow.autoencoder if latent else None
+    pipeline = getattr(recipe.text, "folder", None)
+    there = [] if pipeline is None else [name for name in ENCODERS if (Path(pipeline) / name).is_dir()]
+    return Checkpoint(
+        recipe.model,
+        strip(tensors, "flow.network." if latent else "network."),
+        vae=strip(tensors, "autoencoder.module."),
+        autoencoder=autoencoder if isinstance(autoencoder, KLAutoencoderConfig) else None,
+        encoders={name: read_folder(Path(pipeline) / name) for name in there} if pipeline else {},
+        pipeline=Path(pipeline) if pipeline else None,
+        config=config,
+    )
+
+
+def _check_velocity(flow: Any, folder: Path) -> None:
+    """Raises UserError for a flow whose network is not asked as SD3's is."""
+    plain = RectifiedFlowConfig()
+    for name in ("prediction", "path", "whiten"):
+        if (own := getattr(flow, name, None)) != (theirs := getattr(plain, name)):
+            what = f"{name} {to_dict(own)}, where SD3's has {to_dict(theirs)}"
+            raise UserError(f"{folder}: its flow has {what}; another program would draw noise with it")
+
+
+def completed(checkpoint: Checkpoint, like: Checkpoint) -> Checkpoint:
+    """A checkpoint with what it lacks from another. Raises UserError where their channels or widths differ."""
+    if like.pipeline is None:
+        raise UserError("--like must be the folder of a diffusers pipeline, which has text encoders and tokenizers")
+    if like.model.context_dim != checkpoint.model.context_dim or like.model.pooled_dim != checkpoint.model.pooled_dim:
+        raise UserError(f"the text encoders of {like.pipeline} are of other widths than this transformer hears")
+    vae = checkpoint if checkpoint.autoencoder else like
+    assert vae.autoencoder is not None
+    _check_channels(checkpoint.model, vae.autoencoder)
+    return replace(
+        checkpoint,
+        vae=vae.vae,
+        autoencoder=vae.autoencoder,
+        encoders={**like.encoders, **checkpoint.encoders},
+        pipeline=like.pipeline,
+    )
+
+
+def _check_channels(model: MMDiTConfig, autoencoder: KLAutoencoderConfig) -> None:
+    if model.in_channels != autoencoder.latent_channels:
+        what = f"latents of {model.in_channels} channels, the autoencoder makes {autoencoder.latent_channels}"
+        raise UserError(f"the transformer takes {what}; they do not belong together")

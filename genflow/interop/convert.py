@@ -1,0 +1,213 @@
+"""Checkpoints of the SD3 family from any layout to any other, tensor by tensor: every one keeps its dtype and its bits."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from genflow.config import to_dict
+from genflow.errors import UserError
+from genflow.flows.latent import LatentFlowConfig
+from genflow.flows.rectified import RectifiedFlowConfig
+from genflow.flows.store import CONFIG, MODEL, _write_json
+from genflow.interop.autoencoder import vae_to_diffusers, vae_to_stability
+from genflow.interop.checkpoints import (
+    ENCODERS,
+    INDEX,
+    NETWORK,
+    PROJECTION,
+    VAE,
+    Checkpoint,
+    completed,
+    open_checkpoint,
+    read_json,
+)
+from genflow.interop.diffusers import config_to_diffusers
+from genflow.interop.layouts import DIFFUSERS, STABILITY, from_genflow
+from genflow.interop.tensors import write_file
+from genflow.registry import api_export
+from genflow.text.sd3 import SD3TextConfig
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+# The parts of a pipeline: library and class, as model_index.json names them.
+PARTS = {
+    "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+    "text_encoder": ["transformers", "CLIPTextModelWithProjection"],
+    "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
+    "text_encoder_3": ["transformers", "T5EncoderModel"],
+    "tokenizer": ["transformers", "CLIPTokenizer"],
+    "tokenizer_2": ["transformers", "CLIPTokenizer"],
+    "tokenizer_3": ["transformers", "T5TokenizerFast"],
+    "transformer": ["diffusers", "SD3Transformer2DModel"],
+    "vae": ["diffusers", "AutoencoderKL"],
+}
+LIKE = "--like a diffusers pipeline, which has both, adds them"
+# As StableDiffusion3Pipeline draws unless told otherwise.
+SAMPLE: dict[str, Any] = {"sampler": "euler", "grid": "double_shifted", "shift": 3.0, "steps": 28, "guidance": 7.0}
+
+Layout = Literal["genflow", "diffusers", "stability"]
+
+
+@api_export("convert")
+def convert(
+    source: str | Path,
+    out: str | Path,
+    *,
+    to: Layout | None = None,
+    like: str | Path | None = None,
+    ema: bool = True,
+) -> list[str]:
+    """Write a checkpoint of the SD3 family in another layout; returns what a person should know of it, in lines.
+
+    source: as of `open_checkpoint`. out: a new folder, or a new file where `to` is stability. to: by default stability for
+    a name that ends in .safetensors, diffusers for a genflow model, else genflow. like: a diffusers pipeline folder, for the
+    autoencoder, text encoders, tokenizers and configurations that source has not. ema: of a genflow model, the averaged
+    weights.
+
+    Raises UserError for a file of another family, a damaged or unsafe one, and what the layout cannot hold.
+    """
+    source, out = Path(source), Path(out)
+    checkpoint = open_checkpoint(source, ema=ema)
+    if like is not None:
+        checkpoint = completed(checkpoint, open_checkpoint(like))
+    if to is None:
+        to = "genflow" if checkpoint.config is None else "diffusers"
+        to = "stability" if out.suffix == ".safetensors" else to
+    if out.is_file() or (out.is_dir() and any(out.iterdir())):
+        raise UserError(f"{out} is there already; choose another place, so that nothing is lost")
+    if to == "stability" and out.suffix != ".safetensors":
+        raise UserError(f"{out}: Stability's layout is one file; name it {out.with_suffix('.safetensors')}")
+    write = {"genflow": _write_genflow, "diffusers": _write_diffusers, "stability": _write_stability}
+    if to not in write:
+        raise UserError(f"to = {to!r} is no layout; choose from: {', '.join(write)}")
+    return write[to](checkpoint, out)
+
+
+def recipe_of(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The config.json of a genflow model folder of this checkpoint."""
+    if checkpoint.config is not None:
+        return dict(checkpoint.config)
+    model, autoencoder = checkpoint.model, checkpoint.autoencoder
+    assert model.sample_size is not None and model.in_channels is not None
+    side = model.sample_size * model.patch_size
+    shape = [model.in_channels, side, side]
+    flow: Any = RectifiedFlowConfig()
+    if autoencoder is not None:
+        factor = 2 ** (len(autoencoder.channels) - 1)
+        flow, shape = LatentFlowConfig(autoencoder), [autoencoder.picture_channels, side * factor, side * factor]
+    folder = checkpoint.pipeline
+    text = SD3TextConfig(
+        folder=None if folder is None else str(folder.resolve()),
+        width=model.context_dim or 0,
+        pooled=model.pooled_dim or 0,
+    )
+    return {
+        "model": to_dict(model),
+        "flow": to_dict(flow),
+        "text": to_dict(text),
+        "sample": {**SAMPLE, **_schedule(folder)},
+        "shape": shape,
+    }
+
+
+def _schedule(pipeline: Path | None) -> dict[str, Any]:
+    """What a pipeline's scheduler says of how to sample. Raises UserError where it is not that of a flow."""
+    path = Path() if pipeline is None else pipeline / "scheduler" / "scheduler_config.json"
+    if pipeline is None or not path.exists():
+        return {}
+    config = read_json(path)
+    if not str(config.get("_class_name", "")).startswith("FlowMatch"):
+        raise UserError(f"{path}: a {config.get('_class_name')} is no scheduler of flows that is known here")
+    sampler = {"sampler": "heun"} if config["_class_name"] == "FlowMatchHeunDiscreteScheduler" else {}
+    if config.get("use_dynamic_shifting"):
+        return {**sampler, "grid": "shifted", "shift": "resolution"}
+    return {**sampler, "shift": float(config.get("shift", 1.0))}
+
+
+def shift_of(recipe: Mapping[str, Any]) -> float:
+    """The shift of a diffusers scheduler for a model of this config.json; SD3's where it hangs on the picture's size."""
+    shift = recipe.get("sample", {}).get("shift", SAMPLE["shift"])
+    return float(SAMPLE["shift"] if isinstance(shift, str) else shift)
+
+
+def _write_genflow(checkpoint: Checkpoint, out: Path) -> list[str]:
+    if checkpoint.config is not None:
+        raise UserError("that is a genflow model already; copy its folder, or choose --to diffusers or stability")
+    notes = []
+    if checkpoint.carried and checkpoint.pipeline is not None:
+        _write_encoders(checkpoint, out / "text")
+        checkpoint = replace(checkpoint, pipeline=out / "text")
+    inner = "flow.network." if checkpoint.autoencoder else "network."
+    tensors = {f"{inner}{name}": tensor for name, tensor in checkpoint.transformer.items()}
+    tensors |= {f"autoencoder.module.{name}": tensor for name, tensor in checkpoint.vae.items()}
+    write_file(out / MODEL, tensors)
+    _write_json(out / CONFIG, recipe_of(checkpoint))
+    if checkpoint.autoencoder is None:
+        notes.append("it holds no autoencoder, so that the model makes latents; --like a diffusers pipeline adds one")
+    if checkpoint.pipeline is None:
+        notes.append(f"no text encoders: without tokenizers none can be used; {LIKE}")
+    else:
+        notes.append(f"its text encoders are those of {checkpoint.pipeline.resolve()}, which must stay there")
+    return notes
+
+
+def _write_diffusers(checkpoint: Checkpoint, out: Path) -> list[str]:
+    whole = checkpoint.autoencoder is not None
+    transformer = out / "transformer" if whole else out
+    write_file(
+        transformer / WEIGHTS, from_genflow(checkpoint.transformer, checkpoint.model, DIFFUSERS), {"format": "pt"}
+    )
+    config = config_to_diffusers(checkpoint.model)
+    _write_json(transformer / CONFIG, {"_class_name": "SD3Transformer2DModel", **config})
+    if checkpoint.autoencoder is None:
+        return ["it holds no autoencoder, so that this is the folder of a transformer, not of a pipeline"]
+    write_file(out / "vae" / WEIGHTS, checkpoint.vae, {"format": "pt"})
+    _write_json(out / "vae" / CONFIG, {"_class_name": "AutoencoderKL", **vae_to_diffusers(checkpoint.autoencoder)})
+    if checkpoint.pipeline is None:
+        return [f"no text encoders: without tokenizers none can be used; {LIKE}"]
+    _write_encoders(checkpoint, out)
+    if checkpoint.config is None and (checkpoint.pipeline / "scheduler").is_dir():
+        shutil.copytree(checkpoint.pipeline / "scheduler", out / "scheduler", dirs_exist_ok=True)
+    else:
+        scheduler = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": shift_of(recipe_of(checkpoint))}
+        (out / "scheduler").mkdir(parents=True, exist_ok=True)
+        _write_json(out / "scheduler" / "scheduler_config.json", scheduler)
+    known = read_json(path) if (path := checkpoint.pipeline / INDEX).exists() else {}
+    index = {name: known.get(name, kind) if (out / name).is_dir() else [None, None] for name, kind in PARTS.items()}
+    _write_json(out / INDEX, {"_class_name": "StableDiffusion3Pipeline", **index})
+    return []
+
+
+def _write_encoders(checkpoint: Checkpoint, out: Path) -> None:
+    """The text encoders as folders of a pipeline, with the configurations and tokenizers of the one that is known."""
+    assert checkpoint.pipeline is not None
+    for name, tensors in checkpoint.encoders.items():
+        known, tokenizer = checkpoint.pipeline / name, name.replace("text_encoder", "tokenizer")
+        if not (known / CONFIG).is_file() or not (checkpoint.pipeline / tokenizer).is_dir():
+            raise UserError(
+                f"{checkpoint.pipeline} has no {name} with a {tokenizer}; give --like a pipeline that has them"
+            )
+        write_file(out / name / MODEL, tensors, {"format": "pt"})
+        shutil.copyfile(known / CONFIG, out / name / CONFIG)
+        shutil.copytree(checkpoint.pipeline / tokenizer, out / tokenizer, dirs_exist_ok=True)
+
+
+def _write_stability(checkpoint: Checkpoint, out: Path) -> list[str]:
+    network = from_genflow(checkpoint.transformer, checkpoint.model, STABILITY)
+    tensors = {f"{NETWORK}{name}": tensor for name, tensor in network.items()}
+    if checkpoint.autoencoder is not None:
+        vae = vae_to_stability(checkpoint.vae, checkpoint.autoencoder)
+        tensors |= {f"{VAE}{name}": tensor for name, tensor in vae.items()}
+    for folder, prefix in ENCODERS.items():
+        encoder = checkpoint.encoders.get(folder, {})
+        tensors |= {f"{prefix}{name}": tensor for name, tensor in encoder.items()}
+    identity = f"{ENCODERS['text_encoder']}{PROJECTION}"
+    if identity in tensors and torch.equal(w := tensors[identity].read(), torch.eye(len(w), dtype=w.dtype)):
+        del tensors[identity]
+    write_file(out, tensors, {"format": "pt"})
+    return []

@@ -1,0 +1,78 @@
+"""Stable Diffusion 3 pipelines of diffusers as flows, and flows as pipelines."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from genflow.config import from_dict
+from genflow.errors import UserError
+from genflow.flows.latent import LatentFlow
+from genflow.flows.store import CONFIG, Recipe
+from genflow.interop.checkpoints import open_checkpoint
+from genflow.interop.convert import recipe_of, shift_of
+from genflow.interop.diffusers import to_diffusers
+from genflow.interop.layouts import TABLE
+from genflow.registry import api_export
+from genflow.text.sd3 import FOLDERS, SD3Text
+
+
+@api_export("open_pipeline")
+def open_pipeline(path: str | Path, *, device: str | torch.device = "cpu") -> LatentFlow:
+    """A diffusers SD3 pipeline folder as a flow of pictures, in eval mode; its text encoders are loaded at the first prompt.
+
+    The transformer keeps the dtype of its file; the autoencoder computes in float32. `flow.recipe` holds its configuration
+    and how the pipeline samples: its solver, shift and the double-shifted grid of diffusers' scheduler, 28 steps, guidance
+    7. Raises UserError for another pipeline, and for damaged or missing files.
+    """
+    checkpoint = open_checkpoint(path)
+    config = recipe_of(checkpoint)
+    recipe = from_dict(
+        Recipe, {name: config[name] for name in ("model", "flow", "text")}, where=str(Path(path) / CONFIG)
+    )
+    with torch.device("meta"):
+        flow = recipe.flow.build(recipe.model.build(), recipe.text.build(), shape=config["shape"])
+    network, vae = ({k: v.read().clone() for k, v in part.items()} for part in (checkpoint.transformer, checkpoint.vae))
+    if TABLE in network:
+        flow.flow.network.position_table = network.pop(TABLE)
+    flow.flow.network.load_state_dict(network, strict=False, assign=True)
+    try:
+        flow.autoencoder.module.load_state_dict(vae, assign=True)
+    except RuntimeError as error:
+        raise UserError(
+            f"{path}: its autoencoder is not as its config says: {str(error).splitlines()[1].strip()}"
+        ) from error
+    flow.autoencoder.float()
+    flow.recipe = config
+    return flow.to(device).eval()
+
+
+@api_export("to_pipeline")
+def to_pipeline(flow: LatentFlow) -> Any:
+    """A diffusers StableDiffusion3Pipeline of the same weights; its `save_pretrained` writes a folder that diffusers opens.
+
+    Its scheduler has the flow's shift (`recipe`), applied twice as diffusers does. Raises UserError for a flow whose text
+    or autoencoder is not SD3's.
+    """
+    import diffusers
+
+    from genflow.interop.autoencoder import KLAutoencoder
+
+    if not isinstance(flow, LatentFlow) or not isinstance(flow.autoencoder, KLAutoencoder):
+        raise UserError(f"to_pipeline takes a LatentFlow in an AutoencoderKL's latents, not a {type(flow).__name__}")
+    if not isinstance(flow.text, SD3Text):
+        raise UserError(
+            f"a StableDiffusion3Pipeline hears text sd3, not a {type(flow.text).__name__}; convert the parts"
+        )
+    parts: dict[str, Any] = {}
+    for name, (encoder, tokenizer) in FOLDERS.items():
+        loaded = flow.text.parts[name].network() if name in flow.text.parts else (None, None)
+        parts[tokenizer], parts[encoder] = loaded
+    return diffusers.StableDiffusion3Pipeline(
+        transformer=to_diffusers(flow.flow.network),  # type: ignore[arg-type]
+        vae=flow.autoencoder.module,
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=shift_of(flow.recipe or {})),
+        **parts,
+    )

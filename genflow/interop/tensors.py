@@ -1,0 +1,187 @@
+"""Tensors in safetensors files, read one by one when they are asked for, and written one by one."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from genflow.errors import UserError
+from genflow.flows.store import _replace
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+INDEX = ".safetensors.index.json"
+PICKLES = (".ckpt", ".pt", ".pth", ".bin")
+SAFE = "take the .safetensors file of the same model, or save it as one where it was made"
+# How files begin that are often taken for safetensors.
+DISGUISES = {
+    b"PK\x03\x04": f"is a pickle, which can run any code when it is opened; {SAFE}",
+    **{bytes([128, i]): f"is a pickle, which can run any code when it is opened; {SAFE}" for i in range(2, 6)},
+    b"GGUF": "is a GGUF file of quantised weights; take the .safetensors file of the same model",
+    b"version https://git-lfs": "is a git-lfs pointer, not the file itself; fetch it with git lfs pull",
+    b"<": "is a web page, perhaps one that asks to log in; download the file again",
+}
+
+
+@dataclass(frozen=True)
+class Lazy:
+    """A tensor that is made when it is read, and kept by nobody."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    read: Callable[[], Tensor]
+
+    @staticmethod
+    def of(tensor: Tensor) -> Lazy:
+        return Lazy(tuple(tensor.shape), tensor.dtype, lambda: tensor)
+
+    def map(self, change: Callable[[Tensor], Tensor], shape: tuple[int, ...] | None = None) -> Lazy:
+        """change(tensor), of this shape or another."""
+        return Lazy(self.shape if shape is None else shape, self.dtype, lambda: change(self.read()))
+
+
+def read_file(path: Path) -> dict[str, Lazy]:
+    """The tensors of one safetensors file by name. Raises UserError for a file that is none, or is cut short.
+
+    A tensor is mapped from the file for as long as it is held, so that a file of any size takes no more memory than
+    what is in use of it.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
+            kinds = {key: (tuple(s.get_shape()), s.get_dtype()) for key, s in slices.items()}
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist") from None
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} {_fault(path, error)}") from error
+    if unknown := [(key, dtype) for key, (_, dtype) in kinds.items() if dtype not in DTYPES]:
+        raise UserError(f"{path}: {unknown[0][0]} is of type {unknown[0][1]}, which is not known here")
+
+    def reader(key: str) -> Callable[[], Tensor]:
+        def read() -> Tensor:
+            with safe_open(path, framework="pt") as file:  # a mapping of its own, which goes when the tensor goes
+                return file.get_tensor(key)
+
+        return read
+
+    return {key: Lazy(shape, DTYPES[dtype], reader(key)) for key, (shape, dtype) in kinds.items()}
+
+
+def _fault(path: Path, error: Exception) -> str:
+    """What is wrong with a file that is no readable safetensors file, and what to do."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(32)
+    except OSError as cause:
+        return f"cannot be read: {cause.strerror or cause}"
+    if head[8:9] == b"{":
+        return f"is damaged or cut short ({path.stat().st_size} bytes; {error}); download or copy it again"
+    for beginning, what in DISGUISES.items():
+        if head.startswith(beginning):
+            return what
+    if path.suffix in PICKLES:
+        return f"is no safetensors file, the only kind that is read; {SAFE}"
+    return "is no safetensors file, whatever its name says; download or copy it again"
+
+
+def read_folder(folder: Path) -> dict[str, Lazy]:
+    """The tensors of a folder's one safetensors file, or of its shards by their index.
+
+    Of variants (`model.fp16.safetensors`) the plain file is taken where there is one. Raises UserError where there is no
+    such file, where a shard is missing or lacks what the index says, and for several files of which none is plain.
+    """
+    indices = sorted(folder.glob(f"*{INDEX}"), key=lambda p: len(p.name))
+    shards = {p.name for index in indices for p in folder.glob("*-of-*.safetensors")}
+    files = sorted((p for p in folder.glob("*.safetensors") if p.name not in shards), key=lambda p: len(p.name))
+    if files and (len(files) == 1 or files[0].name.count(".") == 1):
+        return read_file(files[0])
+    if files:
+        raise UserError(
+            f"{folder} holds {len(files)} files of weights, {files[0].name} first; name the one that is meant"
+        )
+    if indices:
+        return _read_shards(indices[0])
+    if pickles := [p for p in sorted(folder.iterdir()) if p.suffix in PICKLES]:
+        raise UserError(f"{pickles[0]} {_fault(pickles[0], ValueError())}")
+    raise UserError(f"{folder} holds no .safetensors file")
+
+
+def _read_shards(index: Path) -> dict[str, Lazy]:
+    try:
+        where: dict[str, str] = json.loads(index.read_text())["weight_map"]
+        names = sorted(set(where.values()))
+        if any(Path(name).name != name for name in names):
+            raise ValueError("a shard is not beside it")
+    except (OSError, ValueError, LookupError, AttributeError, TypeError) as error:
+        raise UserError(f"{index} is damaged ({error}); copy it again") from error
+    if missing := [name for name in names if not (index.parent / name).is_file()]:
+        raise UserError(f"{index.parent} lacks {missing[0]}, one of {len(names)} shards; copy it as well")
+    files = {name: read_file(index.parent / name) for name in names}
+    if lost := [key for key, name in where.items() if key not in files[name]]:
+        raise UserError(
+            f"{index.parent / where[lost[0]]} lacks {lost[0]}, which {index.name} says is there; copy it again"
+        )
+    return {key: files[name][key] for key, name in where.items()}
+
+
+def write_file(path: Path, tensors: Mapping[str, Lazy], metadata: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file, one tensor in memory at a time, and move it into place; bytes as safetensors writes them.
+
+    The format: 8 bytes of the header's length, the header in JSON, the tensors' bytes, little-endian and row by row.
+    Raises UserError where the disk refuses.
+    """
+    order = sorted(tensors, key=lambda key: (-tensors[key].dtype.itemsize, key))
+    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    for key in order:
+        tensor = tensors[key]
+        start, end = end, end + torch.Size(tensor.shape).numel() * tensor.dtype.itemsize
+        header[key] = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+
+    def write(temporary: Path) -> None:
+        with temporary.open("wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            for key in order:
+                value = tensors[key].read().detach().cpu()
+                assert (tuple(value.shape), value.dtype) == (tensors[key].shape, tensors[key].dtype), key
+                file.write(value.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _replace(path, write)
+    except OSError as error:
+        raise UserError(
+            f"cannot write {path}: {error.strerror or error}; free some space or choose another place"
+        ) from error
+
+
+def strip(tensors: Mapping[str, Lazy], prefix: str) -> dict[str, Lazy]:
+    """Those whose names begin with prefix, without it."""
+    return {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
+
+
+def numbers(names: Mapping[str, object], pattern: str) -> list[int]:
+    """The distinct numbers that a pattern's group finds at the beginning of names, in order."""
+    return sorted({int(found[1]) for name in names if (found := re.match(pattern, name))})
