@@ -122,7 +122,7 @@ def train(name: str, root: str | None, minutes: float, bf16: bool) -> dict:
             loss = bits_per_dim(log_prob(y), math.prod(SHAPE)).mean()
         optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0 if hasattr(model, "initialise") else math.inf)
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         step += 1
         ema.update(step)
