@@ -190,9 +190,10 @@ def test_every_mask_can_be_timed_and_its_operations_are_those_of_the_pairs_it_sh
     args.lk = 9
     (contest,), refused = bench_attention.attending(args)
     assert {"sdpa", "math", "tiled"} <= {*contest.sides} and "runs on cuda" in refused["sdpa_cudnn"]
-    pairs = {"none": 81, "causal": 45, "segments": 3 * 3 + 3 * 2 * 2}.get(mask)
-    if pairs:
-        assert contest.tasks[0].flops == 2 * attention_flops(pairs, 2, 8)
+    segments = 3 * 3 + 3 * 2 * 2
+    pairs = {"none": 2 * 81, "causal": 2 * 45, "segments": 2 * segments, "keys": 9 * ((9 - 37 % 5) + (9 - 74 % 5))}
+    if mask in pairs:
+        assert contest.tasks[0].flops == attention_flops(pairs[mask], 2, 8)
     side = contest.build("tiled")
     assert all(0 < error < 1e-5 for error in side.error.values()) and len(side.error) == 2
     assert side.tasks["forward and backward"]()[0].isfinite().all()

@@ -40,25 +40,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         batch = 32 if what == "train" else 8
         of.add_argument("--batch", type=_count, default=batch, metavar="N", help=f"pictures at once ({batch})")
         of.add_argument("--precision", choices=["bf16", "fp32"], default="bf16", help="(bf16)")
-        of.add_argument("--compile", action="store_true", help="torch.compile each block, on both sides")
-    of.add_argument("--steps", type=_count, default=10, metavar="N", help="(10)")
-    of.add_argument("--guidance", type=float, default=4.0, help="1 = none (4)")
-    of.add_argument("--sampler", default="euler", metavar="NAME", help="see: genflow info sampler (euler)")
-    of.add_argument("--option", nargs="+", metavar="KEY=VALUE", help="of the sampler, see: genflow info NAME")
-    parsers["train"].add_argument(
-        "--checkpointing", action="store_true", help="compute each block again in the backward, on both sides"
-    )
+        of.add_argument("--compile", action="store_true", help="torch.compile each block, on both sides; a minute more")
+        if what == "train":
+            of.add_argument(
+                "--checkpointing", action="store_true", help="each block again in the backward, on both sides"
+            )
+        else:
+            of.add_argument("--steps", type=_count, default=10, metavar="N", help="(10)")
+            of.add_argument("--guidance", type=float, default=4.0, help="1 = none (4)")
+            of.add_argument("--sampler", default="euler", metavar="NAME", help="see: genflow info sampler (euler)")
+            of.add_argument("--option", nargs="+", metavar="KEY=VALUE", help="of the sampler, see: genflow info NAME")
     call = parsers["attention"].add_argument_group("the call")
     for name, number, text in (
         ("batch", 32, "samples"),
-        ("heads", 4, ""),
-        ("lq", 272, "queries of a sample"),
-        ("lk", None, "keys of a sample; as many as queries"),
-        ("head-dim", 64, ""),
+        ("heads", 4, "of each"),
+        ("lq", 272, "queries of a head"),
+        ("lk", None, "keys of a head"),
+        ("head-dim", 64, "numbers in each of these"),
     ):
-        call.add_argument(
-            f"--{name}", type=_count, default=number, metavar="N", help=f"{text} ({number or '--lq'})".strip()
-        )
+        text = f"{text} ({number or 'as many as queries'})"
+        call.add_argument(f"--{name}", type=_count, default=number, metavar="N", help=text)
     call.add_argument("--precision", choices=["bf16", "fp16", "fp32"], default="bf16", help="(bf16)")
     call.add_argument(
         "--mask", default="none", metavar="KIND", help="see: genflow info Mask; several: causal+keys (none)"
@@ -184,8 +185,9 @@ def _headline(about: dict[str, Any]) -> str:
     if about["device"] != "cpu":
         where = about["device"]
     packages = ", ".join(f"{name} {number}" for name, number in about["packages"].items())
-    busy = about["load"] is not None and about["load"] > about["cores"] / 2
-    note = f"\nload {about['load']:.1f}: other programs are running; ratios say more than rates" if busy else ""
+    note = ""
+    if about["busy"] is not None and about["busy"] > 0.1:
+        note = f"\nother programs take {about['busy']:.0%} of the processor: ratios say more than rates"
     return f"{where}; {packages}{note}"
 
 

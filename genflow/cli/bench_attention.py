@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -28,9 +29,10 @@ def attending(args: argparse.Namespace) -> tuple[list[Contest], dict[str, str]]:
     refused |= {
         f"{name}, backward": "; ".join(refused_backward[name]) for name, backward in able.items() if not backward
     }
-    live = make_mask(args, 1).full(torch.empty(1, 1, args.lq, 1), args.lq, args.lk)
-    one = args.lq * args.lk if live is None else int(live.expand(1, 1, args.lq, args.lk).sum())
-    flops = [args.batch * attention_flops(one, args.heads, args.head_dim, backward=b) for b in (False, True)]
+    live = make_mask(args, args.batch).full(torch.empty(args.batch, 1, args.lq, 1), args.lq, args.lk)
+    whole = (args.batch, 1, args.lq, args.lk)
+    pairs = math.prod(whole) if live is None else int(live.expand(whole).sum())
+    flops = [attention_flops(pairs, args.heads, args.head_dim, backward=backward) for backward in (False, True)]
     shape = f"{args.batch} x {args.heads} heads x {args.lq} queries, {args.lk} keys, head_dim {args.head_dim}"
     contest = Contest(
         f"attention: {shape}, {args.precision}, mask {args.mask}",
@@ -73,20 +75,17 @@ def attention_side(args: argparse.Namespace, able: dict[str, bool], name: str) -
 
 def make_mask(args: argparse.Namespace, batch: int) -> Mask:
     """The mask of that kind for the first `batch` samples. Raises UserError for an unknown kind."""
-    draw = torch.Generator().manual_seed(3)
     lq, lk, device = args.lq, args.lk, args.device
+    lengths = lk - torch.arange(1, batch + 1)[:, None] * 37 % (lk // 2 + 1)  # half of the keys are real, or more
+    segments = (4 * torch.arange(lq) // lq).expand(batch, lq)  # four of a length, end to end
+    parents = (torch.arange(lq) + 1) // 2 - 1  # two branches at each node
     parts = {
         "none": lambda: Mask(),
         "causal": lambda: Mask(causal=True),
-        # half of the keys or more are real
-        "keys": lambda: Mask(
-            keys=(torch.arange(lk) < torch.randint(lk // 2, lk + 1, (batch, 1), generator=draw)).to(device)
-        ),
-        "segments": lambda: Mask(
-            segments=(4 * torch.arange(lq) // lq).expand(batch, lq).to(device)
-        ),  # four, end to end
-        "tree": lambda: Mask(tree=((torch.arange(lq) + 1) // 2 - 1).to(device)),  # of two branches at each node
-        "dense": lambda: Mask(dense=(torch.rand(lq, lk, generator=draw) < 0.5).to(device)),
+        "keys": lambda: Mask(keys=(torch.arange(lk) < lengths).to(device)),
+        "segments": lambda: Mask(segments=segments.to(device)),
+        "tree": lambda: Mask(tree=parents.to(device)),
+        "dense": lambda: Mask(dense=(torch.rand(lq, lk, generator=torch.Generator().manual_seed(3)) < 0.5).to(device)),
     }
     mask = Mask()
     for kind in args.mask.split("+"):

@@ -197,7 +197,10 @@ def _shape(args: argparse.Namespace) -> tuple[int, int, int]:
 
 
 def _peer(args: argparse.Namespace, work: str) -> tuple[str, ...]:
-    return () if args.against is None else (args.against,) if peers.check_peer(args.against, [work]) else ()
+    if args.against is None:
+        return ()
+    peers.check_peer(args.against, [work])
+    return (args.against,)
 
 
 def _tolerance(args: argparse.Namespace) -> float:

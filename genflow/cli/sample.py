@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--cache",
         type=float,
         metavar="THRESHOLD",
-        help="LOSSY: skip blocks in steps that change little, such as 0.1 (first-block caching; 0 = none)",
+        help="LOSSY: skip blocks in steps that change little, such as 0.05 (first-block caching); try fewer --steps first",
     )
     parser.add_argument("--out", default="samples", metavar="FOLDER", help="where PNGs and grid.png go (./samples)")
 

@@ -264,12 +264,29 @@ def machine(device: torch.device, *libraries: str) -> dict[str, Any]:
         "capability": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        "busy": _busy(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "python": platform.python_version(),
         "packages": packages,
         "environment": {k: v for k, v in sorted(os.environ.items()) if k.startswith(("GENFLOW_", "OMP_", "MKL_"))},
     }
+
+
+def _busy(seconds: float = 0.3) -> float | None:
+    """What part of the processor's time others take, while this process waits. None where a system does not tell."""
+    try:
+        idle, total = _ticks()
+        time.sleep(seconds)
+        idle_after, total_after = _ticks()
+    except OSError:
+        return None
+    return 1 - (idle_after - idle) / max(total_after - total, 1)
+
+
+def _ticks() -> tuple[int, int]:
+    """Of all cores together: idle, and all. Linux."""
+    ticks = [int(number) for number in Path("/proc/stat").read_text().partition("\n")[0].split()[1:9]]
+    return ticks[3] + ticks[4], sum(ticks)
 
 
 def _processor() -> str:

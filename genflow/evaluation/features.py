@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ INCEPTION = (
 )
 
 
-class FeatureNetwork(nn.Module):
+class FeatureNetwork(nn.Module, ABC):
     """Features that say what they are. name, digest: of the network with its weights; channels: that it reads, 0 for any.
 
     Maps B x C x H x W in [-1, 1] to B x D float32. Grey pictures are repeated to three channels where it reads three.
@@ -55,8 +56,9 @@ class FeatureNetwork(nn.Module):
                 raise UserError(f"features {self.name} {what}; take others, such as pixels")
         return self.features(images.float())
 
+    @abstractmethod
     def features(self, images: Tensor) -> Tensor:
-        raise NotImplementedError
+        """Of pictures that it can read: B x D float32."""
 
 
 class PixelFeatures(FeatureNetwork):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from functools import cached_property
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -166,11 +167,11 @@ class _Run:
         begun, made = time.monotonic(), []
         if not self.flow.text.max_tokens:
             prompts = [""] * len(prompts)
+        conditions = PreparedConditions.prepare(SimpleNamespace(captions=list(prompts)), self.flow.text)
         with self.bar(f"sampling, {what}", len(prompts)) as progress:
-            for i in range(0, len(prompts), self.plan.batch):
-                part = prompts[i : i + self.plan.batch]
-                seeds = range(seed + i, seed + i + len(part))
-                solution = self.flow.sample(part, seeds=list(seeds), **self.plan.sampling)
+            for part in torch.arange(len(prompts)).split(self.plan.batch):
+                seeds = (seed + part).tolist()
+                solution = self.flow.sample(conditions[part], seeds=seeds, **self.plan.sampling)
                 self.nfe = max(self.nfe, solution.nfe)
                 x = solution.x.float().cpu()
                 made.append(((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8) if self.pictures else x)

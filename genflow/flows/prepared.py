@@ -92,7 +92,7 @@ def family(sampler: str) -> Any:
 def check_cache(cache: float, network: nn.Module, sampler: str) -> None:
     """Raises UserError for a threshold that is none, and for networks and samplers that first-block caching is not for."""
     if not 0 <= cache < math.inf:
-        raise UserError(f"cache = {cache} is not a threshold; 0 is no caching, 0.1 a mild one")
+        raise UserError(f"cache = {cache} is not a threshold; 0 is no caching, 0.05 a mild one")
     if cache and not hasattr(network, "denoise"):
         raise UserError(f"cache = {cache} skips blocks of an MMDiT; this network is a {type(network).__name__}")
     if cache and family(sampler) in ("adaptive", "parallel"):

@@ -35,7 +35,7 @@ class SolveConfig:
             raise UserError(f"options = {self.options!r} must be a section of keys, such as {{rtol: 1e-3}}")
         bound_sampler(self.sampler, self.options or {}, ())
         if not 0 <= self.cache < math.inf:
-            raise UserError(f"cache = {self.cache} is not a threshold; 0 is no caching, 0.1 a mild one")
+            raise UserError(f"cache = {self.cache} is not a threshold; 0 is no caching, 0.05 a mild one")
         cfg(lambda x, t: x, (), (), self.guidance, interval=self.interval, guide=self.guide, rescale=self.rescale)
 
 
