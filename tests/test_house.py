@@ -22,7 +22,8 @@ FLOORS = [
     {"layers"},
     {"networks", "samplers"},
     {"text"},
-    {"flows", "ar", "data"},
+    {"flows", "data"},
+    {"ar"},
     {"training", "evaluation", "interop"},
     {"cli"},
 ]
