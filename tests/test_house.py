@@ -17,7 +17,7 @@ FLOORS = [
     {"errors"},
     {"registry"},
     {"config", "cachedir", "conditions"},
-    {"functional"},
+    {"functional", "native"},
     {"attention"},
     {"layers"},
     {"networks", "samplers"},

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.autograd import forward_ad
 
-from genflow.layers import kernels
+from genflow.native import library as kernels
 from genflow.layers.modulation import QKV, Linear, gated_residual, gelu, joint_heads, modulated_norm
 
 pytestmark = pytest.mark.skipif(kernels.library() is None, reason="no C++ compiler here")

@@ -13,12 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from genflow.attention.cpu import MatrixBackward, serves
+from genflow.attention.cpu import MatrixAttention, serves
 from genflow.attention.dispatch import Attention, Call
 from genflow.attention.known_bad import HALF, capability
 from genflow.attention.masks import Mask, Packing, packed
 from genflow.attention.tiled import tiled
 from genflow.errors import UserError
+from genflow.native.library import run
 from genflow.registry import attention_export
 
 CPU, CUDA = frozenset({"cpu"}), frozenset({"cuda"})
@@ -47,8 +48,8 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float | None) -> T
 
 
 def _fused(q: Tensor, k: Tensor, v: Tensor, scale: float | None, causal: bool) -> Tensor:
-    if serves(q, k):
-        return MatrixBackward.apply(q, k, v, scale, causal)
+    if serves(q, k, v):
+        return run(MatrixAttention, q, k, v, scale, causal)
     return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale)
 
 

@@ -1,68 +1,79 @@
-"""Half-precision attention on a CPU: torch's flash kernel forward, and a backward of whole matrix products.
+"""Half-precision attention on a CPU with matrix units (AMX), forward and backward: genflow/native/attention.cpp.
 
-torch's own backward works in small blocks that leave the matrix units of a processor (AMX) idle, several times slower for
-short sequences. Here the weights are made anew in the backward, as FlashAttention does, but for all keys of a sample at
-once, a few samples at a time: memory does not grow with the batch. Products are rounded to bf16, as in plain attention.
+torch's own forward and, far more, its backward leave those units idle for short sequences, which pictures are. The weights
+and their sums are in float32 here, in a head of one thread: what a sample comes to does not hang on its batch mates.
 """
 
 from __future__ import annotations
 
+import ctypes
 import math
 from functools import cache
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-CHUNK = 2**20  # weights at a time
+from genflow.native.library import call, library, usable
+
+LONGEST = 4096  # keys: beyond, a head's weights leave the cache
 
 
 @cache
-def _fast_products() -> bool:
-    """Whether this processor has matrix units for bf16."""
-    return bool(getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)())
+def _ready() -> bool:
+    """Whether this processor has matrix units for bf16, and lets us use them."""
+    lib = library()
+    return lib is not None and bool(lib.attention_ready())
 
 
-def serves(q: Tensor, k: Tensor) -> bool:
-    """Whether this way is faster: a bf16 gradient wanted on such a processor, the keys of one sample not too many."""
+def serves(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether attention without a mask, or a causal one of equal lengths, is to be had here."""
     return (
         q.dtype == torch.bfloat16
         and q.is_cpu
-        and q.requires_grad
-        and torch.is_grad_enabled()
-        and q.shape[1] * q.shape[2] * k.shape[2] <= CHUNK
-        and _fast_products()
-        and not torch.compiler.is_compiling()
-        and not torch._C._functorch.peek_interpreter_stack()  # vmap, jvp and their like
+        and q.shape[-1] == v.shape[-1]
+        and q.shape[-1] % 32 == 0
+        and q.shape[-1] <= 256
+        and 0 < k.shape[2] <= LONGEST
+        and usable(q, k, v)
+        and _ready()
     )
 
 
-class MatrixBackward(torch.autograd.Function):
+class MatrixAttention(torch.autograd.Function):
     """softmax(q k^T scale) v. q: B x heads x Lq x head_dim; k, v: B x heads x Lk x head_dim; causal: Lq = Lk."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float | None, causal: bool) -> Tensor:
-        ctx.scale, ctx.causal = 1 / math.sqrt(q.shape[-1]) if scale is None else scale, causal
-        ctx.save_for_backward(q, k, v)
-        return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=ctx.scale)
+        q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+        B, H, L, D = q.shape
+        ctx.scale, ctx.causal = 1 / math.sqrt(D) if scale is None else scale, causal
+        out = q.new_empty(B, L, H, D).transpose(1, 2)  # so that heads side by side are a view
+        lse = q.new_empty(B, H, L, dtype=torch.float32)
+        strides = _strides(q, k, v, out)
+        call(
+            "attention_forward", q.dtype, q, k, v, out, ctypes.addressof(strides), lse,
+            B, H, L, k.shape[2], D, ctx.scale, int(causal),
+        )  # fmt: skip
+        ctx.save_for_backward(q, k, v, out, lse)
+        return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """P = softmax(s), dV = P^T dO, dS = P (dP - rowsum(P dP)), dP = dO V^T, dQ = scale dS K, dK = scale dS^T Q."""
-        q, k, v = ctx.saved_tensors
-        dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
-        scaled, grad = q * ctx.scale, grad.contiguous()
-        samples = max(CHUNK // (q.shape[1] * q.shape[2] * k.shape[2]), 1)
-        dead = torch.full(q.shape[2:3] + k.shape[2:3], -torch.inf, dtype=q.dtype).triu(1) if ctx.causal else None
-        for i in (slice(start, start + samples) for start in range(0, len(q), samples)):
-            s = scaled[i] @ k[i].transpose(-2, -1)
-            p = torch.softmax(s if dead is None else s.add_(dead), -1, dtype=torch.float32)
-            dp = (grad[i] @ v[i].transpose(-2, -1)).float()
-            ds = torch._softmax_backward_data(dp, p, -1, torch.float32).mul_(ctx.scale).to(q.dtype)
-            dv[i] = p.to(q.dtype).transpose(-2, -1) @ grad[i]
-            dq[i] = ds @ k[i]
-            dk[i] = ds.transpose(-2, -1) @ q[i]
+        q, k, v, out, lse = ctx.saved_tensors
+        B, H, L, D = q.shape
+        grad = grad if grad.stride(-1) == 1 else grad.contiguous()
+        dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+        strides = _strides(q, k, v, out, grad)
+        call(
+            "attention_backward", q.dtype, q, k, v, out, grad, ctypes.addressof(strides), lse, dq, dk, dv,
+            B, H, L, k.shape[2], D, ctx.scale, int(ctx.causal),
+        )  # fmt: skip
         return dq, dk, dv, None, None
+
+
+def _strides(*tensors: Tensor) -> Any:
+    """Of batch, head and row of each."""
+    return (ctypes.c_long * (3 * len(tensors)))(*(stride for t in tensors for stride in t.stride()[:3]))

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from genflow.layers.kernels import SUFFIX, again, call, usable
+from genflow.layers.kernels import again
+from genflow.native.library import SUFFIX, call, usable
 
 
 def affine_half(x: Tensor, parameters: Tensor, limit: float) -> tuple[Tensor, Tensor]:

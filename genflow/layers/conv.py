@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from genflow.layers.kernels import again, as_float, call, usable
+from genflow.layers.kernels import again, as_float
+from genflow.native.library import call, usable
 
 ROWS = 8192  # places that a thread takes at a time, so that what lies between the products stays in its cache
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from genflow.layers import kernels
+from genflow.native.library import run, usable
 
 EPS = 1e-6  # of every norm in SD3
 
@@ -27,8 +28,8 @@ class Modulation(nn.Linear):
 
 def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """(1 + scale) LN(x) + shift, LN without parameters. x: B x L x hidden; shift, scale: B x 1 x hidden."""
-    if kernels.usable(x, shift, scale):
-        return kernels.run(kernels.ModulatedNorm, x, shift, scale, EPS, _modulated_norm)
+    if usable(x, shift, scale):
+        return run(kernels.ModulatedNorm, x, shift, scale, EPS, _modulated_norm)
     return _modulated_norm(x, shift, scale)
 
 
@@ -45,8 +46,8 @@ class Linear(nn.Linear):
 
 def gated_residual(x: Tensor, gate: Tensor, linear: Linear, y: Tensor) -> Tensor:
     """x + gate linear(y). x: B x L x hidden; gate: B x 1 x hidden; y: B x L x the linear's input."""
-    if kernels.usable(x, gate, y):
-        return kernels.run(kernels.GatedResidual, x, gate, linear(y, bias=False), linear.bias, _gated_residual)
+    if usable(x, gate, y):
+        return run(kernels.GatedResidual, x, gate, linear(y, bias=False), linear.bias, _gated_residual)
     return torch.addcmul(x, gate, linear(y))
 
 
@@ -56,8 +57,8 @@ def _gated_residual(x: Tensor, gate: Tensor, y: Tensor, bias: Tensor) -> Tensor:
 
 def gelu(linear: Linear, x: Tensor) -> Tensor:
     """a Phi(a) of a = linear(x) in its tanh form (Hendrycks & Gimpel 2016, arXiv 1606.08415). x: B x L x the input."""
-    if kernels.usable(x):
-        return kernels.run(kernels.GELU, linear(x, bias=False), linear.bias, _gelu)
+    if usable(x):
+        return run(kernels.GELU, linear(x, bias=False), linear.bias, _gelu)
     return F.gelu(linear(x), approximate="tanh")
 
 
@@ -86,7 +87,7 @@ def joint_heads(streams: Sequence[tuple[QKV, Tensor]]) -> tuple[Tensor, Tensor, 
     """
     heads = streams[0][0].heads
     tokens = [x for _, x in streams]
-    fused = kernels.usable(*tokens)
+    fused = usable(*tokens)
     products = [qkv.linear(x, bias=not fused) for qkv, x in streams]
     none = products[0].new_empty(0)
     parameters = [
@@ -99,7 +100,7 @@ def joint_heads(streams: Sequence[tuple[QKV, Tensor]]) -> tuple[Tensor, Tensor, 
         return _joint_heads(heads, tensors)
 
     if fused:
-        return kernels.run(kernels.JointHeads, heads, EPS, plain, *products, *parameters)
+        return run(kernels.JointHeads, heads, EPS, plain, *products, *parameters)
     return plain(*products, *parameters)
 
 

@@ -1,6 +1,6 @@
 // Fused elementwise kernels of the MM-DiT block for CPUs: one pass over memory where tensor operations take many.
 //
-// Plain C++ and OpenMP, compiled once by genflow/layers/kernels.py. T is float or bf16; arithmetic is in float. Every
+// Plain C++ and OpenMP, compiled once by library.py. T is float or bf16; arithmetic is in float. Every
 // sum over tokens belongs to one sample and is taken by one thread, so that results do not depend on their number.
 
 #include "kernels.h"

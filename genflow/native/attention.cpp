@@ -1,0 +1,390 @@
+// Attention on a processor's matrix units (AMX): softmax(q k^T scale) v in bf16, sums and softmax in float32.
+//
+// FlashAttention's order of work (Dao et al. 2022, arXiv 2205.14135, alg. 1 and 4) with all keys of a head at once, for they fit the
+// cache: weights exist for 32 rows at a time and are made again in the backward from the rows' log-sum-exp. A head is the
+// work of one thread, so that no answer hangs on the batch or the number of threads.
+
+#include "kernels.h"
+
+#if defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__linux__)
+
+#include <immintrin.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <cstdlib>
+
+namespace {
+
+constexpr long BLOCK = 32;      // rows of weights at a time
+constexpr long PANEL = 1 << 18;  // weights of keys kept for dQ at a time
+using u16 = uint16_t;
+
+inline long up(long n, long to) { return (n + to - 1) / to * to; }
+
+
+// A piece of the thread's scratch memory, on a cache line.
+struct Arena {
+    char* next;
+    template <typename T>
+    T* take(long n) {
+        T* here = reinterpret_cast<T*>(next);
+        next += up(n * long(sizeof(T)), 64);
+        return here;
+    }
+};
+
+bool permitted() {
+    static const bool yes = syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* XTILEDATA */) == 0;
+    return yes;
+}
+
+// All eight tiles 16 rows of 64 bytes.
+void configure() {
+    alignas(64) struct {
+        uint8_t palette = 1, start = 0, reserved[14] = {};
+        uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+        uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+    } tiles;
+    _tile_loadconfig(&tiles);
+}
+
+// C (+)= A B of 16 M x 16 N numbers; A row by row, B in pairs of rows, steps of 32 in between.
+template <int M, int N>
+inline void tiles(const u16* a, long lda, const u16* b, long ldb, float* c, long ldc, long steps, bool add) {
+    if (add) {
+        _tile_loadd(0, c, ldc * 4);
+        if (N > 1) _tile_loadd(1, c + 16, ldc * 4);
+        if (M > 1) _tile_loadd(2, c + 16 * ldc, ldc * 4);
+        if (M > 1 && N > 1) _tile_loadd(3, c + 16 * ldc + 16, ldc * 4);
+    } else {
+        _tile_zero(0);
+        if (N > 1) _tile_zero(1);
+        if (M > 1) _tile_zero(2);
+        if (M > 1 && N > 1) _tile_zero(3);
+    }
+    for (long s = 0; s < steps; s++) {
+        _tile_loadd(4, a + 32 * s, lda * 2);
+        _tile_loadd(6, b + 16 * s * ldb, ldb * 2);
+        _tile_dpbf16ps(0, 4, 6);
+        if (N > 1) {
+            _tile_loadd(7, b + 16 * s * ldb + 32, ldb * 2);
+            _tile_dpbf16ps(1, 4, 7);
+        }
+        if (M > 1) {
+            _tile_loadd(5, a + 16 * lda + 32 * s, lda * 2);
+            _tile_dpbf16ps(2, 5, 6);
+            if (N > 1) _tile_dpbf16ps(3, 5, 7);
+        }
+    }
+    _tile_stored(0, c, ldc * 4);
+    if (N > 1) _tile_stored(1, c + 16, ldc * 4);
+    if (M > 1) _tile_stored(2, c + 16 * ldc, ldc * 4);
+    if (M > 1 && N > 1) _tile_stored(3, c + 16 * ldc + 16, ldc * 4);
+}
+
+// C (+)= A B; A: m x k row by row, B: k x n in pairs of rows (k/2 x n x 2), C: float32. m, n: multiples of 16; k of 32.
+void product(const u16* a, long lda, const u16* b, long ldb, float* c, long ldc, long m, long n, long k, bool add = false) {
+    for (long j = 0; j < n; j += 32)
+        for (long i = 0; i < m; i += 32) {
+            const u16 *ai = a + i * lda, *bj = b + 2 * j;
+            float* to = c + i * ldc + j;
+            if (m - i > 16 && n - j > 16) tiles<2, 2>(ai, lda, bj, ldb, to, ldc, k / 32, add);
+            else if (m - i > 16) tiles<2, 1>(ai, lda, bj, ldb, to, ldc, k / 32, add);
+            else if (n - j > 16) tiles<1, 2>(ai, lda, bj, ldb, to, ldc, k / 32, add);
+            else tiles<1, 1>(ai, lda, bj, ldb, to, ldc, k / 32, add);
+        }
+}
+
+// 16 x 16 numbers of 32 bits, rows of x and of y; the transpose.
+inline void transpose(const void* x, long ldx, void* y, long ldy) {
+    const int32_t* from = static_cast<const int32_t*>(x);
+    int32_t* to = static_cast<int32_t*>(y);
+    __m512i a[16], b[16];
+    for (int i = 0; i < 16; i++) a[i] = _mm512_loadu_si512(from + i * ldx);
+    for (int i = 0; i < 16; i += 2) {
+        b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
+        b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4) {
+        a[i] = _mm512_unpacklo_epi64(b[i], b[i + 2]);
+        a[i + 1] = _mm512_unpackhi_epi64(b[i], b[i + 2]);
+        a[i + 2] = _mm512_unpacklo_epi64(b[i + 1], b[i + 3]);
+        a[i + 3] = _mm512_unpackhi_epi64(b[i + 1], b[i + 3]);
+    }
+    for (int i = 0; i < 4; i++) {
+        b[i] = _mm512_shuffle_i32x4(a[i], a[i + 4], 0x88);
+        b[i + 4] = _mm512_shuffle_i32x4(a[i], a[i + 4], 0xdd);
+        b[i + 8] = _mm512_shuffle_i32x4(a[i + 8], a[i + 12], 0x88);
+        b[i + 12] = _mm512_shuffle_i32x4(a[i + 8], a[i + 12], 0xdd);
+    }
+    for (int i = 0; i < 8; i++) {
+        _mm512_storeu_si512(to + i * ldy, _mm512_shuffle_i32x4(b[i], b[i + 8], 0x88));
+        _mm512_storeu_si512(to + (i + 8) * ldy, _mm512_shuffle_i32x4(b[i], b[i + 8], 0xdd));
+    }
+}
+
+// The rows, L x D, followed by zeros up to `to` rows.
+void copy(const u16* x, long row, long L, long D, u16* y, long to) {
+    for (long i = 0; i < L; i++) std::memcpy(y + i * D, x + i * row, 2 * D);
+    std::memset(y + L * D, 0, 2 * (to - L) * D);
+}
+
+// x^T in pairs: L x D contiguous -> D/2 x L x 2. L: a multiple of 16.
+void pairs_of_columns(const u16* x, long L, long D, u16* y) {
+    for (long i = 0; i < L; i += 16)
+        for (long d = 0; d < D; d += 32) transpose(x + i * D + d, D / 2, y + d * L + 2 * i, L);
+}
+
+// x in pairs: L x D contiguous -> L/2 x D x 2. L: even.
+void pairs_of_rows(const u16* x, long L, long D, u16* y) {
+    alignas(64) u16 order[32];
+    for (int i = 0; i < 16; i++) order[2 * i] = u16(i), order[2 * i + 1] = u16(i + 16);
+    const __m512i index = _mm512_load_si512(order);
+    for (long i = 0; i < L; i += 2)
+        for (long d = 0; d < D; d += 16) {
+            __m256i a = _mm256_loadu_si256((const __m256i*)(x + i * D + d));
+            __m256i b = _mm256_loadu_si256((const __m256i*)(x + (i + 1) * D + d));
+            __m512i ab = _mm512_inserti64x4(_mm512_castsi256_si512(a), b, 1);
+            _mm512_storeu_si512(y + i * D + 2 * d, _mm512_permutexvar_epi16(index, ab));
+        }
+}
+
+// x^T: L x D contiguous, L a multiple of 16 -> D x `wide`, zeros from L on, by way of its pairs.
+void transposed(const u16* pairs, long L, long D, u16* y, long wide) {
+    for (long d = 0; d < D; d += 2) {
+        for (long i = 0; i < L; i += 16) {
+            __m512i both = _mm512_loadu_si512(pairs + d * L + 2 * i);
+            _mm256_storeu_si256((__m256i*)(y + d * wide + i), _mm512_cvtepi32_epi16(both));
+            _mm256_storeu_si256((__m256i*)(y + (d + 1) * wide + i), _mm512_cvtepi32_epi16(_mm512_srli_epi32(both, 16)));
+        }
+        for (long row = d; row < d + 2; row++) std::memset(y + row * wide + L, 0, 2 * (wide - L));
+    }
+}
+
+inline __m256i half(__m512 x) { return (__m256i)_mm512_cvtneps_pbh(x); }
+
+// Rows of C, float32, each times its factor, as bf16. factor: of each row; none: 1.
+void put(const float* c, long ldc, const float* factor, long rows, long D, u16* y, long row) {
+    for (long i = 0; i < rows; i++)
+        for (long d = 0; d < D; d += 16) {
+            __m512 x = _mm512_loadu_ps(c + i * ldc + d);
+            if (factor) x = _mm512_mul_ps(x, _mm512_set1_ps(factor[i]));
+            _mm256_storeu_si256((__m256i*)(y + i * row + d), half(x));
+        }
+}
+
+// exp(x) for x <= 0, to 2 ulp; the least answer is a normal number, for others are slow. NaN stays.
+inline __m512 exponential(__m512 x) {
+    x = _mm512_max_ps(_mm512_set1_ps(-87.0f), x);
+    __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 8);
+    __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
+    r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
+    __m512 p = _mm512_set1_ps(1.3981999507e-3f);
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(8.3334519073e-3f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(4.1665795894e-2f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.6666665459e-1f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(5.0000001201e-1f));
+    p = _mm512_fmadd_ps(_mm512_mul_ps(p, r), r, _mm512_add_ps(r, _mm512_set1_ps(1.0f)));
+    return _mm512_scalef_ps(p, n);
+}
+
+inline __mmask16 first(long n) { return n >= 16 ? __mmask16(0xffff) : n <= 0 ? __mmask16(0) : __mmask16((1u << n) - 1); }
+
+// Of one row of scores, the first n alive: weights exp(s - max) in bf16, zeros up to `wide`; 1 / their sum, and log-sum-exp.
+void softmax_row(const float* s, long n, float scale, u16* p, long wide, float* inverse, float* lse) {
+    const __m512 by = _mm512_set1_ps(scale), least = _mm512_set1_ps(-INFINITY);
+    __m512 top = least, sum = _mm512_setzero_ps();
+    for (long j = 0; j < n; j += 16)
+        top = _mm512_max_ps(top, _mm512_mask_mul_ps(least, first(n - j), by, _mm512_loadu_ps(s + j)));
+    const float most = _mm512_reduce_max_ps(top);
+    for (long j = 0; j < wide; j += 16) {
+        const __mmask16 alive = first(n - j);
+        __m512 e = _mm512_setzero_ps();
+        if (alive) {
+            e = exponential(_mm512_fmsub_ps(by, _mm512_loadu_ps(s + j), _mm512_set1_ps(most)));
+            e = _mm512_maskz_mov_ps(alive, e);
+            sum = _mm512_add_ps(sum, e);
+        }
+        _mm256_storeu_si256((__m256i*)(p + j), half(e));
+    }
+    const float total = _mm512_reduce_add_ps(sum);
+    *inverse = 1 / total;
+    *lse = most + std::log(total);
+}
+
+void forward_head(Arena arena, const u16* q, long q_row, const u16* k, long k_row, const u16* v, long v_row, u16* out, long out_row, float* lse,
+                  long Lq, long Lk, long D, float scale, bool causal) {
+    const long keys = up(Lk, 16), deep = up(Lk, 32);
+    u16* rows = arena.take<u16>(deep * D);
+    u16 *kp = arena.take<u16>(keys * D), *vp = arena.take<u16>(deep * D), *qb = arena.take<u16>(BLOCK * D);
+    u16* p = arena.take<u16>(BLOCK * deep);
+    float *s = arena.take<float>(BLOCK * keys), *o = arena.take<float>(BLOCK * D);
+    copy(k, k_row, Lk, D, rows, keys);
+    pairs_of_columns(rows, keys, D, kp);
+    copy(v, v_row, Lk, D, rows, deep);
+    pairs_of_rows(rows, deep, D, vp);
+    float inverse[BLOCK];
+    for (long i = 0; i < Lq; i += BLOCK) {
+        const long n = std::min(BLOCK, Lq - i), m = up(n, 16);
+        const long seen = causal ? std::min(Lk, i + n) : Lk;  // keys
+        copy(q + i * q_row, q_row, n, D, qb, m);
+        product(qb, D, kp, 2 * keys, s, keys, m, up(seen, 16), D);
+        for (long r = 0; r < n; r++)
+            softmax_row(s + r * keys, causal ? i + r + 1 : Lk, scale, p + r * deep, up(seen, 32), inverse + r, lse + i + r);
+        if (m > n) std::memset(p + n * deep, 0, 2 * (m - n) * deep);
+        product(p, deep, vp, 2 * D, o, D, m, D, up(seen, 32));
+        put(o, D, inverse, n, D, out + i * out_row, out_row);
+    }
+}
+
+// What a head's backward reads and writes.
+struct Head {
+    const u16 *q, *k, *v, *out, *g;
+    long q_row, k_row, v_row, out_row, g_row;
+    const float* lse;
+    u16 *dq, *dk, *dv;  // rows of D
+};
+
+// dV = P^T dO, dS = P (dO V^T - rowsum(dO O)), dQ = scale dS K, dK = scale dS^T Q (alg. 4), with rows of keys.
+void backward_head(Arena arena, const Head& x, long Lq, long Lk, long D, float scale, bool causal) {
+    const long queries = up(Lq, 16), deep = up(Lq, 32), keys = up(Lk, 16), wide = up(Lk, 32);
+    const long chunk = std::max(BLOCK, std::min(wide, PANEL / queries / 32 * 32));
+    u16 *k = arena.take<u16>(keys * D), *v = arena.take<u16>(keys * D), *kp = arena.take<u16>(keys * D), *kt = arena.take<u16>(wide * D);
+    u16 *q = arena.take<u16>(deep * D), *g = arena.take<u16>(deep * D);
+    u16 *q_columns = arena.take<u16>(queries * D), *g_columns = arena.take<u16>(queries * D);
+    u16 *q_rows = arena.take<u16>(deep * D), *g_rows = arena.take<u16>(deep * D);
+    u16 *p = arena.take<u16>(BLOCK * deep), *ds = arena.take<u16>(BLOCK * deep), *panel = arena.take<u16>(chunk * queries);
+    float *s = arena.take<float>(BLOCK * queries), *dp = arena.take<float>(BLOCK * queries), *dqt = arena.take<float>(D * queries);
+    float *lse = arena.take<float>(queries), *delta = arena.take<float>(queries), *c = arena.take<float>(std::max(BLOCK * D, 16 * queries));
+    copy(x.k, x.k_row, Lk, D, k, keys);
+    copy(x.v, x.v_row, Lk, D, v, keys);
+    pairs_of_columns(k, keys, D, kp);
+    transposed(kp, keys, D, kt, wide);
+    copy(x.q, x.q_row, Lq, D, q, deep);
+    copy(x.g, x.g_row, Lq, D, g, deep);
+    pairs_of_columns(q, queries, D, q_columns);
+    pairs_of_columns(g, queries, D, g_columns);
+    pairs_of_rows(q, deep, D, q_rows);
+    pairs_of_rows(g, deep, D, g_rows);
+    for (long i = 0; i < queries; i++) {
+        __m512 sum = _mm512_setzero_ps();
+        if (i < Lq)
+            for (long d = 0; d < D; d += 32) {  // pairs of products, as the matrix units have them
+                sum = _mm512_dpbf16_ps(sum, (__m512bh)_mm512_loadu_si512(x.out + i * x.out_row + d),
+                                       (__m512bh)_mm512_loadu_si512(g + i * D + d));
+            }
+        delta[i] = _mm512_reduce_add_ps(sum);
+        lse[i] = i < Lq ? x.lse[i] : 0;
+    }
+    alignas(64) u16 order[32];
+    for (int i = 0; i < 16; i++) order[2 * i] = u16(i), order[2 * i + 1] = u16(i + 16);
+    const __m512i interleave = _mm512_load_si512(order);
+    const __m512 by = _mm512_set1_ps(scale);
+    for (long from = 0; from < wide; from += chunk) {
+        const long to = std::min(from + chunk, wide);
+        for (long j = from; j < to; j += BLOCK) {
+            const long n = std::min(BLOCK, Lk - j), m = up(n, 16), begin = causal ? j : 0;  // queries before see none of these
+            if (begin >= queries) {
+                std::memset(panel + (j - from) * queries, 0, 2 * BLOCK * queries);
+                for (long r = 0; r < n; r++) {
+                    std::memset(x.dk + (j + r) * D, 0, 2 * D);
+                    std::memset(x.dv + (j + r) * D, 0, 2 * D);
+                }
+                continue;
+            }
+            product(k + j * D, D, q_columns + 2 * begin, 2 * queries, s + begin, queries, m, queries - begin, D);
+            product(v + j * D, D, g_columns + 2 * begin, 2 * queries, dp + begin, queries, m, queries - begin, D);
+            for (long r = 0; r < BLOCK; r += 2) {
+                u16* pair = panel + (j - from + r) * queries;
+                if (r >= m) {
+                    std::memset(pair, 0, 4 * queries);
+                    continue;
+                }
+                std::memset(pair, 0, 4 * begin);
+                for (long i = begin; i < queries; i += 16) {
+                    const __m512 l = _mm512_loadu_ps(lse + i), d = _mm512_loadu_ps(delta + i);
+                    __m512 w[2], e[2];
+                    for (int h = 0; h < 2; h++) {
+                        const float *sr = s + (r + h) * queries + i, *dr = dp + (r + h) * queries + i;
+                        const long key = j + r + h;
+                        const __mmask16 alive = key >= Lk ? __mmask16(0) : causal ? __mmask16(~first(key - i)) : __mmask16(0xffff);
+                        w[h] = _mm512_maskz_mov_ps(alive, exponential(_mm512_fmsub_ps(by, _mm512_loadu_ps(sr), l)));
+                        e[h] = _mm512_mul_ps(w[h], _mm512_mul_ps(by, _mm512_sub_ps(_mm512_loadu_ps(dr), d)));
+                    }
+                    const __m512i ww = (__m512i)_mm512_cvtne2ps_pbh(w[1], w[0]), ee = (__m512i)_mm512_cvtne2ps_pbh(e[1], e[0]);
+                    _mm256_storeu_si256((__m256i*)(p + r * deep + i), _mm512_castsi512_si256(ww));
+                    _mm256_storeu_si256((__m256i*)(p + (r + 1) * deep + i), _mm512_extracti64x4_epi64(ww, 1));
+                    _mm256_storeu_si256((__m256i*)(ds + r * deep + i), _mm512_castsi512_si256(ee));
+                    _mm256_storeu_si256((__m256i*)(ds + (r + 1) * deep + i), _mm512_extracti64x4_epi64(ee, 1));
+                    _mm512_storeu_si512(pair + 2 * i, _mm512_permutexvar_epi16(interleave, ee));
+                }
+                for (long h = r; h < r + 2; h++) {
+                    std::memset(p + h * deep + queries, 0, 2 * (deep - queries));
+                    std::memset(ds + h * deep + queries, 0, 2 * (deep - queries));
+                }
+            }
+            product(p + begin, deep, g_rows + begin * D, 2 * D, c, D, m, D, deep - begin);
+            put(c, D, nullptr, n, D, x.dv + j * D, D);
+            product(ds + begin, deep, q_rows + begin * D, 2 * D, c, D, m, D, deep - begin);
+            put(c, D, nullptr, n, D, x.dk + j * D, D);
+        }
+        product(kt + from, wide, panel, 2 * queries, dqt, queries, D, queries, to - from, from > 0);
+    }
+    for (long i = 0; i < queries; i += 16) {
+        for (long d = 0; d < D; d += 16) transpose(dqt + d * queries + i, queries, c + d, D);
+        put(c, D, nullptr, std::min(16L, Lq - i), D, x.dq + i * D, D);
+    }
+}
+
+// Bytes of scratch memory for a head, with room for every piece's alignment.
+long scratch(long Lq, long Lk, long D) {
+    const long queries = up(Lq, 32), keys = up(Lk, 32), longest = std::max(queries, keys);
+    return 2 * (16 * longest * D + 2 * BLOCK * longest + PANEL + BLOCK * queries) + 4 * (2 * BLOCK * longest + D * queries + BLOCK * D + 20 * queries) + 64 * 32;
+}
+
+template <typename F>
+void each_head(long B, long H, long bytes, F work) {
+#pragma omp parallel
+    {
+        void* memory = std::aligned_alloc(64, up(bytes, 64));
+        configure();
+#pragma omp for collapse(2) schedule(static)
+        for (long b = 0; b < B; b++)
+            for (long h = 0; h < H; h++) work(Arena{static_cast<char*>(memory)}, b, h);
+        _tile_release();
+        std::free(memory);
+    }
+}
+
+}  // namespace
+
+extern "C" long attention_ready() { return permitted(); }
+
+// strides: of q, k, v and out, each of batch, head and row. lse: B x H x Lq.
+extern "C" void attention_forward_bf16(const u16* q, const u16* k, const u16* v, u16* out, const long* strides, float* lse, long B, long H, long Lq,
+                                       long Lk, long D, float scale, long causal) {
+    const long* t = strides;
+    each_head(B, H, scratch(Lq, Lk, D), [&](Arena arena, long b, long h) {
+        forward_head(arena, q + b * t[0] + h * t[1], t[2], k + b * t[3] + h * t[4], t[5], v + b * t[6] + h * t[7], t[8],
+                     out + b * t[9] + h * t[10], t[11], lse + (b * H + h) * Lq, Lq, Lk, D, scale, causal);
+    });
+}
+
+// strides: of q, k, v, out and its gradient. dq, dk, dv: contiguous.
+extern "C" void attention_backward_bf16(const u16* q, const u16* k, const u16* v, const u16* out, const u16* g, const long* strides, const float* lse,
+                                        u16* dq, u16* dk, u16* dv, long B, long H, long Lq, long Lk, long D, float scale, long causal) {
+    const long* t = strides;
+    each_head(B, H, scratch(Lq, Lk, D), [&](Arena arena, long b, long h) {
+        const long head = b * H + h;
+        Head x{q + b * t[0] + h * t[1], k + b * t[3] + h * t[4], v + b * t[6] + h * t[7], out + b * t[9] + h * t[10], g + b * t[12] + h * t[13],
+               t[2], t[5], t[8], t[11], t[14], lse + head * Lq, dq + head * Lq * D, dk + head * Lk * D, dv + head * Lk * D};
+        backward_head(arena, x, Lq, Lk, D, scale, causal);
+    });
+}
+
+#else
+
+extern "C" long attention_ready() { return 0; }
+
+#endif
