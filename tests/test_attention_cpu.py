@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 
 from genflow.attention import Mask, attention, cpu
+from genflow.native import library as native
 
-pytestmark = pytest.mark.skipif(not cpu._ready(), reason="this processor has no matrix units for bf16")
+pytestmark = pytest.mark.skipif(not native.matrix_units(), reason="this processor has no matrix units for bf16")
 
 
 def inputs(lq, lk, batch=3, heads=2, dim=32):
@@ -100,6 +101,6 @@ def test_others_take_torch_s_own(monkeypatch):
     assert not cpu.serves(q.float(), k.float(), v.float()) and not cpu.serves(*(x[..., :20] for x in (q, k, v)))
     long = torch.zeros(1, 1, cpu.LONGEST + 1, 32, dtype=torch.bfloat16)
     assert not cpu.serves(long, long, long)
-    monkeypatch.setattr(cpu, "_ready", lambda: False)
+    monkeypatch.setattr(native, "matrix_units", lambda: False)
     assert not cpu.serves(q, k, v)
     assert type(attention(q, k, v).grad_fn).__name__ != "MatrixAttentionBackward"

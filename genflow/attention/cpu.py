@@ -8,23 +8,15 @@ from __future__ import annotations
 
 import ctypes
 import math
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from genflow.native.library import call, library, usable
+from genflow.native import library as native
 
 LONGEST = 4096  # keys: beyond, a head's weights leave the cache
-
-
-@cache
-def _ready() -> bool:
-    """Whether this processor has matrix units for bf16, and lets us use them."""
-    lib = library()
-    return lib is not None and bool(lib.attention_ready())
 
 
 def serves(q: Tensor, k: Tensor, v: Tensor) -> bool:
@@ -36,8 +28,8 @@ def serves(q: Tensor, k: Tensor, v: Tensor) -> bool:
         and q.shape[-1] % 32 == 0
         and q.shape[-1] <= 256
         and 0 < k.shape[2] <= LONGEST
-        and usable(q, k, v)
-        and _ready()
+        and native.usable(q, k, v)
+        and native.matrix_units()
     )
 
 
@@ -52,7 +44,7 @@ class MatrixAttention(torch.autograd.Function):
         out = q.new_empty(B, L, H, D).transpose(1, 2)  # so that heads side by side are a view
         lse = q.new_empty(B, H, L, dtype=torch.float32)
         strides = _strides(q, k, v, out)
-        call(
+        native.call(
             "attention_forward", q.dtype, q, k, v, out, ctypes.addressof(strides), lse,
             B, H, L, k.shape[2], D, ctx.scale, int(causal),
         )  # fmt: skip
@@ -67,7 +59,7 @@ class MatrixAttention(torch.autograd.Function):
         grad = grad if grad.stride(-1) == 1 else grad.contiguous()
         dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
         strides = _strides(q, k, v, out, grad)
-        call(
+        native.call(
             "attention_backward", q.dtype, q, k, v, out, grad, ctypes.addressof(strides), lse, dq, dk, dv,
             B, H, L, k.shape[2], D, ctx.scale, int(ctx.causal),
         )  # fmt: skip

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from genflow.native import library as native
 from genflow.native.library import call
 
 
@@ -31,6 +32,46 @@ def again(
     wanted = [x for x in inputs if x.requires_grad]
     found = iter(torch.autograd.grad(outputs, wanted, grads, create_graph=True))
     return tuple(next(found) if x.requires_grad else None for x in inputs)
+
+
+def trains_on_matrix_units(x: Tensor, weight: Tensor) -> bool:
+    """Whether a product with a weight whose gradient is wanted is to be a `Product`."""
+    return (
+        x.dtype == torch.bfloat16
+        and weight.requires_grad
+        and torch.is_grad_enabled()
+        and (weight.dtype == x.dtype or torch.is_autocast_enabled("cpu"))
+        and weight.shape[0] % 32 == 0
+        and weight.shape[1] % 32 == 0
+        and native.usable(x)
+        and native.matrix_units()
+    )
+
+
+class Product(torch.autograd.Function):
+    """x W^T in bf16; its gradient of W is summed and given in float32, where libraries round it to bf16.
+
+    x: ... x I; W: O x I, of any dtype.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, plain: Callable) -> Tensor:
+        x, cast = x.contiguous(), weight.to(x.dtype)
+        ctx.save_for_backward(x, weight, cast)
+        ctx.plain = plain
+        return plain(x, cast)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple:  # type: ignore[override]
+        x, weight, cast = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return *again(lambda x, w: ctx.plain(x, w.to(x.dtype)), (x, weight), (g,)), None
+        dx = g @ cast if ctx.needs_input_grad[0] else None
+        g, x = g.reshape(-1, g.shape[-1]), x.reshape(-1, x.shape[-1])
+        g = g if g.stride(1) == 1 else g.contiguous()
+        dw = torch.zeros(weight.shape) if len(x) == 0 else torch.empty(weight.shape)
+        call("weight_gradient", x.dtype, g, g.stride(0), x, x.stride(0), dw, len(x), *weight.shape)
+        return dx, dw.to(weight.dtype), None
 
 
 class ModulatedNorm(torch.autograd.Function):

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from genflow.layers import kernels
-from genflow.native.library import run, usable
+from genflow.native import library as native
 
 EPS = 1e-6  # of every norm in SD3
 
@@ -28,8 +28,8 @@ class Modulation(nn.Linear):
 
 def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """(1 + scale) LN(x) + shift, LN without parameters. x: B x L x hidden; shift, scale: B x 1 x hidden."""
-    if usable(x, shift, scale):
-        return run(kernels.ModulatedNorm, x, shift, scale, EPS, _modulated_norm)
+    if native.usable(x, shift, scale):
+        return native.run(kernels.ModulatedNorm, x, shift, scale, EPS, _modulated_norm)
     return _modulated_norm(x, shift, scale)
 
 
@@ -41,13 +41,15 @@ class Linear(nn.Linear):
     """A linear that can leave its bias to the operation after it, where a fused kernel adds it in passing."""
 
     def forward(self, x: Tensor, *, bias: bool = True) -> Tensor:
-        return F.linear(x, self.weight, self.bias if bias else None)
+        if bias or not kernels.trains_on_matrix_units(x, self.weight):
+            return F.linear(x, self.weight, self.bias if bias else None)
+        return kernels.Product.apply(x, self.weight, F.linear)
 
 
 def gated_residual(x: Tensor, gate: Tensor, linear: Linear, y: Tensor) -> Tensor:
     """x + gate linear(y). x: B x L x hidden; gate: B x 1 x hidden; y: B x L x the linear's input."""
-    if usable(x, gate, y):
-        return run(kernels.GatedResidual, x, gate, linear(y, bias=False), linear.bias, _gated_residual)
+    if native.usable(x, gate, y):
+        return native.run(kernels.GatedResidual, x, gate, linear(y, bias=False), linear.bias, _gated_residual)
     return torch.addcmul(x, gate, linear(y))
 
 
@@ -57,8 +59,8 @@ def _gated_residual(x: Tensor, gate: Tensor, y: Tensor, bias: Tensor) -> Tensor:
 
 def gelu(linear: Linear, x: Tensor) -> Tensor:
     """a Phi(a) of a = linear(x) in its tanh form (Hendrycks & Gimpel 2016, arXiv 1606.08415). x: B x L x the input."""
-    if usable(x):
-        return run(kernels.GELU, linear(x, bias=False), linear.bias, _gelu)
+    if native.usable(x):
+        return native.run(kernels.GELU, linear(x, bias=False), linear.bias, _gelu)
     return F.gelu(linear(x), approximate="tanh")
 
 
@@ -87,7 +89,7 @@ def joint_heads(streams: Sequence[tuple[QKV, Tensor]]) -> tuple[Tensor, Tensor, 
     """
     heads = streams[0][0].heads
     tokens = [x for _, x in streams]
-    fused = usable(*tokens)
+    fused = native.usable(*tokens)
     products = [qkv.linear(x, bias=not fused) for qkv, x in streams]
     none = products[0].new_empty(0)
     parameters = [
@@ -100,7 +102,7 @@ def joint_heads(streams: Sequence[tuple[QKV, Tensor]]) -> tuple[Tensor, Tensor, 
         return _joint_heads(heads, tensors)
 
     if fused:
-        return run(kernels.JointHeads, heads, EPS, plain, *products, *parameters)
+        return native.run(kernels.JointHeads, heads, EPS, plain, *products, *parameters)
     return plain(*products, *parameters)
 
 

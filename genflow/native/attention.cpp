@@ -4,24 +4,19 @@
 // cache: weights exist for 32 rows at a time and are made again in the backward from the rows' log-sum-exp. A head is the
 // work of one thread, so that no answer hangs on the batch or the number of threads.
 
-#include "kernels.h"
+#include "amx.h"
 
-#if defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__linux__)
+#ifdef GENFLOW_AMX
 
-#include <immintrin.h>
-#include <sys/syscall.h>
-#include <unistd.h>
-
+#include <algorithm>
+#include <cmath>
 #include <cstdlib>
+#include <cstring>
 
 namespace {
 
-constexpr long BLOCK = 32;      // rows of weights at a time
+constexpr long BLOCK = 32;  // rows of weights at a time
 constexpr long PANEL = 1 << 18;  // weights of keys kept for dQ at a time
-using u16 = uint16_t;
-
-inline long up(long n, long to) { return (n + to - 1) / to * to; }
-
 
 // A piece of the thread's scratch memory, on a cache line.
 struct Arena {
@@ -33,21 +28,6 @@ struct Arena {
         return here;
     }
 };
-
-bool permitted() {
-    static const bool yes = syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* XTILEDATA */) == 0;
-    return yes;
-}
-
-// All eight tiles 16 rows of 64 bytes.
-void configure() {
-    alignas(64) struct {
-        uint8_t palette = 1, start = 0, reserved[14] = {};
-        uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-        uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-    } tiles;
-    _tile_loadconfig(&tiles);
-}
 
 // C (+)= A B of 16 M x 16 N numbers; A row by row, B in pairs of rows, steps of 32 in between.
 template <int M, int N>
@@ -96,34 +76,6 @@ void product(const u16* a, long lda, const u16* b, long ldb, float* c, long ldc,
         }
 }
 
-// 16 x 16 numbers of 32 bits, rows of x and of y; the transpose.
-inline void transpose(const void* x, long ldx, void* y, long ldy) {
-    const int32_t* from = static_cast<const int32_t*>(x);
-    int32_t* to = static_cast<int32_t*>(y);
-    __m512i a[16], b[16];
-    for (int i = 0; i < 16; i++) a[i] = _mm512_loadu_si512(from + i * ldx);
-    for (int i = 0; i < 16; i += 2) {
-        b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
-        b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
-    }
-    for (int i = 0; i < 16; i += 4) {
-        a[i] = _mm512_unpacklo_epi64(b[i], b[i + 2]);
-        a[i + 1] = _mm512_unpackhi_epi64(b[i], b[i + 2]);
-        a[i + 2] = _mm512_unpacklo_epi64(b[i + 1], b[i + 3]);
-        a[i + 3] = _mm512_unpackhi_epi64(b[i + 1], b[i + 3]);
-    }
-    for (int i = 0; i < 4; i++) {
-        b[i] = _mm512_shuffle_i32x4(a[i], a[i + 4], 0x88);
-        b[i + 4] = _mm512_shuffle_i32x4(a[i], a[i + 4], 0xdd);
-        b[i + 8] = _mm512_shuffle_i32x4(a[i + 8], a[i + 12], 0x88);
-        b[i + 12] = _mm512_shuffle_i32x4(a[i + 8], a[i + 12], 0xdd);
-    }
-    for (int i = 0; i < 8; i++) {
-        _mm512_storeu_si512(to + i * ldy, _mm512_shuffle_i32x4(b[i], b[i + 8], 0x88));
-        _mm512_storeu_si512(to + (i + 8) * ldy, _mm512_shuffle_i32x4(b[i], b[i + 8], 0xdd));
-    }
-}
-
 // The rows, L x D, followed by zeros up to `to` rows.
 void copy(const u16* x, long row, long L, long D, u16* y, long to) {
     for (long i = 0; i < L; i++) std::memcpy(y + i * D, x + i * row, 2 * D);
@@ -138,15 +90,11 @@ void pairs_of_columns(const u16* x, long L, long D, u16* y) {
 
 // x in pairs: L x D contiguous -> L/2 x D x 2. L: even.
 void pairs_of_rows(const u16* x, long L, long D, u16* y) {
-    alignas(64) u16 order[32];
-    for (int i = 0; i < 16; i++) order[2 * i] = u16(i), order[2 * i + 1] = u16(i + 16);
-    const __m512i index = _mm512_load_si512(order);
     for (long i = 0; i < L; i += 2)
         for (long d = 0; d < D; d += 16) {
-            __m256i a = _mm256_loadu_si256((const __m256i*)(x + i * D + d));
-            __m256i b = _mm256_loadu_si256((const __m256i*)(x + (i + 1) * D + d));
-            __m512i ab = _mm512_inserti64x4(_mm512_castsi256_si512(a), b, 1);
-            _mm512_storeu_si512(y + i * D + 2 * d, _mm512_permutexvar_epi16(index, ab));
+            const __m256i a = _mm256_loadu_si256((const __m256i*)(x + i * D + d));
+            const __m256i b = _mm256_loadu_si256((const __m256i*)(x + (i + 1) * D + d));
+            _mm512_storeu_si512(y + i * D + 2 * d, paired(a, b));
         }
 }
 
@@ -359,8 +307,6 @@ void each_head(long B, long H, long bytes, F work) {
 
 }  // namespace
 
-extern "C" long attention_ready() { return permitted(); }
-
 // strides: of q, k, v and out, each of batch, head and row. lse: B x H x Lq.
 extern "C" void attention_forward_bf16(const u16* q, const u16* k, const u16* v, u16* out, const long* strides, float* lse, long B, long H, long Lq,
                                        long Lk, long D, float scale, long causal) {
@@ -382,9 +328,5 @@ extern "C" void attention_backward_bf16(const u16* q, const u16* k, const u16* v
         backward_head(arena, x, Lq, Lk, D, scale, causal);
     });
 }
-
-#else
-
-extern "C" long attention_ready() { return 0; }
 
 #endif

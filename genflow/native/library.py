@@ -24,7 +24,10 @@ from torch.autograd import forward_ad
 
 from genflow.cachedir import cache_folder
 
-SOURCES = [Path(__file__).with_name(name) for name in ("kernels.cpp", "flow_kernels.cpp", "attention.cpp", "kernels.h")]
+SOURCES = [
+    Path(__file__).with_name(name)
+    for name in ("kernels.cpp", "flow_kernels.cpp", "attention.cpp", "products.cpp", "kernels.h", "amx.h")
+]
 # Sums may be reordered, so that they vectorise; NaN and inf keep their meaning.
 FLAGS = "-O3 -march=native -fopenmp -fPIC -shared -std=c++17 -fno-math-errno -fno-trapping-math -fno-signed-zeros"
 FLAGS += " -fassociative-math -freciprocal-math"
@@ -52,7 +55,13 @@ def library() -> ctypes.CDLL | None:
             path.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=path.parent) as folder:
                 built = Path(folder) / path.name
-                command = [*compiler.split(), *FLAGS.split(), *map(str, SOURCES[:-1]), "-o", str(built)]
+                command = [
+                    *compiler.split(),
+                    *FLAGS.split(),
+                    *(str(path) for path in SOURCES if path.suffix == ".cpp"),
+                    "-o",
+                    str(built),
+                ]
                 subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
                 os.replace(built, path)
         return ctypes.CDLL(str(path))
@@ -60,6 +69,13 @@ def library() -> ctypes.CDLL | None:
         reason = " ".join((getattr(error, "stderr", None) or str(error)).split())[:200]
         warnings.warn(f"the fused CPU kernels cannot be built, going on slower without them: {reason}", stacklevel=2)
         return None
+
+
+@cache
+def matrix_units() -> bool:
+    """Whether this processor has matrix units for bf16 (AMX), and the kernels that use them could be built."""
+    lib = library()
+    return lib is not None and bool(lib.matrix_units())
 
 
 def usable(*tensors: Tensor) -> bool:
