@@ -41,8 +41,9 @@ class Linear(nn.Linear):
     """A linear that can leave its bias to the operation after it, where a fused kernel adds it in passing."""
 
     def forward(self, x: Tensor, *, bias: bool = True) -> Tensor:
-        if bias or not kernels.trains_on_matrix_units(x, self.weight):
-            return F.linear(x, self.weight, self.bias if bias else None)
+        added = self.bias if bias else None
+        if added is not None or not kernels.trains_on_matrix_units(x, self.weight):
+            return F.linear(x, self.weight, added)
         return kernels.Product.apply(x, self.weight, F.linear)
 
 

@@ -5,6 +5,7 @@
 // work of one thread, so that no answer hangs on the batch or the number of threads.
 
 #include "amx.h"
+#include "wide.h"
 
 #ifdef GENFLOW_AMX
 
@@ -110,8 +111,6 @@ void transposed(const u16* pairs, long L, long D, u16* y, long wide) {
     }
 }
 
-inline __m256i half(__m512 x) { return (__m256i)_mm512_cvtneps_pbh(x); }
-
 // Rows of C, float32, each times its factor, as bf16. factor: of each row; none: 1.
 void put(const float* c, long ldc, const float* factor, long rows, long D, u16* y, long row) {
     for (long i = 0; i < rows; i++)
@@ -120,21 +119,6 @@ void put(const float* c, long ldc, const float* factor, long rows, long D, u16* 
             if (factor) x = _mm512_mul_ps(x, _mm512_set1_ps(factor[i]));
             _mm256_storeu_si256((__m256i*)(y + i * row + d), half(x));
         }
-}
-
-// exp(x) for x <= 0, to 2 ulp; the least answer is a normal number, for others are slow. NaN stays.
-inline __m512 exponential(__m512 x) {
-    x = _mm512_max_ps(_mm512_set1_ps(-87.0f), x);
-    __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 8);
-    __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
-    r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
-    __m512 p = _mm512_set1_ps(1.3981999507e-3f);
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(8.3334519073e-3f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(4.1665795894e-2f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.6666665459e-1f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(5.0000001201e-1f));
-    p = _mm512_fmadd_ps(_mm512_mul_ps(p, r), r, _mm512_add_ps(r, _mm512_set1_ps(1.0f)));
-    return _mm512_scalef_ps(p, n);
 }
 
 inline __mmask16 first(long n) { return n >= 16 ? __mmask16(0xffff) : n <= 0 ? __mmask16(0) : __mmask16((1u << n) - 1); }

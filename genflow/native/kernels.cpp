@@ -4,6 +4,7 @@
 // sum over tokens belongs to one sample and is taken by one thread, so that results do not depend on their number.
 
 #include "kernels.h"
+#include "wide.h"
 
 namespace {
 
@@ -218,6 +219,46 @@ void gelu_backward(const T* g, const T* x, const float* bias, T* dx, float* dbia
             }
     }
 }
+
+#ifdef GENFLOW_WIDE
+
+// The same for bf16, sixteen numbers at a time: the time goes into the sigmoid and the roundings.
+struct Gelu {
+    __m512 a, cubic, s;  // sigmoid(2u), 2u = a cubic
+    Gelu(const bf16* x, const float* bias) {
+        a = _mm512_add_ps(widened(x), _mm512_loadu_ps(bias));
+        cubic = _mm512_fmadd_ps(_mm512_mul_ps(a, a), _mm512_set1_ps(C1), _mm512_set1_ps(C0));
+        s = logistic(_mm512_mul_ps(a, cubic));
+    }
+    __m512 value() const { return _mm512_mul_ps(a, s); }
+    __m512 derivative() const {  // s + a s (1 - s) (C0 + 3 C1 a^2)
+        const __m512 rise = _mm512_fmadd_ps(cubic, _mm512_set1_ps(3.0f), _mm512_set1_ps(-2 * C0));
+        return _mm512_fmadd_ps(_mm512_mul_ps(a, rise), _mm512_fnmadd_ps(s, s, s), s);
+    }
+};
+
+void gelu_forward(const bf16* x, const float* bias, bf16* y, long rows, long H) {
+    if (H % 16) return gelu_forward<bf16>(x, bias, y, rows, H);
+#pragma omp parallel for schedule(static)
+    for (long i = 0; i < rows; i++)
+        for (long h = 0; h < H; h += 16)
+            _mm256_storeu_si256((__m256i*)(y + i * H + h), half(Gelu(x + i * H + h, bias + h).value()));
+}
+
+void gelu_backward(const bf16* g, const bf16* x, const float* bias, bf16* dx, float* dbias, long B, long L, long H) {
+    if (H % 16) return gelu_backward<bf16>(g, x, bias, dx, dbias, B, L, H);
+#pragma omp parallel for schedule(static)
+    for (long b = 0; b < B; b++)
+        for (long i = b * L; i < (b + 1) * L; i++)
+            for (long h = 0; h < H; h += 16) {
+                float* db = dbias + b * H + h;
+                const __m512 d = _mm512_mul_ps(widened(g + i * H + h), Gelu(x + i * H + h, bias + h).derivative());
+                _mm512_storeu_ps(db, _mm512_add_ps(_mm512_loadu_ps(db), d));
+                _mm256_storeu_si256((__m256i*)(dx + i * H + h), half(d));
+            }
+}
+
+#endif
 
 }  // namespace
 

@@ -24,10 +24,7 @@ from torch.autograd import forward_ad
 
 from genflow.cachedir import cache_folder
 
-SOURCES = [
-    Path(__file__).with_name(name)
-    for name in ("kernels.cpp", "flow_kernels.cpp", "attention.cpp", "products.cpp", "kernels.h", "amx.h")
-]
+SOURCES = sorted(path for path in Path(__file__).parent.iterdir() if path.suffix in (".cpp", ".h"))
 # Sums may be reordered, so that they vectorise; NaN and inf keep their meaning.
 FLAGS = "-O3 -march=native -fopenmp -fPIC -shared -std=c++17 -fno-math-errno -fno-trapping-math -fno-signed-zeros"
 FLAGS += " -fassociative-math -freciprocal-math"
