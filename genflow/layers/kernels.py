@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from genflow.native import library as native
-from genflow.native.library import call
+from genflow.native.library import Forgotten, call
 
 
 def _rows(vector: Tensor) -> tuple[Tensor, int]:
@@ -138,7 +138,7 @@ class GELU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor, plain: Callable) -> Tensor:
         x = x.contiguous()
-        y = torch.empty_like(x)
+        y = x if isinstance(ctx, Forgotten) else torch.empty_like(x)  # a product that nobody else has
         call("gelu_forward", x.dtype, x, as_float(bias), y, x.shape[0] * x.shape[1], x.shape[2])
         ctx.save_for_backward(x, bias)
         ctx.plain = plain

@@ -89,7 +89,7 @@ def usable(*tensors: Tensor) -> bool:
     )
 
 
-class _Forgotten:
+class Forgotten:
     """Stands in for autograd's context where nothing is kept."""
 
     def save_for_backward(self, *tensors: Tensor) -> None:
@@ -100,7 +100,7 @@ def run(function: type[torch.autograd.Function], *arguments: Any) -> Any:
     """function.apply(...), without autograd's bookkeeping where no gradient can be asked for."""
     if torch.is_grad_enabled() or forward_ad._current_level >= 0:
         return function.apply(*arguments)
-    return function.forward(_Forgotten(), *arguments)
+    return function.forward(Forgotten(), *arguments)
 
 
 def call(name: str, dtype: torch.dtype, *arguments: Any) -> None:

@@ -159,7 +159,11 @@ class MMDiT(nn.Module):
             return context, pooled, pooled.new_empty(len(pooled), 0, 0)
         t = torch.tensor(times, dtype=torch.float32, device=pooled.device)
         c = F.silu(self.time_embed(sinusoidal(t, 256).to(pooled.dtype)) + pooled[:, None])
-        return context, pooled, torch.cat([modulation(c) for modulation in self._modulations()], dim=-1)
+        every = self._modulations()
+        table = c.new_empty(*c.shape[:2], sum(m.out_features for m in every))
+        for part, modulation in zip(table.split([m.out_features for m in every], dim=-1), every, strict=True):
+            part.copy_(modulation(c))
+        return context, pooled, table
 
     def _modulations(self) -> list[Modulation]:
         blocks: Any = self.blocks
