@@ -135,9 +135,11 @@ def train(name: str, root: str | None, minutes: float, bf16: bool) -> dict:
                 curve.append((used / 60, step, measure(log_prob, test[:1000])))
             model.train()
             print(f"{name}: {used / 60:.1f} min, step {step}: {curve[-1][2]:.4f} (1000 pictures)", flush=True)
+            if math.isnan(curve[-1][2]):  # it does not come back
+                break
     model.eval()
     with torch.no_grad(), ema.swapped():
-        final = measure(log_prob, test)
+        final = curve[-1][2] if math.isnan(curve[-1][2]) else measure(log_prob, test)
     return {
         "bits_per_dim": final,
         "curve": curve,
