@@ -2,8 +2,9 @@
 
 Times, in alternation in one run, a step of the quickstart's MM-DiT (bf16, AdamW): one process alone while the others
 wait; all of them side by side, each for itself, which is what sharing the machine costs; and all of them together under
-DDP and under FSDP2, which adds what distribution costs. Then it traces DDP's buckets (does the reduction run while the
-backward does?) and counts the bytes that went over the loopback. Figures measured so far are in scripts/README.md.
+DDP and under FSDP2, which adds what distribution costs. The bytes that went over the loopback stand beside those that
+genflow/training/README.md counts, and DDP's buckets are traced: does the reduction run while the backward does? Nothing
+else may use the loopback meanwhile. Figures measured so far are in scripts/README.md.
 """
 
 from __future__ import annotations
@@ -128,19 +129,21 @@ def measure(rank: int, args: argparse.Namespace, store: str) -> None:
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # of a stream handed on as it is
     n = args.processes
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=n)
-    trace = Trace()
     plain, _ = build(args)
     flow, network = build(args)
     ddp = {mb: DistributedDataParallel(build(args)[0], bucket_cap_mb=mb) for mb in args.buckets}
-    traced = DistributedDataParallel(build(args)[0], bucket_cap_mb=args.buckets[0])
-    traced.register_comm_hook(None, trace.hook)
+    traces = {mb: Trace() for mb in args.buckets}
+    watched: dict[float, Callable[..., float]] = {}
+    for mb, trace in traces.items():
+        traced = DistributedDataParallel(build(args)[0], bucket_cap_mb=mb)
+        traced.register_comm_hook(None, trace.hook)
+        watched[mb] = stepper(traced, args)
     plain_step = stepper(plain, args)
     together = {f"DDP, buckets of {mb:g} MB": stepper(model, args) for mb, model in ddp.items()}
     together["FSDP2"] = stepper(shard(flow, network, torch.bfloat16), args)
-    traced_step = stepper(traced, args)
     seconds: dict[str, list[float]] = {}
     sent: dict[str, list[int]] = {}
-    overlap: list[tuple[float, float, float]] = []
+    overlap: dict[float, list[tuple[float, float, float]]] = {mb: [] for mb in args.buckets}
     for round_ in range(-2, args.rounds):  # the first two warm up
         took: dict[str, float] = {}
         dist.barrier()
@@ -155,19 +158,20 @@ def measure(rank: int, args: argparse.Namespace, store: str) -> None:
             dist.barrier()
             if round_ >= 0:
                 sent.setdefault(name, []).append(loopback() - before)
-        trace.__init__()  # type: ignore[misc]
-        dist.barrier()
-        traced_step()
-        if round_ >= 0:
-            for name, value in took.items():
-                seconds.setdefault(name, []).append(value)
+        for mb, trace in traces.items():
+            trace.__init__()  # type: ignore[misc]
+            dist.barrier()
+            watched[mb]()
             last = max(trace.begun)  # the last gradient is complete
             early = sum(size for size, at in zip(trace.bytes, trace.begun, strict=True) if at < last)
             moving = covered(zip(trace.begun, trace.ended, strict=True))
-            exposed = max(trace.ended) - last
-            overlap.append((early / sum(trace.bytes), moving, exposed))
+            if round_ >= 0:
+                overlap[mb].append((early / sum(trace.bytes), moving, max(trace.ended) - last))
+        if round_ >= 0:
+            for name, value in took.items():
+                seconds.setdefault(name, []).append(value)
     if rank == 0:
-        tell(args, plain, seconds, sent, overlap, trace)
+        tell(args, plain, seconds, sent, overlap, traces)
     dist.barrier()
     dist.destroy_process_group()
 
@@ -186,8 +190,8 @@ def tell(
     model: nn.Module,
     seconds: dict[str, list[float]],
     sent: dict[str, list[int]],
-    overlap: list[tuple[float, float, float]],
-    trace: Trace,
+    overlap: dict[float, list[tuple[float, float, float]]],
+    traces: dict[float, Trace],
 ) -> None:
     n = args.processes
     middle = {name: statistics.median(values) for name, values in seconds.items()}
@@ -201,16 +205,17 @@ def tell(
         if name not in ("alone", "side by side"):
             more += f"  {value / middle['side by side'] - 1:+.1%} to side by side"
             moved = statistics.median(sent[name]) / n
-            more += f"  {moved / 1e6:.1f} MB sent per process ({moved / gradients:.2f} x gradients)"
+            # Gloo's reduce-scatter is an all-reduce; FSDP2's two gathers are in bf16, half the bytes of gradients each.
+            rounds = 2 if name.startswith("DDP") else 3
+            counted = rounds * (n - 1) / n * gradients
+            more += f"  {moved / 1e6:.2f} MB sent per process, {rounds} (n - 1) / n x gradients = {counted / 1e6:.2f}"
         print(f"  {name:26}{value * 1e3:8.1f} ms{more}")
-    early, moving, exposed = (statistics.median(column) for column in zip(*overlap, strict=True))
-    sizes = ", ".join(f"{size / 1e6:.1f}" for size in trace.bytes)
-    print(f"DDP, buckets of {args.buckets[0]:g} MB, watched: {len(trace.bytes)} buckets ({sizes} MB)")
-    print(
-        f"  a ring moves 2 (n - 1) / n of {sum(trace.bytes) / 1e6:.1f} MB = {2 * (n - 1) / n * sum(trace.bytes) / 1e6:.1f}"
-    )
-    print(f"  {early:.0%} of the bytes set out while the backward ran on")
-    print(f"  reducing {moving * 1e3:.1f} ms, of which {exposed * 1e3:.1f} ms after the last gradient was complete")
+    for mb, trace in traces.items():
+        early, moving, exposed = (statistics.median(column) for column in zip(*overlap[mb], strict=True))
+        sizes = ", ".join(f"{size / 1e6:.1f}" for size in trace.bytes)
+        print(f"DDP, buckets of {mb:g} MB, watched: {len(trace.bytes)} buckets ({sizes} MB)")
+        print(f"  {early:.0%} of the bytes set out while the backward ran on")
+        print(f"  reducing {moving * 1e3:.1f} ms, of which {exposed * 1e3:.1f} ms after the last gradient was complete")
 
 
 def main() -> None:
@@ -219,7 +224,7 @@ def main() -> None:
     parser.add_argument("--depth", type=int, default=3)
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--batch", type=int, default=16, help="of each process")
-    parser.add_argument("--buckets", type=float, nargs="+", default=[25.0], help="MB; the first is watched")
+    parser.add_argument("--buckets", type=float, nargs="+", default=[25.0, 4.0], help="MB")
     parser.add_argument("--rounds", type=int, default=9)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

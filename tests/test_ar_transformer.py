@@ -217,7 +217,7 @@ def test_guidance_is_two_branches_of_one_law():
     null = NULL.expand(3)
     expected = law(net(x, c.tokens, c.mask)[0], net(x, null.tokens, null.mask)[0])
     torch.testing.assert_close(out, expected)
-    assert reader.hidden.shape == (3, N, 32)
+    assert reader.hidden.shape == (2 * 3, N, 32)
     with pytest.raises(UserError, match="needs the null condition"):
         TransformerReader(net, c, law=law)
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from genflow.data import loading, prepared
+from genflow.data import prepared, sources
 from genflow.data.images import BadImage, ImageDataset
 from genflow.data.loading import StreamSampler, epoch_order, loader
 from genflow.data.prepared import PreparedConditions
@@ -171,7 +171,7 @@ def test_pictures_are_decoded_once_for_all_processes():
         decoded.append(i)
         return png((i, 0, 0))
 
-    pictures = loading._Pictures(ImageDataset(["a", "b"], ["a", "b"], read), size=16, channels=3)
+    pictures = sources.Pictures(ImageDataset(["a", "b"], ["a", "b"], read), size=16, channels=3)
     worker = multiprocessing.get_context("fork").Process(target=pictures.__getitem__, args=(1,))
     worker.start()
     worker.join()
@@ -182,11 +182,11 @@ def test_pictures_are_decoded_once_for_all_processes():
 def test_large_data_sets_are_not_kept(monkeypatch):
     dataset = dataset_of([png((i * 20, 0, 0)) for i in range(7)] + [b"bad"])
     kept = load_all(dataset)
-    monkeypatch.setattr(loading, "MEMORY", 100)
+    monkeypatch.setattr(sources, "MEMORY", 100)
     for a, b in zip(kept, load_all(dataset), strict=True):
         assert torch.equal(a.x, b.x) and a.bad == b.bad
     with pytest.raises(BadImage):
-        loading._Pictures(dataset, size=16, channels=3)[7]
+        sources.Pictures(dataset, size=16, channels=3)[7]
 
 
 def test_workers_leave_interrupts_to_the_main_process():

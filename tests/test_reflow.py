@@ -12,6 +12,7 @@ from genflow.data.loading import StreamSampler, loader
 from genflow.data.pairs import PairsConfig, write_pairs
 from genflow.data.prepared import PreparedConditions
 from genflow.errors import UserError
+from genflow.evaluation.few_steps import FewSteps, plot_few_steps
 from genflow.evaluation.frechet import frechet_distance
 from genflow.flows.couplings import Independent, OptimalTransport, Paired
 from genflow.flows.densities import Uniform
@@ -253,6 +254,24 @@ def test_the_next_flow_learns_on_the_pairs_and_drops_nothing():
             reflow_config(RectifiedFlowConfig(**wrong), distill=True)
 
 
+def test_the_plot_shows_the_same_seeds_of_every_flow_and_says_what_is_measured():
+    def found(by):
+        examples = {k: torch.linspace(-1, 1, 3 * 8 * 8 * 3).view(3, 3, 8, 8) for k in (1, 2, 4)}
+        return FewSteps(0.5 / by, {1: 8.0 / by, 2: 4.0 / by, 4: 3.0 / by}, examples)
+
+    figure = plot_few_steps({"before": found(1), "after": found(4)}, floor=0.5, features="pixels")
+    straight, far = figure.subfigs[0].axes
+    assert [bar.get_height() for bar in straight.patches] == [0.5, 0.125]
+    before, after, floor = far.lines
+    assert list(before.get_ydata()) == [8, 4, 3] and list(after.get_ydata()) == [2, 1, 0.75]
+    assert list(floor.get_ydata()) == [0.5, 0.5] and "pixels" in far.get_title(loc="left")
+    grids = figure.subfigs[1].axes
+    assert [axes.get_title(loc="left") for axes in grids] == ["before", "after"]
+    assert all(axes.images[0].get_array().shape == (3 * 9, 3 * 9, 3) for axes in grids)
+    points = FewSteps(0.5, {1: 8.0, 2: 4.0}, {1: torch.zeros(3, 2), 2: torch.zeros(3, 2)})
+    assert not plot_few_steps({"before": points}, floor=0.5, features="coordinates").subfigs  # no pictures to look at
+
+
 RUN = {
     "data": {"name": "toy2d", "kind": "gaussians8", "n": 300},
     "model": {"name": "mlp", "hidden": 16, "depth": 1},
@@ -293,6 +312,12 @@ def test_the_command_draws_trains_and_measures(run, tmp_path, capsys):
     assert all(word in table for word in ("straightness", "1 step", "8 steps", "before", "after", "real to real"))
     written = json.loads((out / "reflow.json").read_text())
     assert set(written["after"]["distance"]) == {"1", "2", "4", "8"} and written["real_to_real"] > 0
+    lines = (out / "reflow.md").read_text().splitlines()
+    assert lines[0] == "|  | straightness | 1 step | 2 steps | 4 steps | 8 steps |"
+    assert lines[3].startswith(
+        f"| after | {written['after']['straightness']:.4g} | {written['after']['distance']['1']:.4g} |"
+    )
+    assert (out / "reflow.png").stat().st_size > 10_000
     about = PairsConfig(str(out / "pairs")).build()
     assert about.about["seeds"] == [0, 24] and about.about["settings"]["guidance"] == 2.0
     assert len(about.about["weights"]["sha256"]) == 64 and all(c.startswith("gaussian ") for c in about.captions)

@@ -1,19 +1,18 @@
-"""Parquet files, WebDataset shards, hub data sets, and torchvision's by name."""
+"""Parquet files, hub data sets, and torchvision's by name."""
 
 from __future__ import annotations
 
 import io
-import json
 import logging
 import pickle
-import tarfile
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from genflow.data.images import BadImage, fit
-from genflow.data.tables import HubConfig, ParquetConfig, WebDatasetConfig
+from genflow.data.streaming import WebDatasetConfig
+from genflow.data.tables import HubConfig, ParquetConfig
 from genflow.data.vision import CIFAR10Config, FashionMNISTConfig, MNISTConfig
 from genflow.errors import UserError
 
@@ -46,34 +45,6 @@ def test_parquet(tmp_path):
         ParquetConfig(path=str(tmp_path), caption="capton").build()
     pq.write_table(pa.table({**table, "split": ["train", "train", "test", "train"]}), tmp_path / "a.parquet")
     assert ParquetConfig(path=str(tmp_path)).build("test").captions == ["b"]
-
-
-def test_webdataset(tmp_path):
-    with tarfile.open(tmp_path / "shard-000.tar", "w") as tar:
-        for i, color in enumerate(("red", "blue")):
-            for suffix, data in (("png", png(color)), ("txt", color.encode())):
-                info = tarfile.TarInfo(f"{i:04d}.{suffix}")
-                info.size = len(data)
-                tar.addfile(info, io.BytesIO(data))
-    dataset = WebDatasetConfig(path=str(tmp_path)).build()
-    assert dataset.captions == ["red", "blue"] and dataset.image(1).getpixel((0, 0)) == (0, 0, 255)
-
-
-def test_webdataset_with_json_and_a_broken_picture(tmp_path):
-    with tarfile.open(tmp_path / "a.tar", "w") as tar:
-        for key, picture, caption in (("x", png("red"), {"caption": "one"}), ("y", b"junk", {"text": "two"})):
-            for suffix, data in (("jpg", picture), ("json", json.dumps(caption).encode())):
-                info = tarfile.TarInfo(f"{key}.{suffix}")
-                info.size = len(data)
-                tar.addfile(info, io.BytesIO(data))
-    dataset = WebDatasetConfig(path=str(tmp_path / "*.tar")).build()
-    assert dataset.captions == ["one", "two"] and dataset.identifiers == ["webdataset[x]", "webdataset[y]"]
-    with pytest.raises(BadImage, match="not a picture"):
-        dataset.image(1)
-    with pytest.raises(UserError, match=r"no \.tar files in"):
-        WebDatasetConfig(path=str(tmp_path / "*.zip")).build()
-    with pytest.raises(UserError, match="no split 'test'"):
-        WebDatasetConfig(path=str(tmp_path)).build("test")
 
 
 def test_class_labels_become_names(tmp_path):

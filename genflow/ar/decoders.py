@@ -8,10 +8,11 @@ are the wait at small batches; at large ones each pass costs what its tokens cos
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar, Protocol
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ from genflow.ar.guess import Draft, Guess, Reader, Shape, check_seeds, shape_of,
 from genflow.ar.law import TokenNoise
 from genflow.ar.rules import Rule, agreement, rejection, tree_rejection, typical
 from genflow.errors import UserError
-from genflow.registry import api_export, decoder_export
+from genflow.registry import api_export, decoder_export, tag_of
 
 Progress = Callable[[int, int], None]
 
@@ -52,15 +53,46 @@ class Decoded:
         return int(self.accepted.sum()) / tested if tested else math.nan
 
 
-class Decoder(Protocol):
-    """A decoder: a dataclass of its options. needs_draft: whether it cannot go without a draft."""
+class Decoder(ABC):
+    """A decoder: a dataclass of its options. needs_draft, takes_draft: whether it must, and may, have a draft."""
 
-    needs_draft: ClassVar[bool]
+    needs_draft: ClassVar[bool] = False
+    takes_draft: ClassVar[bool] = True
+    stream: ClassVar[str] = "draft"
+
+    @abstractmethod
+    def how(self) -> tuple[Sequence[int], Rule]:
+        """The shape of the guesses and the rule of their verification."""
 
     def __call__(
         self, target: Reader, seeds: Sequence[int], *, draft: Draft | None = None, progress: Progress | None = None
     ) -> Decoded:
-        """One sequence for each seed. target: a reader of so many rows, that has read nothing. Raises UserError."""
+        """One sequence for each seed. target: a reader of so many rows, that has read nothing. Raises UserError.
+
+        draft: where guesses come from; without one the model's last pass guesses, where the decoder makes guesses.
+        """
+        tag = tag_of(type(self))
+        name = tag.names[0] if tag is not None else type(self).__name__
+        if draft is None and self.needs_draft:
+            raise UserError(f"decoder {name} needs a draft; decoders sjd and gumbel do without one")
+        if draft is not None and not self.takes_draft:
+            raise UserError(f"decoder {name} takes no draft; leave it out, or take decoder speculative")
+        branching, rule = self.how()
+        if draft is None and branching:
+            draft = JacobiDraft(target.vocabulary)
+        return decode(target, seeds, draft, branching, rule, stream=self.stream, progress=progress)
+
+
+@dataclass(frozen=True)
+class Windowed(Decoder):
+    """A decoder of chains of `window` guesses."""
+
+    window: int
+
+    def __post_init__(self) -> None:
+        if self.window < 1:
+            why = "is too few guesses; the least is 1, and decoder ancestral makes none"
+            raise UserError(f"window = {self.window} {why}")
 
 
 # ------------------------------------------------------------------------------------------------------------- the loop
@@ -150,6 +182,8 @@ def _check(target: Reader, seeds: Sequence[int], draft: Draft | None, branching:
     if draft is not None and not draft.trees and max(branching, default=1) > 1:
         chain = [1] * len(branching)
         raise UserError(f"{type(draft).__name__} guesses chains, no trees; take branching {chain} or another draft")
+    if draft is not None and len(branching) > draft.reach:
+        raise UserError(f"the draft looks {draft.reach} tokens ahead, and {len(branching)} are asked; ask for fewer")
 
 
 # --------------------------------------------------------------------------------------------------------- the lossless
@@ -157,22 +191,18 @@ def _check(target: Reader, seeds: Sequence[int], draft: Draft | None, branching:
 
 @decoder_export("ancestral", lossless=True)
 @dataclass(frozen=True)
-class Ancestral:
+class Ancestral(Decoder):
     """Token by token, each drawn from the model's distribution after those before it."""
 
-    needs_draft: ClassVar[bool] = False
+    takes_draft: ClassVar[bool] = False
 
-    def __call__(
-        self, target: Reader, seeds: Sequence[int], *, draft: Draft | None = None, progress: Progress | None = None
-    ) -> Decoded:
-        if draft is not None:
-            raise UserError("decoder ancestral makes no guesses; leave the draft out, or take decoder speculative")
-        return decode(target, seeds, None, (), rejection, progress=progress)
+    def how(self) -> tuple[Sequence[int], Rule]:
+        return (), rejection
 
 
 @decoder_export("speculative", lossless=True)
 @dataclass(frozen=True)
-class Speculative:
+class Speculative(Windowed):
     """A draft guesses `window` tokens, the model verifies them in one pass (Leviathan et al. 2022, arXiv 2211.17192).
 
     With a guess standing with probability a there come (1 - a^(window + 1)) / (1 - a) tokens of a pass.
@@ -182,19 +212,13 @@ class Speculative:
 
     needs_draft: ClassVar[bool] = True
 
-    def __post_init__(self) -> None:
-        _check_window(self.window)
-
-    def __call__(
-        self, target: Reader, seeds: Sequence[int], *, draft: Draft | None = None, progress: Progress | None = None
-    ) -> Decoded:
-        draft = _needed(draft, "speculative")
-        return decode(target, seeds, draft, (1,) * self.window, rejection, progress=progress)
+    def how(self) -> tuple[Sequence[int], Rule]:
+        return (1,) * self.window, rejection
 
 
 @decoder_export("speculative-tree", lossless=True)
 @dataclass(frozen=True)
-class SpeculativeTree:
+class SpeculativeTree(Decoder):
     """A draft guesses several tokens for each place, the model verifies the tree of them in one pass.
 
     SpecInfer (Miao et al. 2023, arXiv 2305.09781), the guesses drawn without replacement (Jeon et al. 2024, arXiv
@@ -208,16 +232,13 @@ class SpeculativeTree:
     def __post_init__(self) -> None:
         Shape(tuple(self.branching))
 
-    def __call__(
-        self, target: Reader, seeds: Sequence[int], *, draft: Draft | None = None, progress: Progress | None = None
-    ) -> Decoded:
-        draft = _needed(draft, "speculative-tree")
-        return decode(target, seeds, draft, self.branching, tree_rejection, progress=progress)
+    def how(self) -> tuple[Sequence[int], Rule]:
+        return self.branching, tree_rejection
 
 
 @decoder_export("sjd", lossless=True)
 @dataclass(frozen=True)
-class SpeculativeJacobi:
+class SpeculativeJacobi(Windowed):
     """The model verifies its own guesses of the last pass at the next `window` tokens: speculative Jacobi decoding.
 
     Teng et al. 2024 (arXiv 2410.01699). No draft and no training. Rows go at their own pace, and filters act once.
@@ -225,23 +246,15 @@ class SpeculativeJacobi:
 
     window: int = 8
 
-    needs_draft: ClassVar[bool] = False
+    takes_draft: ClassVar[bool] = False
 
-    def __post_init__(self) -> None:
-        _check_window(self.window)
-
-    def __call__(
-        self, target: Reader, seeds: Sequence[int], *, draft: Draft | None = None, progress: Progress | None = None
-    ) -> Decoded:
-        if draft is not None:
-            raise UserError("decoder sjd guesses by itself; leave the draft out, or take decoder speculative")
-        draft = JacobiDraft(target.vocabulary)
-        return decode(target, seeds, draft, (1,) * self.window, rejection, progress=progress)
+    def how(self) -> tuple[Sequence[int], Rule]:
+        return (1,) * self.window, rejection
 
 
 @decoder_export("gumbel", lossless=True)
 @dataclass(frozen=True)
-class GumbelCoupled:
+class GumbelCoupled(Windowed):
     """Token for token the ancestral sample of each seed, whatever guesses the next `window` tokens.
 
     A guess is drawn with the noise with which the model would draw, and holds where both draw the same (Wiggers & Hoogeboom
@@ -251,16 +264,10 @@ class GumbelCoupled:
 
     window: int = 8
 
-    needs_draft: ClassVar[bool] = False
+    stream: ClassVar[str] = "token"
 
-    def __post_init__(self) -> None:
-        _check_window(self.window)
-
-    def __call__(
-        self, target: Reader, seeds: Sequence[int], *, draft: Draft | None = None, progress: Progress | None = None
-    ) -> Decoded:
-        draft = draft or JacobiDraft(target.vocabulary)
-        return decode(target, seeds, draft, (1,) * self.window, agreement, stream="token", progress=progress)
+    def how(self) -> tuple[Sequence[int], Rule]:
+        return (1,) * self.window, agreement
 
 
 # ------------------------------------------------------------------------------------------------------------- the lossy
@@ -268,7 +275,7 @@ class GumbelCoupled:
 
 @decoder_export("relaxed", lossless=False)
 @dataclass(frozen=True)
-class Relaxed:
+class Relaxed(Windowed):
     """Lossy: speculative decoding with guesses accepted more often than is right (arXiv 2211.17192, app. A.5).
 
     lenience: 1 is exact; below, no token comes out with more than 1 / lenience of its probability after those before it.
@@ -278,24 +285,18 @@ class Relaxed:
     window: int = 4
     lenience: float = 0.5
 
-    needs_draft: ClassVar[bool] = False
-
     def __post_init__(self) -> None:
-        _check_window(self.window)
+        super().__post_init__()
         if not 0 < self.lenience <= 1:
             raise UserError(f"lenience = {self.lenience} is not above 0 and up to 1; 1 is exact")
 
-    def __call__(
-        self, target: Reader, seeds: Sequence[int], *, draft: Draft | None = None, progress: Progress | None = None
-    ) -> Decoded:
-        draft = draft or JacobiDraft(target.vocabulary)
-        rule = partial(rejection, lenience=self.lenience)
-        return decode(target, seeds, draft, (1,) * self.window, rule, progress=progress)
+    def how(self) -> tuple[Sequence[int], Rule]:
+        return (1,) * self.window, partial(rejection, lenience=self.lenience)
 
 
 @decoder_export("medusa-typical", lossless=False)
 @dataclass(frozen=True)
-class MedusaTypical:
+class MedusaTypical(SpeculativeTree):
     """Lossy: of a tree of guesses the longest path without an untypical token is kept.
 
     A token is typical where p > min(epsilon, delta exp(-entropy)) (Medusa, Cai et al. 2024, arXiv 2401.10774, sec. 2.3.1).
@@ -303,34 +304,16 @@ class MedusaTypical:
     has, by depth.
     """
 
-    branching: tuple[int, ...] = (3, 2, 1)
     epsilon: float = 0.09
     delta: float = 0.3
 
-    needs_draft: ClassVar[bool] = True
-
     def __post_init__(self) -> None:
-        Shape(tuple(self.branching))
+        super().__post_init__()
         for name in ("epsilon", "delta"):
             if not 0 < (value := getattr(self, name)) <= 1:
                 raise UserError(
                     f"{name} = {value} is not above 0 and up to 1; the default is {getattr(type(self), name)}"
                 )
 
-    def __call__(
-        self, target: Reader, seeds: Sequence[int], *, draft: Draft | None = None, progress: Progress | None = None
-    ) -> Decoded:
-        draft = _needed(draft, "medusa-typical")
-        rule = partial(typical, epsilon=self.epsilon, delta=self.delta)
-        return decode(target, seeds, draft, self.branching, rule, progress=progress)
-
-
-def _check_window(window: int) -> None:
-    if window < 1:
-        raise UserError(f"window = {window} is too few guesses; the least is 1, and decoder ancestral makes none")
-
-
-def _needed(draft: Draft | None, name: str) -> Draft:
-    if draft is None:
-        raise UserError(f"decoder {name} needs a draft; decoders sjd and gumbel do without one")
-    return draft
+    def how(self) -> tuple[Sequence[int], Rule]:
+        return self.branching, partial(typical, epsilon=self.epsilon, delta=self.delta)

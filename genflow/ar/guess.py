@@ -25,7 +25,9 @@ class Reader(Protocol):
 
     vocabulary: int
     tokens: int
-    lengths: Tensor
+
+    @property
+    def lengths(self) -> Tensor: ...
 
     @property
     def device(self) -> torch.device: ...
@@ -100,10 +102,11 @@ class Guess(NamedTuple):
 
 
 class Draft(Protocol):
-    """Where guesses come from. trees: whether it can guess more than a chain."""
+    """Where guesses come from. trees: whether it can guess more than a chain; reach: how many tokens ahead."""
 
     vocabulary: int
     trees: bool
+    reach: float
 
     def propose(self, symbols: Tensor, done: Tensor, shape: Shape, noise: TokenNoise, stream: str) -> Guess | None:
         """Guess at what follows; None where there is nothing yet to guess from.

@@ -16,10 +16,9 @@ from genflow.registry import api_export
 class TransformerReader:
     """B sequences of a TokenTransformer, their prefixes read, their tokens drawn from one law (guess.py has the protocol).
 
-    condition: B rows, embedded; null: one row or B, for guidance, which goes as a second half of the batch. hidden:
-    the states of
-    the last step's symbols under the condition, B x W x width, from which heads and modules guess. Raises UserError for
-    guidance without the null condition.
+    condition: B rows, embedded; null: one row or B, for guidance, which goes as a second half of the batch. hidden: the
+    states of the last step's symbols, copies B x W x width, from which heads and modules guess; copies: 2 under guidance,
+    else 1. Raises UserError for guidance without the null condition.
     """
 
     @torch.no_grad()
@@ -44,7 +43,7 @@ class TransformerReader:
         self._cache = model.cache(len(prefix), self._prefix + self.tokens + 1)
         if self._prefix:
             model.read(prefix, self._cache, self._prefix)
-        self.hidden = prefix[: self.rows, :0]
+        self.hidden = prefix[:, :0]
 
     @property
     def device(self) -> torch.device:
@@ -57,9 +56,12 @@ class TransformerReader:
     @torch.no_grad()
     def step(self, symbols: Tensor, parents: Tensor | None = None) -> Tensor:
         x = self.model.embed(symbols.repeat(self.copies, 1))
-        h = self.model.read(x, self._cache, self._prefix, parents)
-        self.hidden = h[: self.rows]
-        return self.law(*self.model.logits(h).chunk(self.copies))
+        self.hidden = self.model.read(x, self._cache, self._prefix, parents)
+        return self.says(self.model.logits(self.hidden))
+
+    def says(self, logits: Tensor) -> Tensor:
+        """The distribution of logits, copies B x ... x V: B x ... x V."""
+        return self.law(*logits.chunk(self.copies))
 
     def truncate(self, lengths: Tensor) -> None:
         self._cache.truncate((lengths + self._prefix).repeat(self.copies))

@@ -18,13 +18,16 @@ from genflow.errors import UserError, nearest
 COMMANDS = {
     "train": "train a model from a config, or go on with a run",
     "sample": "draw pictures with a trained model",
-    "eval": "how probable a trained model finds held-out data",
+    "eval": "measure a trained model: distances, likelihood, alignment, nearest training pictures",
+    "compare": "models side by side on one page: samples, distances at every cost, training",
     "edit": "edit real pictures with a trained model",
     "invert": "real pictures to noise and back: how well they survive it",
     "reflow": "straighten a velocity on pairs of its own noise and pictures",
     "tune": "learn the time grid that suits a trained model best",
     "plot": "look at a run: its training, its solves step by step, its errors",
     "convert": "SD3 checkpoints in and out: diffusers' folders, Stability's files, genflow's models",
+    "data": "look at a data set, or prepare its latents and texts for training",
+    "demo": "a page in the browser to play with one model, or with two side by side",
     "bench": "how fast training, sampling, attention and flows are here, beside other libraries",
     "info": "list what there is, or explain one thing",
 }

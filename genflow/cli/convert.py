@@ -14,7 +14,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--to",
         metavar="LAYOUT",
-        help="genflow, diffusers or stability (by the name of OUT; else diffusers for a genflow model, genflow for others)",
+        help="genflow, diffusers or stability (by the name of OUT; else diffusers for a genflow model, genflow for others); "
+        "lora: of a LoRA run its updates alone, as diffusers loads them",
     )
     parser.add_argument(
         "--like",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import math
 import platform
@@ -18,6 +17,7 @@ from genflow.cli.options import add_solving, open_model, real_data, writable
 from genflow.errors import UserError
 
 if TYPE_CHECKING:
+    from genflow.evaluation.features import FeatureNetwork
     from genflow.evaluation.plan import Evaluation, Plan
 
 FIGURES = "figures.json"
@@ -82,24 +82,52 @@ def run(args: argparse.Namespace) -> int:
 
 def _measure(flow: Any, plan: Plan, model: str, ema: bool, features: str | None) -> tuple[Evaluation, dict[str, Any]]:
     """The figures, and everything that made them."""
-    import numpy
-    import torch
-
-    from genflow import __version__
-    from genflow.config import Choice, from_dict
-    from genflow.evaluation.features import feature_network
     from genflow.evaluation.report import evaluate
+
+    section, data = data_of(flow, model)
+    network = network_for(flow, features)
+    found = evaluate(flow, data, plan, name=section["name"], features=network, bar=bar)
+    return found, made_by(found, flow, section, network, model=model, ema=ema, features=features)
+
+
+def data_of(flow: Any, model: str) -> tuple[dict[str, Any], Any]:
+    """The section of the real data that a model was trained on, and its config. Raises UserError."""
+    from genflow.config import Choice, from_dict
 
     section = (flow.recipe or {}).get("data")
     if not section:
         raise UserError(f"{model} does not say which data it was trained on, so there is none to evaluate it with")
     section = real_data(section)
-    data: Any = from_dict(Annotated[Any, Choice("dataset")], section, where=f"{model}: data")
-    network = feature_network(features if len(flow.shape) == 3 or features else "pixels")
-    found = evaluate(flow, data, plan, name=section["name"], features=network, bar=_bar)
-    made = {
+    return section, from_dict(Annotated[Any, Choice("dataset")], section, where=f"{model}: data")
+
+
+def network_for(flow: Any, features: str | None) -> FeatureNetwork:
+    """The features asked for: by default the best there are for pictures, coordinates for vectors."""
+    from genflow.evaluation.features import feature_network
+
+    return feature_network(features if len(flow.shape) == 3 or features else "pixels")
+
+
+def made_by(
+    found: Evaluation,
+    flow: Any,
+    section: dict[str, Any],
+    network: FeatureNetwork,
+    *,
+    model: str,
+    ema: bool,
+    features: str | None,
+) -> dict[str, Any]:
+    """Everything that made an evaluation's figures."""
+    import numpy
+    import torch
+
+    from genflow import __version__
+    from genflow.flows.store import weights_of
+
+    return {
         "model": model,
-        "weights": _weights(model, ema=ema),
+        "weights": weights_of(model, ema=ema),
         "ema": ema,
         "data": section,
         "features": {
@@ -119,37 +147,27 @@ def _measure(flow: Any, plan: Plan, model: str, ema: bool, features: str | None)
         },
         "seconds": found.seconds,
     }
-    return found, made
 
 
 @contextmanager
-def _bar(what: str, total: int) -> Iterator[Callable[[int], object]]:
+def bar(what: str, total: int) -> Iterator[Callable[[int], object]]:
     from tqdm import tqdm
 
-    with tqdm(total=total, desc=what, unit="sample", leave=False, dynamic_ncols=True, disable=None) as bar:
-        yield bar.update
-
-
-def _weights(model: str, *, ema: bool) -> dict[str, str]:
-    """The file of the weights and its SHA-256."""
-    from genflow.flows.store import EMA, MODEL
-
-    file = next(
-        path for path in (Path(model, EMA), Path(model, MODEL)) if path.exists() and (ema or path.name == MODEL)
-    )
-    with file.open("rb") as content:
-        return {"file": file.name, "sha256": hashlib.file_digest(content, "sha256").hexdigest()}
+    with tqdm(total=total, desc=what, unit="sample", leave=False, dynamic_ncols=True, disable=None) as shown:
+        yield shown.update
 
 
 # -------------------------------------------------------------------------------------------------------------- a report
 
 
 def _print(found: Evaluation, made: dict[str, Any]) -> None:
+    from genflow.evaluation.plan import number
+
     rows, before = [("", "", "real" if any(each.real is not None for each in found.figures) else "", "")], ""
     for each in found.figures:
-        error = "" if each.error is None else f" +- {_number(each.error)}"
-        real = "" if each.real is None else _number(each.real)
-        rows.append((each.name, _number(each.value) + error, real, each.on if each.on != before else ""))
+        error = "" if each.error is None else f" +- {number(each.error)}"
+        real = "" if each.real is None else number(each.real)
+        rows.append((each.name, number(each.value) + error, real, each.on if each.on != before else ""))
         before = each.on or before
     widths = [max(len(row[i]) for row in rows) for i in range(3)]
     for row in rows if rows[0][2] else rows[1:]:
@@ -160,15 +178,11 @@ def _print(found: Evaluation, made: dict[str, Any]) -> None:
         print(f"({remark})")
 
 
-def _number(value: float) -> str:
-    return f"{value:.4f}" if 1e-3 <= abs(value) < 1000 or value == 0 else f"{value:.4g}"
-
-
 def _write(found: Evaluation, made: dict[str, Any], plan: Plan, out: Path) -> None:
     from genflow.data.pictures import write_atomic
 
     about = {
-        "figures": [{key: _json(value) for key, value in asdict(each).items()} for each in found.figures],
+        "figures": [{key: finite(value) for key, value in asdict(each).items()} for each in found.figures],
         "remarks": found.remarks,
         "plan": {**asdict(plan), "metrics": found.metrics},
         "made": made,
@@ -183,7 +197,8 @@ def _write(found: Evaluation, made: dict[str, Any], plan: Plan, out: Path) -> No
     print()
 
 
-def _json(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """JSON has no NaN."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -25,6 +25,7 @@ PLURAL = {
     "sampler": "samplers (sample.sampler)",
     "grid": "time grids",
     "guidance": "guidance",
+    "decoder": "decoders of tokens (sample.decoder)",
     "attention": "attention backends (model.attention)",
     "api": "Python",
 }
@@ -60,8 +61,10 @@ def _list(kind: str) -> None:
     print(PLURAL[kind])
     for name in names(kind):
         entry = index().get(kind, {}).get(name)
+        about = entry or getattr(tag_of(resolve(kind, name)), "metadata", {})
         summary = entry["summary"] if entry else (inspect.getdoc(resolve(kind, name)) or "").partition("\n")[0]
-        print(f"  {name:22}{summary}")
+        kept = "" if "lossless" not in about else "lossless  " if about["lossless"] else "LOSSY     "
+        print(f"  {name:22}{kept}{summary.removeprefix('Lossy: ')}")
     print()
 
 

@@ -37,7 +37,7 @@ def add_solving(
     )
     how.add_argument("--rescale", type=float, help="bring the contrast of guided pictures back, 0 (not) to 1 (all)")
     how.add_argument("--shift", type=_shift, help="of the time grid; 1 = none, resolution = by the picture's size")
-    how.add_argument("--temperature", type=float, help="of a normalizing flow: standard deviation of the noise")
+    add_decoding(how)
     how.add_argument(
         "--inverse", metavar="HOW", help="of a tarflow: sequential, jacobi, measured (auto: by the device)"
     )
@@ -45,6 +45,24 @@ def add_solving(
     how.add_argument("--no-ema", action="store_true", help="the last weights instead of their average")
     how.add_argument("--device", help="cpu, cuda, mps (default: the best there is)")
     return how
+
+
+def add_decoding(how: argparse._ArgumentGroup) -> None:
+    """The options of models of noise without a velocity, and of models of tokens."""
+    how.add_argument(
+        "--temperature",
+        type=float,
+        help="of a normalizing flow: standard deviation of the noise; of tokens: 1 the model's own, 0 greedy",
+    )
+    tokens = {"metavar": ("NAME", "KEY=VALUE"), "help": "of tokens, see: genflow info decoder; its options"}
+    how.add_argument("--decoder", nargs="+", **tokens)  # type: ignore[arg-type]
+    how.add_argument(
+        "--draft",
+        metavar="RUN",
+        help="who guesses tokens: mtp (the model's modules), medusa (a run's own heads), or a run: a smaller model, heads",
+    )
+    how.add_argument("--top-k", type=int, metavar="K", help="the K likeliest tokens alone")
+    how.add_argument("--top-p", type=float, metavar="P", help="the fewest likeliest tokens that have P together")
 
 
 def _shift(text: str) -> float | str:
@@ -55,40 +73,51 @@ def _shift(text: str) -> float | str:
 
 
 def open_model(args: argparse.Namespace, *, unguided: bool = False) -> tuple[Any, dict[str, Any]]:
-    """The model of args.run, and how to sample from it: its own settings with those that were asked for.
-
-    Where no sampler, grid or shift is asked for, those that `genflow tune` found for so many steps are taken. unguided:
-    without guidance unless it is asked for, whatever the model's own settings say.
-    """
+    """The model of args.run, and how to sample from it (`sampling_of`)."""
     import torch
-
-    from genflow.flows.tuned import tuned
 
     if args.batch < 1:
         raise UserError(f"--batch must be 1 or more, not {args.batch}")
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     flow: Any = _load(args.run, ema=not args.no_ema, device=device)
+    return flow, sampling_of(args, flow, unguided=unguided)
+
+
+def sampling_of(args: argparse.Namespace, flow: Any, *, unguided: bool = False) -> dict[str, Any]:
+    """How to sample from the model of args.run: its own settings with those that were asked for.
+
+    Where no sampler, grid or shift is asked for, those that `genflow tune` found for so many steps are taken. unguided:
+    without guidance unless it is asked for, whatever the model's own settings say.
+    """
+    from genflow.flows.tuned import tuned
+
     settings = dict((flow.recipe or {}).get("sample", {}))
     asked = {
         "sampler": args.sampler,
         "steps": args.steps,
         "guidance": args.guidance,
         "interval": tuple(args.interval) if args.interval is not None else None,
-        "guide": read_guide(args.guide) if args.guide else None,
+        "guide": read_named("--guide", args.guide) if args.guide else None,
         "rescale": args.rescale,
         "shift": args.shift,
         "grid": args.grid,
         "options": read_options("--option", args.option) if args.option else None,
         "temperature": getattr(args, "temperature", None),
         "inverse": getattr(args, "inverse", None),
+        "decoder": read_named("--decoder", args.decoder) if getattr(args, "decoder", None) else None,
+        "draft": getattr(args, "draft", None),
+        "top_k": getattr(args, "top_k", None),
+        "top_p": getattr(args, "top_p", None),
         "cache": getattr(args, "cache", None),
     }
     takes = [f.name for f in fields(flow.config.sampling)]
     if wrong := [key for key, value in asked.items() if value is not None and key not in takes]:
-        flag = {"options": "option"}.get(wrong[0], wrong[0])
+        flag = {"options": "option"}.get(wrong[0], wrong[0].replace("_", "-"))
         raise UserError(f"--{flag} does nothing for a {type(flow).__name__}; what it takes: {', '.join(takes)}")
     if args.sampler is not None:
         settings.pop("options", None)  # of another sampler
+    if asked["decoder"] is not None:
+        settings.pop("draft", None)  # of another decoder
     if unguided:
         settings["guidance"] = 1.0
     settings.update({key: value for key, value in asked.items() if value is not None})
@@ -99,7 +128,7 @@ def open_model(args: argparse.Namespace, *, unguided: bool = False) -> tuple[Any
         for option in ("guide", "rescale"):
             if asked[option] is not None:
                 raise UserError(f"--{option} does nothing without guidance; add --guidance 2, or any number but 1")
-    return flow, settings
+    return settings
 
 
 def _load(run: str, *, ema: bool, device: str) -> Any:
@@ -137,9 +166,12 @@ def refuse_sampling(args: argparse.Namespace) -> None:
 
 
 def real_data(section: dict[str, Any]) -> dict[str, Any]:
-    """The section of the real data: of a flow that was itself trained on pairs, what its first ancestor was trained on."""
+    """The section of the real data: of cached latents the pictures; of pairs what the first ancestor was trained on."""
+    from genflow.data.latents import LatentsConfig
     from genflow.data.pairs import PairsConfig
 
+    if section["name"] == "latents":
+        return LatentsConfig(section["path"]).head()["data"]
     return PairsConfig(section["path"]).build().about["data"] if section["name"] == "pairs" else section
 
 
@@ -204,9 +236,9 @@ def fit_image(image: Image, flow: Any) -> Tensor:
     return (fit(image, height, channels).float() / 127.5 - 1).to(flow.device)
 
 
-def read_guide(words: list[str]) -> dict[str, Any]:
+def read_named(flag: str, words: list[str]) -> dict[str, Any]:
     """NAME KEY=VALUE ... as the section that a config would hold."""
-    return {"name": words[0], **read_options("--guide", words[1:])}
+    return {"name": words[0], **read_options(flag, words[1:])}
 
 
 def read_options(flag: str, words: list[str]) -> dict[str, Any]:

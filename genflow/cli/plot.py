@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from genflow.cli.options import embed, guided, open_model, solver, time_grid
+from genflow.cli.options import add_decoding, embed, guided, open_model, solver, time_grid
 from genflow.cli.tune import add_guidance, captions, last_time
 from genflow.errors import UserError
 from genflow.registry import resolve
@@ -27,6 +27,7 @@ PICTURES = {
     "error": "the error of every solver of fixed steps against its evaluations",
     "grid": "the time grids there are",
 }
+TOKENS = {"strip": "the tokens that each pass of the model settled: its own draws, and guesses that held"}
 PLANE = {
     "density": "the model's density, beside its samples, the data and their true density",
     "samples": "samples and data, coloured by their captions",
@@ -61,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--steps", type=int, metavar="N")
     how.add_argument("--grid", metavar="NAME", help="of times, see: genflow info grid (the tuned one, if there is one)")
     how.add_argument("--shift", type=float, help="of the time grid; 1 = none")
-    how.add_argument("--temperature", type=float, help="of a normalizing flow: standard deviation of the noise")
+    add_decoding(how)
     parser.add_argument(
         "--format", choices=("png", "svg"), default="png", help="of the files but animations, GIFs (png)"
     )
@@ -84,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
     for name in wanted:
         drawn: Any
         if name == "training":
-            drawn = plot_training(_read_lines(metrics), title=f"of {Path(args.run).resolve().name}")
+            drawn = plot_training(read_lines(metrics), title=f"of {Path(args.run).resolve().name}")
         else:
             drawn = plotter.draw(name)  # type: ignore[union-attr]
         if name == "animation":
@@ -99,9 +100,12 @@ def run(args: argparse.Namespace) -> int:
 
 def _plotter(args: argparse.Namespace) -> _Plotter | PlanePlotter:
     """What draws the plots of a model, by what it makes."""
+    from genflow.ar.flow import DecodeConfig
     from genflow.cli.plot2d import PlanePlotter
 
     flow, settings = open_model(args)
+    if issubclass(flow.config.sampling, DecodeConfig):
+        return _TokenPlotter(args, flow, settings)
     return PlanePlotter(args, flow, settings) if tuple(flow.shape) == (2,) else _Plotter(args, flow, settings)
 
 
@@ -114,7 +118,7 @@ def _why_not(plotter: _Plotter | PlanePlotter, name: str) -> str:
     return f"it makes {makes}, and {name} is of {'pictures' if name in PICTURES else 'points in the plane'}"
 
 
-def _read_lines(path: Path) -> list[dict[str, Any]]:
+def read_lines(path: Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl; one that a running training is just writing is passed over. Raises UserError."""
     try:
         text = path.read_text(encoding="utf-8")
@@ -238,6 +242,24 @@ class _Plotter:
             velocity = guided(self.flow, embed(self.flow, prompts), self.settings)
         noise = noise_from_seeds(range(self.args.seed, self.args.seed + count), self.flow.shape)
         return velocity, noise.to(self.flow.device), prompts
+
+
+class _TokenPlotter(_Plotter):
+    """Pictures of a model of tokens, and how they were decoded."""
+
+    def __init__(self, args: argparse.Namespace, flow: Any, settings: dict[str, Any]) -> None:
+        self.args, self.flow, self.settings, self.what = args, flow, settings, TOKENS
+
+    def strip(self) -> Figure:
+        from genflow.evaluation.plots_tokens import plot_passes
+
+        every = self.args.prompt or captions(self.flow, self.args.run)
+        count = len(self.args.prompt) or 4
+        prompts = every[:: max(len(every) // count, 1)][:count]
+        solution = self.flow.sample(
+            prompts, seeds=range(self.args.seed, self.args.seed + len(prompts)), **self.settings
+        )
+        return plot_passes(solution.x.cpu(), solution.decoded.passes, solution.grid, prompts)
 
 
 def grid_name(settings: dict[str, Any]) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import sys
 from pathlib import Path
@@ -97,11 +96,12 @@ def _draw(args: argparse.Namespace, flow: Any, settings: dict[str, Any], caption
 
     from genflow.data.pairs import write_pairs
     from genflow.flows.reflow import draw_pairs
+    from genflow.flows.store import weights_of
 
     prompts = _prompts(captions, args.pairs, args.seed)
     about = {
         "run": str(args.run),
-        "weights": _fingerprint(args.run, ema=not args.no_ema),
+        "weights": weights_of(args.run, ema=not args.no_ema),
         "data": real_data(flow.recipe["data"]),
         "seeds": [args.seed, args.seed + args.pairs],
         "settings": settings,
@@ -125,16 +125,6 @@ def _prompts(captions: list[str], n: int, seed: int) -> list[str]:
 
     order = Rng(seed).bits("reflow", torch.arange(n)).remainder(len(captions))
     return [captions[i] for i in order.tolist()]
-
-
-def _fingerprint(run: str, *, ema: bool) -> dict[str, str]:
-    """The file of the weights and its SHA-256."""
-    from genflow.flows.store import EMA, MODEL, find_model
-
-    folder = find_model(run)
-    file = folder / EMA if ema and (folder / EMA).exists() else folder / MODEL
-    with file.open("rb") as content:
-        return {"file": str(file), "sha256": hashlib.file_digest(content, "sha256").hexdigest()}
 
 
 class _Table:
@@ -179,17 +169,34 @@ class _Table:
             )
 
     def report(self, rows: dict[str, Any], out: Path) -> None:
-        """Print the table, and write it as reflow.json."""
-        counts = list(rows["before"].distance)
-        print(f"Frechet distance by {self.name} of {self.n} samples to as many real ones, Euler's method:")
-        print(f"{'':14}{'straightness':>14}" + "".join(f"{f'{k} step' + 's' * (k > 1):>12}" for k in counts))
-        for name, row in rows.items():
-            print(f"{name:14}{row.straightness:14.4g}" + "".join(f"{row.distance[k]:12.4g}" for k in counts))
-        print(f"{'real to real':14}{'':14}" + "".join(f"{self.floor:12.4g}" for _ in counts))
+        """Print the table, and write it as reflow.json and reflow.md, with the plot reflow.png."""
+        from genflow.evaluation.few_steps import plot_few_steps
+        from genflow.evaluation.plots import save_plot
+
+        before, after = rows.values()
+        counts = list(before.distance)
+        head = ["", "straightness", *(f"{k} step{'s' * (k > 1)}" for k in counts)]
+        lines = [[name, *map(_number, (row.straightness, *row.distance.values()))] for name, row in rows.items()]
+        pairs = [(before.straightness, after.straightness), *((before.distance[k], after.distance[k]) for k in counts)]
+        lines.append(["before / after", *(f"{was / now:.2f} x" if now > 0 else "-" for was, now in pairs)])
+        lines.append(["real to real", "", *[_number(self.floor)] * len(counts)])
+        what = f"Frechet distance by {self.name} of {self.n} samples to as many real ones, Euler's method"
+        print(f"{what}:")
+        for line in (head, *lines):
+            print(f"{line[0]:14}{line[1]:>14}" + "".join(f"{cell:>12}" for cell in line[2:]))
+
         found = {name: {"straightness": row.straightness, "distance": row.distance} for name, row in rows.items()}
         about = {"features": self.name, "samples": self.n, "real_to_real": self.floor, **found}
         (out / "reflow.json").write_text(json.dumps(about, indent=2) + "\n")
-        print(f"the next flow, its pairs and reflow.json in {out}")
+        table = [f"| {' | '.join(line)} |" for line in (head, ["---", *["---:"] * (len(head) - 1)], *lines)]
+        legend = "Straightness: the mean square of the velocity's way off the straight path, per number; 0 is straight."
+        (out / "reflow.md").write_text("\n".join([*table, "", f"{what}. {legend}", ""]))
+        save_plot(plot_few_steps(rows, floor=self.floor, features=self.name), out / "reflow.png")
+        print(f"the next flow, its pairs, and reflow.json, .md and .png in {out}")
+
+
+def _number(value: float) -> str:
+    return f"{value:.4g}"
 
 
 def _real(data: Any, n: int, shape: tuple[int, ...]) -> Any:

@@ -77,16 +77,22 @@ def run(args: argparse.Namespace) -> int:
     model = {"model": str(args.run), "ema": not args.no_ema, **speed, **settings}
     if args.weak:
         model["weak"] = args.weak
-    images, nfe, off, skipped = [], 0, None, 0.0
+    images, nfe, off, skipped, decoded = [], 0, None, 0.0, []
     with tqdm(total=0, unit="step", dynamic_ncols=True, disable=None) as bar:
         batches = [wanted[i : i + args.batch] for i in range(0, len(wanted), args.batch)]
-        bar.reset(total=len(batches) * settings.get("steps", 1))
         for number, batch in enumerate(batches):
+
+            def progress(done: int, steps: int, before: int = number) -> None:
+                bar.total = len(batches) * steps
+                bar.update(before * steps + done - bar.n)
+
             texts, seeds = [p for p, _ in batch], [s for _, s in batch]
-            solution = flow.sample(texts, seeds=seeds, progress=lambda *_: bar.update(1), **more, **settings)
+            solution = flow.sample(texts, seeds=seeds, progress=progress, **more, **settings)
             nfe = max(nfe, solution.nfe)
             if (error := getattr(solution, "certificate", None)) is not None:
                 off = max(off or 0.0, error)
+            if hasattr(solution, "decoded"):
+                decoded.append(solution)
             skipped += getattr(solution, "skipped", 0.0) * len(batch) / len(wanted)
             images.append(solution.x.cpu())
             if solution.x.dim() == 2:
@@ -99,10 +105,25 @@ def run(args: argparse.Namespace) -> int:
     if len(flow.shape) == 1:
         return _save_points(flow, torch.cat(images), captions, out, about)
     caption_grid(torch.cat(images), captions, settings=about).save_atomic(out / "grid.png")
+    if decoded:
+        print(f"{len(wanted)} pictures and grid.png in {out} ({_passes(decoded)})")
+        return 0
     exact = "" if off is None else f"; max |f(x) - z| = {off:.1g}"
     lossy = f"; LOSSY cache: {skipped:.0%} of the blocks skipped" if settings.get("cache") else ""
     print(f"{len(wanted)} pictures and grid.png in {out} ({nfe} network evaluations each{exact}{lossy})")
     return 0
+
+
+def _passes(solutions: list[Any]) -> str:
+    """What the tokens of all pictures took, and whether they are samples of the model."""
+    import torch
+
+    passes = torch.cat([each.decoded.passes.amax(1) for each in solutions])
+    tested, held = (sum(int(getattr(s.decoded, a).sum()) for s in solutions) for a in ("tested", "accepted"))
+    tokens = solutions[0].decoded.tokens.shape[1]
+    guesses = f", {held / tested:.0%} of the tested guesses held" if tested else ""
+    kind = "lossless" if solutions[0].lossless else "LOSSY: not samples of the model"
+    return f"{tokens} tokens in {passes.double().mean():.1f} passes a picture, {int(passes.max())} at most{guesses}; {kind}"
 
 
 def _in_dtype(args: argparse.Namespace, flows: list[Any]) -> dict[str, object]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from genflow.data.buckets import Buckets, bucketed
 from genflow.data.images import SUFFIXES, ImageDataset
 from genflow.errors import UserError, nearest
 from genflow.registry import dataset_export
@@ -49,16 +50,21 @@ class FolderConfig:
 
     1. a table in it: metadata.jsonl, captions.jsonl or the same as .csv, with a file and a caption column;
     2. a text file beside each picture, of the same name; 3. else the name of each picture's subfolder is its class.
-    A subfolder named like the split (train, test) is taken where there is one.
+    A subfolder named like the split (train, test) is taken where there is one. buckets: shapes of several aspect ratios
+    in place of size x size (data/buckets.py).
     """
 
     path: str
     size: int = 64
     flip: bool = False
     channels: Literal[1, 3] = 3
+    buckets: Buckets | None = None
 
     def build(self, split: str = "train") -> ImageDataset:
         """Raises UserError for a folder that is missing or empty, and for captions without pictures."""
+        return bucketed(self._open(split), self.buckets, self.size)
+
+    def _open(self, split: str) -> ImageDataset:
         root = existing(self.path, "data folder")
         if not root.is_dir():
             raise UserError(f"data folder: {root} is a file, not a folder")

@@ -23,7 +23,7 @@ class BadImage(Exception):
 def decode(source: bytes | Path | Image.Image) -> Image.Image:
     """RGB or greyscale ("L") image: EXIF orientation applied, transparency laid on white, 16 bits brought to 8.
 
-    Raises BadImage for what is corrupt, truncated, no picture, tiny or absurdly large.
+    Of an animation the first frame. Raises BadImage for what is corrupt, truncated, no picture, tiny or absurdly large.
     """
     try:
         with warnings.catch_warnings():
@@ -32,13 +32,19 @@ def decode(source: bytes | Path | Image.Image) -> Image.Image:
                 source = source.read_bytes()
             image = Image.open(io.BytesIO(source)) if isinstance(source, bytes) else source
             image.load()
-            image = ImageOps.exif_transpose(image)
+            if min(image.size) < MIN_SIDE:
+                raise BadImage(f"only {image.width} x {image.height} pixels")
+            return _plain(ImageOps.exif_transpose(image))
+    except BadImage:
+        raise
     except OSError as error:
         raise BadImage("not a picture" if isinstance(error, UnidentifiedImageError) else _reason(error)) from error
     except Exception as error:  # PIL raises many kinds on bad data
         raise BadImage(_reason(error)) from error
-    if min(image.size) < MIN_SIDE:
-        raise BadImage(f"only {image.width} x {image.height} pixels")
+
+
+def _plain(image: Image.Image) -> Image.Image:
+    """RGB or "L", whatever the mode. Raises ValueError for one that has no way there."""
     if image.mode.startswith(("I", "F")):
         image = _to_8_bits(image)
     elif image.has_transparency_data:
@@ -63,20 +69,23 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
     return Image.fromarray((values / top * 255).round().clip(0, 255).astype(np.uint8))
 
 
-def fit(image: Image.Image, size: int, channels: int) -> Tensor:
-    """Shorter side to `size`, centre crop: channels x size x size, uint8."""
+def fit(image: Image.Image, size: int | tuple[int, int], channels: int) -> Tensor:
+    """Brought to cover `size`, a side or height and width, and cut to its centre: channels x height x width, uint8."""
+    height, width = (size, size) if isinstance(size, int) else size
     image = image.convert("L" if channels == 1 else "RGB")
-    if image.size != (size, size):
-        reduce = image.width > size or image.height > size
-        image = ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS if reduce else Image.Resampling.BICUBIC)
-    array = np.array(image).reshape(size, size, channels)
+    if image.size != (width, height):
+        reduce = image.width > width or image.height > height
+        image = ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS if reduce else Image.Resampling.BICUBIC)
+    array = np.array(image).reshape(height, width, channels)
     return torch.from_numpy(array).permute(2, 0, 1).contiguous()
 
 
 class ImageDataset:
     """Captioned pictures by number.
 
-    captions: one each; identifiers: what a log calls each; read(i): the picture as `decode` takes it, or BadImage.
+    captions: one each; identifiers: what a log calls each; read(i): the picture as `decode` takes it, or BadImage. shapes:
+    N x 2, the height and width that each is brought to in training (data/buckets.py), where they are not all of one size.
+    order(seed, epoch): the order of an epoch, where it is not any permutation (data/streaming.py).
     """
 
     def __init__(
@@ -84,10 +93,15 @@ class ImageDataset:
         captions: list[str],
         identifiers: list[str],
         read: Callable[[int], bytes | Path | Image.Image],
+        *,
+        shapes: Tensor | None = None,
+        order: Callable[[int, int], Tensor] | None = None,
     ) -> None:
         self.captions = captions
         self.identifiers = identifiers
-        self._read = read
+        self.read = read
+        self.shapes = shapes
+        self.order = order
 
     def __len__(self) -> int:
         return len(self.captions)
@@ -97,4 +111,16 @@ class ImageDataset:
 
     def image(self, i: int) -> Image.Image:
         """Picture i. Raises BadImage."""
-        return decode(self._read(i))
+        return decode(self.read(i))
+
+    def select(self, rows: list[int], *, shapes: Tensor | None = None) -> ImageDataset:
+        """Some of the pictures. rows: increasing; shapes: of those."""
+        order, place = self.order, torch.full((len(self),), -1)
+        place[rows] = torch.arange(len(rows))
+        return ImageDataset(
+            [self.captions[i] for i in rows],
+            [self.identifiers[i] for i in rows],
+            lambda i: self.read(rows[i]),
+            shapes=shapes,
+            order=order and (lambda seed, epoch: (kept := place[order(seed, epoch)])[kept >= 0]),
+        )

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from genflow.cachedir import cache_folder
 from genflow.conditions import Condition
+from genflow.data.latents import LatentDataset, Texts
 from genflow.errors import UserError
 from genflow.registry import api_export
 from genflow.text import TextEncoder
@@ -34,12 +35,17 @@ MEMORY = 2**30  # bytes of one of a table's tensors; beyond them it lies on disk
 class PreparedConditions:
     """Every caption of a data set, encoded once: rows of distinct captions and, for each sample, its row."""
 
-    table: Condition
+    table: Condition | Texts
     row: Tensor
 
     @staticmethod
     def prepare(dataset: Captioned, text: TextEncoder) -> PreparedConditions:
-        """Encode a data set's captions, on the CPU. Raises UserError for those that the encoder refuses."""
+        """Encode a data set's captions, on the CPU, or take them from a cache of latents that has them.
+
+        Raises UserError for captions that the encoder refuses, and for a cache of another encoder.
+        """
+        if isinstance(dataset, LatentDataset) and (cached := dataset.conditions(text)) is not None:
+            return PreparedConditions(*cached)
         distinct = list(dict.fromkeys(dataset.captions))
         where = {caption: i for i, caption in enumerate(distinct)}
         return PreparedConditions(_encode(distinct, text), torch.tensor([where[c] for c in dataset.captions]))

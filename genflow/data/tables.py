@@ -1,4 +1,4 @@
-"""Parquet files, WebDataset shards and hub data sets, through the `datasets` library."""
+"""Parquet files and hub data sets, through the `datasets` library."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from genflow.data.buckets import Buckets, bucketed
 from genflow.data.folders import CAPTION_KEYS, column, existing
 from genflow.data.images import BadImage, ImageDataset
 from genflow.errors import UserError, nearest
@@ -97,6 +98,7 @@ class ParquetConfig:
     size: int = 64
     flip: bool = False
     channels: Literal[1, 3] = 3
+    buckets: Buckets | None = None  # data/buckets.py
     split_column: str = "split"
 
     def build(self, split: str = "train") -> ImageDataset:
@@ -111,26 +113,7 @@ class ParquetConfig:
         elif self.split_column != "split" or split != "train":
             near = nearest(self.split_column, table.column_names)
             raise UserError(f"data parquet: no column {self.split_column!r} for split {split!r}.{near}")
-        return _captioned(table, "parquet", self.image, self.caption)
-
-
-@dataset_export("webdataset")
-@dataclass(frozen=True)
-class WebDatasetConfig:
-    """WebDataset shards: tar files of pictures with .txt or .json captions. path: a file, a folder or a glob."""
-
-    path: str
-    image: str | None = None
-    caption: str | None = None
-    size: int = 64
-    flip: bool = False
-    channels: Literal[1, 3] = 3
-
-    def build(self, split: str = "train") -> ImageDataset:
-        if split != "train":
-            raise UserError(f"data webdataset: shards have no split {split!r}; give its shards as another data set")
-        table = _open("webdataset", "webdataset", "train", data_files=_files(self.path, "webdataset", ".tar"))
-        return _captioned(table, "webdataset", self.image, self.caption)
+        return bucketed(_captioned(table, "parquet", self.image, self.caption), self.buckets, self.size)
 
 
 @dataset_export("hub")
@@ -145,6 +128,8 @@ class HubConfig:
     size: int = 64
     flip: bool = False
     channels: Literal[1, 3] = 3
+    buckets: Buckets | None = None  # data/buckets.py
 
     def build(self, split: str = "train") -> ImageDataset:
-        return _captioned(_open(self.repo, self.repo, split, name=self.subset), self.repo, self.image, self.caption)
+        table = _open(self.repo, self.repo, split, name=self.subset)
+        return bucketed(_captioned(table, self.repo, self.image, self.caption), self.buckets, self.size)

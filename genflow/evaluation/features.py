@@ -7,22 +7,20 @@ that say what they are, so that a figure can be stored with the features it hang
 from __future__ import annotations
 
 import hashlib
-import json
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 from safetensors import SafetensorError
-from safetensors.torch import load, load_file, save
+from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from genflow.cachedir import cache_folder
 from genflow.data.pictures import write_atomic
 from genflow.errors import UserError, nearest
+from genflow.networks.feature_graph import FeatureGraph
 from genflow.registry import api_export
 
 Features = Callable[[Tensor], Tensor]
@@ -84,48 +82,11 @@ class GraphFeatures(FeatureNetwork):
 
     def __init__(self, path: Path) -> None:
         super().__init__()
-        files = (path, path.with_suffix(".safetensors"))
-        for file in files:
-            if not file.is_file():
-                raise UserError(
-                    f"{file}: no such file; a feature network is a .json graph with its .safetensors beside it"
-                )
-        self.path, self.name = path, path.stem
-        try:
-            self.graph: list[dict[str, Any]] = json.loads(path.read_text())["graph"]
-            weights = load_file(files[1])
-            self.digest = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
-            first = next(op["name"] for op in self.graph if op["op"] == "conv_relu")
-            self.channels = weights[f"{first}.weight"].shape[1]
-        except (ValueError, LookupError, TypeError, StopIteration, OSError, SafetensorError) as error:
-            raise UserError(
-                f"{path}: no feature network ({type(error).__name__}: {error}); copy both files again"
-            ) from error
-        for name, w in weights.items():
-            w = w.float()
-            w = w.contiguous(memory_format=torch.channels_last) if w.dim() == 4 else w
-            self.register_buffer(name.replace(".", "_"), w, persistent=False)
+        self.graph = FeatureGraph(path)
+        self.name, self.digest, self.channels = path.stem, self.graph.digest, self.graph.channels
 
     def features(self, images: Tensor) -> Tensor:
-        x = F.interpolate((images + 1) / 2, size=(128, 128), mode="bilinear", align_corners=False)
-        done = {self.graph[0]["name"]: x.contiguous(memory_format=torch.channels_last)}
-        for op in self.graph[1:]:
-            done[op["name"]] = self._layer(op, [done[name] for name in op["inputs"]])
-        return done[self.graph[-1]["name"]].mean(dim=(2, 3))
-
-    def _layer(self, op: dict[str, Any], inputs: list[Tensor]) -> Tensor:
-        match op["op"]:
-            case "conv_relu":
-                w, b = (self.get_buffer(f"{op['name']}_{part}") for part in ("weight", "bias"))
-                return F.conv2d(inputs[0], w, b, stride=op["stride"], padding=op["padding"]).relu_()
-            case "max_pool":
-                return F.max_pool2d(inputs[0], op["kernel"], op["stride"], op.get("padding", 0))
-            case "avg_pool":
-                padding, counted = op.get("padding", 0), op["count_include_pad"]
-                return F.avg_pool2d(inputs[0], op["kernel"], op["stride"], padding, count_include_pad=counted)
-            case "concat":
-                return torch.cat(inputs, dim=1)
-        raise UserError(f"{self.path}: unknown operation {op['op']!r}")
+        return self.graph(images, 128)[self.graph.graph[-1]["name"]].mean(dim=(2, 3))
 
 
 @api_export("graph_features")

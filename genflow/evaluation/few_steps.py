@@ -1,19 +1,23 @@
-"""What a flow is worth in few steps: how straight its paths are, and how far its samples are from real ones."""
+"""What a flow is worth in few steps: how straight its paths are, how far its samples are from real ones, and a plot."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from genflow.evaluation.features import Features, pixel_features
 from genflow.evaluation.frechet import frechet_distance
+from genflow.evaluation.plots import ACCENT, FAINT, INK, _figure, _pixels, styled
 from genflow.flows.rectified import RectifiedFlow
 from genflow.flows.reflow import straightness
 from genflow.registry import api_export
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 COUNTS = (1, 2, 4, 8)
 FINE: dict[str, Any] = {
@@ -24,14 +28,19 @@ FINE: dict[str, Any] = {
     "options": None,
 }  # as good as the exact paths
 PATHS = 256  # whose straightness is averaged
+EXAMPLES = 8  # samples that are kept to be looked at
 
 
 @dataclass(frozen=True)
 class FewSteps:
-    """straightness: S, see `straightness`; distance: the Frechet distance to real samples by the number of steps."""
+    """By the number of steps, distance: the Frechet distance to real samples; examples: the first samples, n x *shape.
+
+    straightness: S, see `straightness`.
+    """
 
     straightness: float
     distance: dict[int, float]
+    examples: dict[int, Tensor]
 
 
 @api_export("few_steps")
@@ -64,12 +73,54 @@ def few_steps(
         solution = flow.sample(prompts[part], seeds=seeds[part], record=True, **{**guidance, **FINE})
         assert solution.trajectory is not None
         paths.append(straightness(solution.trajectory).cpu())
-    known, distance = of(real), {}
+    known, distance, examples = of(real), dict[int, float](), dict[int, Tensor]()
     for steps in counts:
         how = {**guidance, **FINE, "sampler": "euler", "steps": steps}
         made = []
         for part in parts():
             made.append(flow.sample(prompts[part], seeds=seeds[part], **how).x.cpu())
             progress(len(made[-1]))
-        distance[steps] = frechet_distance(of(torch.cat(made)), known)
-    return FewSteps(float(torch.cat(paths).mean()), distance)
+        samples = torch.cat(made)
+        distance[steps], examples[steps] = frechet_distance(of(samples), known), samples[:EXAMPLES]
+    return FewSteps(float(torch.cat(paths).mean()), distance, examples)
+
+
+@api_export("plot_few_steps")
+@styled
+def plot_few_steps(rows: Mapping[str, FewSteps], *, floor: float, features: str) -> Figure:
+    """Straightness and distance of flows by their names, the last in colour; of pictures also the same seeds' samples.
+
+    floor: the distance of real samples to real ones; features: what the distance is of.
+    """
+    colours = [INK if len(rows) < 3 else FAINT] * (len(rows) - 1) + [ACCENT]
+    counts = list(next(iter(rows.values())).distance)
+    pictures = all(each.dim() == 4 for row in rows.values() for each in row.examples.values())
+    figure = _figure(7.6, 5.6 if pictures else 2.9)
+    above, below = figure.subfigures(2, 1, height_ratios=[1, 1.1]) if pictures else (figure, None)  # type: ignore[misc]
+    straight, far = above.subplots(1, 2, width_ratios=[1, 2])
+    values = [row.straightness for row in rows.values()]
+    bars = straight.bar(list(rows), values, color=colours, width=0.6)
+    straight.bar_label(bars, [f"{value:.2g}" for value in values], padding=2)
+    straight.set(title="Straightness (0: straight)", yticks=[])
+    straight.spines["left"].set_visible(False)
+    straight.grid(visible=False)
+    for (name, row), colour in zip(rows.items(), colours, strict=True):
+        far.plot(counts, list(row.distance.values()), "o-", color=colour, label=name)
+    far.axhline(floor, color=FAINT, linestyle="--", linewidth=1, label="real to real")
+    far.set(xscale="log", yscale="log", title=f"Fréchet distance by {features}", xlabel="steps of Euler's method")
+    far.set_xticks(counts, map(str, counts))
+    far.minorticks_off()
+    far.legend()
+    if below is not None:
+        for axes, (name, row) in zip(below.subplots(1, len(rows), squeeze=False)[0], rows.items(), strict=True):
+            # One picture of rows of samples, with a white line between all.
+            framed = [torch.nn.functional.pad(each, (0, 1, 0, 1), value=1.0) for each in row.examples.values()]
+            tiles = torch.cat([torch.cat(list(each), 2) for each in framed], 1)
+            axes.imshow(_pixels(tiles), interpolation="nearest")
+            height = framed[0].shape[2]
+            axes.set_yticks([height * (i + 0.5) for i in range(len(counts))], map(str, counts))
+            axes.set(xticks=[], title=name, ylabel="steps")
+            axes.spines[:].set_visible(False)
+            axes.tick_params(length=0)
+            axes.grid(visible=False)
+    return figure

@@ -22,7 +22,8 @@ from genflow.registry import api_export
 class HeldOut:
     """A mean over n samples of a split, with its standard error over them, NaN of a single one.
 
-    unit: "bits/dim", a bound that `how` explains, or "nats", -log p of vectors as the model sees them, standardised.
+    unit: "bits/dim", a bound that `how` explains; "nats", -log p of vectors as the model sees them, standardised; or
+    "nats of tokens", of a picture's.
     """
 
     mean: float
@@ -63,8 +64,9 @@ def likelihood(
     for what, value in (("n", n), ("k", k), ("batch", batch)):
         if value is not None and value < 1:
             raise UserError(f"{what} = {value} is too few; the least is 1")
-    if k > 1 and len(flow.shape) == 1:
-        raise UserError(f"k = {k}: vectors are continuous, and there is no dequantisation to draw; leave it at 1")
+    if k > 1 and flow.unit != "bits/dim":
+        why = "vectors are continuous" if len(flow.shape) == 1 else "tokens are counted"
+        raise UserError(f"k = {k}: {why}, and there is no dequantisation to draw; leave it at 1")
     note = flow.likelihood_note(k, **how)
     dataset = data.build(split)
     count = len(dataset) if n is None else min(n, len(dataset))
@@ -84,11 +86,10 @@ def likelihood(
         row = int((~each.isfinite()).nonzero()[0])
         raise UserError(f"the likelihood of {dataset.identifiers[row]} is {float(each[row])}; is the model trained?")
     error = float(each.std()) / math.sqrt(count) if count > 1 else math.nan
-    pictures = len(flow.shape) == 3
-    return HeldOut(float(each.mean()), error, "bits/dim" if pictures else "nats", count, name, split, note)
+    return HeldOut(float(each.mean()), error, flow.unit, count, name, split, note)
 
 
 def _nll(flow: Flow, batch: Batch, k: int, how: dict[str, Any]) -> Tensor:
-    if len(flow.shape) == 1:
+    if flow.unit != "bits/dim":
         return -flow.log_prob(batch.x, batch.condition, **how).detach()
     return flow.bits_per_dim(batch.x, batch.condition, k=k, position=batch.position, **how)

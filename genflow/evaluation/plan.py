@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 METRICS = {
     "likelihood": "bits/dim of held-out pictures, or nats of vectors",
     "loss": "the loss of held-out samples, a velocity's also by time",
+    "reconstruction": "PSNR, SSIM and Frechet distance of held-out pictures through an autoencoder and back",
     "fd": "Frechet distance of features",
     "kid": "kernel distance (MMD) of features, unbiased",
     "precision-recall": "how good and how varied, by nearest neighbours",
@@ -82,13 +83,19 @@ class Figure:
 @api_export("Evaluation")
 @dataclass(frozen=True)
 class Evaluation:
-    """figures; remarks: what was left out, and what to be careful with; picture: samples and their nearest training
-    pictures; counts, nfe, seconds: of what was drawn."""
+    """figures; remarks: what was left out, and what to be careful with; left_out: the reasons by metric; picture: samples
+    and their nearest training pictures; counts, nfe, seconds: of what was drawn."""
 
     figures: list[Figure]
     remarks: list[str]
+    left_out: dict[str, str]
     picture: Picture | None
     metrics: list[str]
     counts: dict[str, int]
     nfe: int
     seconds: dict[str, float]
+
+
+def number(value: float) -> str:
+    """A figure as a person reads it."""
+    return f"{value:.4f}" if 1e-3 <= abs(value) < 1000 or value == 0 else f"{value:.4g}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from types import SimpleNamespace
 from typing import Any
@@ -23,32 +24,66 @@ from genflow.evaluation.likelihood import likelihood
 from genflow.evaluation.neighbours import copying, density_coverage, nearest_neighbours, own_found, precision_recall
 from genflow.evaluation.plan import DISTANCES, METRICS, SAMPLES, Bar, Evaluation, Figure, Plan, no_bar
 from genflow.evaluation.reals import HASHED, MOST, RealSamples, overlap, read_real
+from genflow.evaluation.reconstruction import reconstruction
 from genflow.flows.base import Flow
 from genflow.registry import api_export, resolve
 
 QUERIES, SHOWN, NEIGHBOURS = 256, 10, 5
 
 
+@api_export("Reals")
+@dataclass
+class Reals:
+    """Real samples of one data set at one shape, and their features by one network, which several evaluations share."""
+
+    datasets: dict[str, Any] = field(default_factory=dict)
+    samples: dict[str, RealSamples] = field(default_factory=dict)
+    asked: dict[str, tuple[int, int]] = field(
+        default_factory=dict
+    )  # by split: how many samples and hashes were read for
+    features: dict[str, Tensor] = field(default_factory=dict)
+
+
 @api_export("evaluate")
 def evaluate(
-    flow: Flow, data: Any, plan: Plan, *, name: str, features: FeatureNetwork, bar: Bar = no_bar
+    flow: Flow,
+    data: Any,
+    plan: Plan,
+    *,
+    name: str,
+    features: FeatureNetwork,
+    bar: Bar = no_bar,
+    reals: Reals | None = None,
+    strict: bool = True,
 ) -> Evaluation:
-    """Measure a flow. data: a data set's config, called `name`. Raises UserError for a metric of the plan that the model
-    cannot honestly have, with the reason; those that were not asked for by name are left out with a remark."""
-    return _Run(flow, data, plan, name, features, bar).evaluation()
+    """Measure a flow. data: a data set's config, called `name`. reals: what earlier evaluations on it have read.
+
+    strict: refuse a metric of the plan that the model cannot honestly have, with the reason (UserError); else, as where
+    none is asked for by name, it is left out with a remark.
+    """
+    return _Run(flow, data, plan, name, features, bar, reals or Reals(), strict).evaluation()
 
 
 class _Run:
     """What several metrics share, made once: real samples, their features, the model's samples."""
 
-    def __init__(self, flow: Flow, data: Any, plan: Plan, name: str, network: FeatureNetwork, bar: Bar) -> None:
+    def __init__(
+        self,
+        flow: Flow,
+        data: Any,
+        plan: Plan,
+        name: str,
+        network: FeatureNetwork,
+        bar: Bar,
+        reals: Reals,
+        strict: bool,
+    ) -> None:
         self.flow: Any = flow
         self.data, self.plan, self.name, self.network, self.bar = data, plan, name, network, bar
+        self.reals, self.strict = reals, strict
         self.pictures = len(flow.shape) == 3
         self.remarks: list[str] = []
-        self.datasets: dict[str, Any] = {}
-        self.real_of: dict[str, RealSamples] = {}
-        self.known: dict[str, Tensor] = {}
+        self.left_out: dict[str, str] = {}
         self.counts: dict[str, int] = {}
         self.nfe, self.drawing = 0, 0.0
         self.held_out, self.reference = plan.split or "test", plan.split or "train"
@@ -59,6 +94,7 @@ class _Run:
         measure = {
             "likelihood": self._likelihood,
             "loss": self._loss,
+            "reconstruction": self._reconstruction,
             **dict.fromkeys(DISTANCES, None),
             "alignment": self._alignment,
             "nearest": self._nearest,
@@ -68,10 +104,11 @@ class _Run:
         for metric in METRICS:
             if metric in self.metrics:
                 figures += (measure[metric] or self._distance_of(metric))()
-        if set(self.metrics) & {"likelihood", "loss", "alignment", "nearest"}:
+        if self.hashing:
             self._report_overlap()
-        seconds = {"sampling": round(self.drawing, 1), "all": round(time.monotonic() - begun, 1)}
-        return Evaluation(figures, self.remarks, self.picture, self.metrics, self.counts, self.nfe, seconds)
+        seconds = {"sampling": round(self.drawing, 3), "all": round(time.monotonic() - begun, 1)}
+        remarks = [f"{metric}: left out, {why}" for metric, why in self.left_out.items()] + self.remarks
+        return Evaluation(figures, remarks, self.left_out, self.picture, self.metrics, self.counts, self.nfe, seconds)
 
     # -------------------------------------------------------------------------------------------------- what can be had
 
@@ -81,29 +118,38 @@ class _Run:
         if self.plan.metrics:
             for metric in self.plan.metrics:
                 if why := self._unable(metric):
-                    raise UserError(why if metric == "likelihood" else f"{metric}: {why}")
-            return list(dict.fromkeys(self.plan.metrics))
+                    if self.strict:
+                        raise UserError(why if metric == "likelihood" else f"{metric}: {why}")
+                    self.left_out[metric] = why
+            return [metric for metric in dict.fromkeys(self.plan.metrics) if metric not in self.left_out]
         chosen = []
         velocity, asked = hasattr(self.flow, "velocity"), self.plan.k > 1 or bool(self.plan.likelihood)
         for metric in METRICS:
             if metric == "likelihood" and velocity and self.pictures and not asked:
-                self.remarks.append("likelihood: left out, an ODE solve for each picture; it must be named")
+                self.left_out[metric] = "an ODE solve for each picture; it must be named"
             elif metric == "loss" and not velocity and "likelihood" in chosen:
                 continue  # the same figure
+            elif metric == "reconstruction" and not hasattr(self.flow, "no_samples"):
+                continue  # a figure of the autoencoder, and not of a model of its latents
             elif why := self._unable(metric):
                 if metric == "likelihood" and asked:
                     raise UserError(why)
-                self.remarks.append(f"{metric}: left out, {why}")
+                self.left_out[metric] = why
             else:
                 chosen.append(metric)
         if not chosen:
-            raise UserError(f"there is nothing to measure this model with; {self.remarks[-1]}")
+            metric, why = list(self.left_out.items())[-1]
+            raise UserError(f"there is nothing to measure this model with; {metric}: left out, {why}")
         return chosen
 
     def _unable(self, metric: str) -> str | None:
         """Why this model, on this data, cannot honestly have a metric."""
+        if metric == "reconstruction" and not hasattr(self.flow, "reconstruct"):
+            return f"a {type(self.flow).__name__} has no autoencoder"
+        if metric in (*DISTANCES, "alignment", "nearest") and hasattr(self.flow, "no_samples"):
+            return self.flow.no_samples
         try:
-            if metric in ("likelihood", "loss", "alignment"):
+            if metric in ("likelihood", "loss", "reconstruction", "alignment"):
                 self._dataset(self.held_out)
             if metric == "likelihood":
                 self.flow.likelihood_note(self.plan.k, **self.plan.likelihood)
@@ -123,9 +169,9 @@ class _Run:
         return None
 
     def _dataset(self, split: str) -> Any:
-        if split not in self.datasets:
-            self.datasets[split] = self.data.build(split)
-        return self.datasets[split]
+        if split not in self.reals.datasets:
+            self.reals.datasets[split] = self.data.build(split)
+        return self.reals.datasets[split]
 
     # ---------------------------------------------------------------------------------------------- what they are made of
 
@@ -135,32 +181,41 @@ class _Run:
         return min(SAMPLES, max(there // 2, 2)) if self.plan.n is None else self.plan.n
 
     @property
+    def hashing(self) -> bool:
+        """Whether anything is asked of held-out samples, which should then be no training samples."""
+        return bool({"likelihood", "loss", "reconstruction", "alignment", "nearest"} & set(self.metrics))
+
+    @property
     def searched(self) -> bool:
         """Whether all of the training samples are wanted, or as many as can be kept."""
         return bool({"alignment", "nearest"} & set(self.metrics))
 
     def _real(self, split: str) -> RealSamples:
-        if split not in self.real_of:
-            dataset = self._dataset(split)
-            most = max(2 * self.n, QUERIES, MOST if split == "train" and self.searched else 0)
-            hashed = HASHED if split in ("train", self.held_out) else 0
-            with self.bar(f"real samples, {split}", min(max(most, hashed), len(dataset))) as progress:
-                self.real_of[split] = read_real(dataset, self.flow.shape, most=most, hashed=hashed, progress=progress)
-            if bad := self.real_of[split].bad:
-                self.remarks.append(f"{bad} pictures of the {split} split cannot be read and were passed over")
-        return self.real_of[split]
+        dataset = self._dataset(split)
+        most = max(2 * self.n, QUERIES, MOST if split == "train" and self.searched else 0)
+        hashed = HASHED if self.hashing and split in ("train", self.held_out) else 0
+        before = self.reals.asked.get(split, (0, 0))
+        if before[0] < most or before[1] < hashed:
+            asked = most, hashed = max(most, before[0]), max(hashed, before[1])
+            with self.bar(f"real samples, {split}", min(max(asked), len(dataset))) as progress:
+                samples = read_real(dataset, self.flow.shape, most=most, hashed=hashed, progress=progress)
+            self.reals.samples[split], self.reals.asked[split] = samples, asked
+            if samples.bad:
+                self.remarks.append(f"{samples.bad} pictures of the {split} split cannot be read and were passed over")
+        return self.reals.samples[split]
 
     def _features(self, split: str, count: int) -> Tensor:
         """Of the first `count` real samples of a split."""
         asked = count
         if split == "train" and self.searched:  # which will be asked for all of them
             count = max(count, MOST)
-        if len(self.known.get(split, ())) < min(count, len(self._real(split))):
+        known = self.reals.features
+        if len(known.get(split, ())) < min(count, len(self._real(split))):
             x = self._real(split).x[:count]
             with self.bar(f"features, {split}", len(x)) as progress:
                 how: dict[str, Any] = {"device": self.flow.device, "keep": True, "progress": progress}
-                self.known[split] = features_of(self.network, x, **how)
-        return self.known[split][:asked]
+                known[split] = features_of(self.network, x, **how)
+        return known[split][:asked]
 
     def _draw(self, prompts: Sequence[str], seed: int, what: str) -> tuple[Tensor, Tensor]:
         """Samples, pictures as the bytes that a file would hold, and their features."""
@@ -218,6 +273,13 @@ class _Run:
         on = f"{self.name} {self.held_out}, {n} sample{'s' * (n > 1)}"
         names = {key: key.replace("validation_loss", "loss").replace("validation_t", "loss at t = ") for key in sums}
         return [Figure(names[key], total / n, on if key == "validation_loss" else "") for key, total in sums.items()]
+
+    def _reconstruction(self) -> list[Figure]:
+        x = self._real(self.held_out).x[: self.plan.n or SAMPLES]
+        with self.bar("reconstruction", len(x)) as progress:
+            found = reconstruction(self.flow, x, self.network, batch=self.plan.batch, progress=progress)
+        self.counts["reconstruction"] = len(x)
+        return found.figures(f"{len(x)} of {self.name} {self.held_out} and their reconstructions")
 
     # --------------------------------------------------------------------------------------------------------- distances
 

@@ -55,6 +55,11 @@ class Flow(nn.Module, ABC):
     no_inverse: ClassVar[str] = "this flow has no inverse"
 
     @property
+    def unit(self) -> str:
+        """Of what evaluation says of its likelihood: of `bits_per_dim`, or of -log_prob where it is another one."""
+        return "bits/dim" if len(self.shape) == 3 else "nats"
+
+    @property
     def device(self) -> torch.device:
         return next((p.device for p in self.parameters()), torch.device("cpu"))
 

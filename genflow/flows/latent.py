@@ -30,8 +30,8 @@ class Autoencoder(nn.Module, ABC):
     picture_channels: int
     channels: int
     factor: int
-    scale: float
-    shift: float
+    scale: float | Tensor
+    shift: float | Tensor
 
     @abstractmethod
     def posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -53,6 +53,12 @@ class LatentFlowConfig:
     @property
     def sampling(self) -> type:
         return type(self.flow).sampling
+
+    def fits(self, shape: Sequence[int]) -> dict[str, Any]:
+        """What the network has to be like, for pictures of a shape. Raises UserError for one that has no latents."""
+        inner = _latent_shape(self.autoencoder.build(), shape)
+        own = self.flow.fits(inner) if hasattr(self.flow, "fits") else {}
+        return {"shape": inner, "in_channels": inner[0], **own}
 
     def build(self, network: nn.Module, text: nn.Module, *, shape: Sequence[int]) -> LatentFlow:
         """shape: of a picture, C, H, W. Raises UserError for a shape that the autoencoder does not make."""
@@ -116,18 +122,34 @@ class LatentFlow(Flow):
         """Pictures of latents as the flow makes them, B x C x H x W float32 in [-1, 1]."""
         return self.autoencoder.decode(z.float() / self.autoencoder.scale + self.autoencoder.shift).clamp(-1, 1)
 
+    def reconstruct(self, x: Tensor) -> Tensor:
+        """Pictures there and back through the autoencoder: no sample can be truer."""
+        with evaluating(self):
+            return self.to_pictures(self.to_latents(x.to(self.device)))
+
+    def latents_of(self, batch: Batch, noise: Tensor | float = 0.0) -> Tensor:
+        """As `to_latents`, of a batch; of one that holds posteriors, from them (data/latents.py).
+
+        Such a batch has the means as x and, as spread, the standard deviations.
+        """
+        spread = getattr(batch, "spread", None)
+        if spread is None:
+            return self.to_latents(batch.x, noise)
+        return (batch.x + spread * noise - self.autoencoder.shift) * self.autoencoder.scale
+
     def initialise(self, table: Condition, first: Callable[[], Batch]) -> None:
-        self.flow.initialise(table, lambda: _Latents.of(batch := first(), self.to_latents(batch.x)))
+        self.flow.initialise(table, lambda: _Latents.of(batch := first(), self.latents_of(batch)))
 
     def loss(self, batch: Batch, rng: Rng) -> LossOutput:
         """The flow's own, on latents drawn from the posterior: stream "latent" of batch.position, then the flow's."""
-        shape = _latent_shape(self.autoencoder, batch.x.shape[1:])
+        cached = getattr(batch, "spread", None) is not None
+        shape = batch.x.shape[1:] if cached else _latent_shape(self.autoencoder, batch.x.shape[1:])
         noise = rng.normal("latent", batch.position, shape).to(batch.x.device)
-        return self.flow.loss(_Latents.of(batch, self.to_latents(batch.x, noise)), rng)
+        return self.flow.loss(_Latents.of(batch, self.latents_of(batch, noise)), rng)
 
     def validate(self, batch: Batch) -> dict[str, Tensor]:
         """The flow's own, on the posteriors' means."""
-        return self.flow.validate(_Latents.of(batch, self.to_latents(batch.x)))
+        return self.flow.validate(_Latents.of(batch, self.latents_of(batch)))
 
     @torch.no_grad()
     def sample(

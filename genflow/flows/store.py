@@ -7,6 +7,7 @@ A run keeps its checkpoints in checkpoints/step-XXXXXXXX.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from genflow.config import Choice, from_dict
 from genflow.errors import UserError, nearest
 from genflow.flows.base import Flow
+from genflow.flows.lora import factors_of, lora_scale, merge
 from genflow.registry import api_export
 
 CONFIG, MODEL, EMA, GUARD = "config.json", "model.safetensors", "ema.safetensors", "complete.json"
@@ -170,22 +172,44 @@ def _flush(path: Path) -> None:
 def load(path: str | Path, *, ema: bool = True, device: str | torch.device = "cpu") -> Flow:
     """A flow, in eval mode, from a run (its newest whole checkpoint), a checkpoint, or a model folder.
 
-    ema: take the averaged weights where there are any. The config is left in `flow.recipe`. Raises UserError, in one
-    line, for what is missing, damaged or cut short.
+    ema: take the averaged weights where there are any. Of a LoRA run the updates are added to what its `init` holds. The
+    config is left in `flow.recipe`. Raises UserError, in one line, for what is missing, damaged or cut short.
     """
     folder = find_model(path)
     config = read_config(folder)
     recipe = from_dict(Recipe, {name: config[name] for name in ("model", "flow", "text")}, where=str(folder / CONFIG))
     flow = recipe.flow.build(recipe.model.build(), recipe.text.build(), shape=config["shape"])
-    files = [folder / MODEL]
-    if ema and (folder / EMA).exists():
-        files.insert(0, folder / EMA)
-    _fill(flow, files)
+    fill_from(flow, folder, ema=ema)
     flow.recipe = config
     try:
         return flow.to(device).eval()
     except (RuntimeError, AssertionError) as error:  # as torch says that there is no such device, or no room on it
         raise UserError(f"device {str(device)!r} cannot take the model: {str(error).splitlines()[0]}") from error
+
+
+def fill_from(flow: nn.Module, folder: Path, *, ema: bool) -> None:
+    """Put the weights of a model folder into a flow of the same model; those of a LoRA run are of its `init`, updated.
+
+    ema: the averaged ones where there are any. Raises UserError for what does not belong together.
+    """
+    config, averaged = read_config(folder), folder / EMA
+    files = [averaged, folder / MODEL] if ema and averaged.exists() else [folder / MODEL]
+    if (scale := lora_scale(config)) is None:
+        _fill(flow, files)
+    else:
+        fill_from(flow, find_model(config["init"]), ema=True)
+        merge(flow, factors_of(_read_tensors(files[0], skip={}), scale, files[0]), files[0])
+
+
+def weights_of(path: str | Path, *, ema: bool) -> dict[str, str]:
+    """Which weights `load` takes: the name of their file and its SHA-256. Raises UserError."""
+    folder = find_model(path)
+    file = folder / EMA if ema and (folder / EMA).exists() else folder / MODEL
+    try:
+        with file.open("rb") as content:
+            return {"file": file.name, "sha256": hashlib.file_digest(content, "sha256").hexdigest()}
+    except FileNotFoundError:
+        raise UserError(f"{file} is missing; copy the whole folder, or save the model again") from None
 
 
 def find_model(path: str | Path) -> Path:

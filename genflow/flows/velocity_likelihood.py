@@ -18,7 +18,7 @@ from genflow.registry import api_export, resolve
 from genflow.samplers.solution import Velocity, state
 
 LEVELS = (8, 16, 32, 64, 128)  # intervals of the quadratures, one after another as far as needed
-AHEAD = (64, 128)  # the levels that a solve keeps the states for, so that it is not done again for the next
+AHEAD = (32, 128)  # the levels that a solve keeps the states for, so that it is not done again for the next
 
 
 @api_export("Likelihood")

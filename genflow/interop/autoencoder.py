@@ -7,17 +7,20 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from genflow.errors import UserError
+from genflow.flows.autoencoder import AutoencoderFlow
 from genflow.flows.latent import Autoencoder
 from genflow.interop.tensors import Lazy, numbers
-from genflow.registry import genflow_export
+from genflow.networks.autoencoders import EncoderDecoder
+from genflow.networks.bottlenecks import Continuous
+from genflow.registry import api_export, genflow_export, network_export
 
 # Scale and shift by the number of latent channels, of the autoencoders whose files do not hold them.
 SD3 = {"scale": 1.5305, "shift": 0.0609}
@@ -76,6 +79,91 @@ class KLAutoencoder(Autoencoder):
 
     def decode(self, z: Tensor) -> Tensor:
         return self.module.decode(z).sample
+
+
+@network_export("kl_autoencoder")
+@dataclass(frozen=True)
+class KLNetworkConfig:
+    """diffusers' AutoencoderKL as a network to train, under flow autoencoder with bottleneck gaussian.
+
+    channels: of its levels, each half as large as the one before; layers: residual blocks a level; groups: of its norms;
+    middle_attention: between the places of the smallest level. in_channels, encoder_channels and latent_channels may be left
+    out where a run's data and bottleneck tell them.
+    """
+
+    channels: tuple[int, ...] = (64, 128, 256)
+    layers: int = 1
+    groups: int = 32
+    middle_attention: bool = True
+    in_channels: int | None = None
+    encoder_channels: int | None = None
+    latent_channels: int | None = None
+
+    def build(self) -> KLNetwork:
+        """The network, freshly initialised. Raises UserError where the numbers do not fit each other."""
+        return KLNetwork(self)
+
+
+class KLNetwork(EncoderDecoder):
+    """An AutoencoderKL, `module`; what `encode` gives are means and log-variances."""
+
+    def __init__(self, config: KLNetworkConfig) -> None:
+        super().__init__()
+        if config.in_channels is None or config.latent_channels is None:
+            missing = "in_channels" if config.in_channels is None else "latent_channels"
+            raise UserError(f"kl_autoencoder: {missing} is not set, and no data set or bottleneck is there to tell it")
+        if not config.channels or any(width % config.groups for width in config.channels):
+            raise UserError(
+                f"kl_autoencoder: channels = {list(config.channels)} must be multiples of {config.groups} groups"
+            )
+        self.in_channels, self.latent_channels = config.in_channels, config.latent_channels
+        self.encoder_channels = 2 * config.latent_channels
+        if config.encoder_channels not in (None, self.encoder_channels):
+            raise UserError(
+                f"kl_autoencoder: it gives means and variances, {self.encoder_channels} channels, and the bottleneck reads "
+                f"{config.encoder_channels}; take bottleneck gaussian, or model tiny_autoencoder"
+            )
+        self.module: Any = KLAutoencoder(
+            KLAutoencoderConfig(
+                config.channels,
+                config.latent_channels,
+                config.layers,
+                config.groups,
+                config.in_channels,
+                middle_attention=config.middle_attention,
+            )
+        ).module
+        self.factor = 2 ** (len(config.channels) - 1)
+
+    @property
+    def blocks(self) -> Iterator[nn.Module]:
+        """Every residual block, in order."""
+        for name, module in self.module.named_modules():
+            if re.fullmatch(r".*resnets\.\d+", name):
+                yield module
+
+    @property
+    def last(self) -> nn.Parameter:
+        return self.module.decoder.conv_out.weight
+
+    def encode(self, x: Tensor) -> Tensor:
+        return self.module.encoder(x)
+
+    def decode(self, z: Tensor) -> Tensor:
+        return self.module.decoder(z)
+
+
+@api_export("autoencoder_to_diffusers")
+def autoencoder_to_diffusers(flow: AutoencoderFlow) -> Any:
+    """The AutoencoderKL of a trained flow, with its latents' scale and shift, as diffusers saves and loads it.
+
+    Raises UserError for a flow of another network.
+    """
+    network, bottleneck = flow.network, flow.bottleneck
+    if not isinstance(network, KLNetwork) or not isinstance(bottleneck, Continuous):
+        raise UserError(f"a {type(network).__name__} is no AutoencoderKL; take model kl_autoencoder")
+    network.module.register_to_config(scaling_factor=float(bottleneck.scale), shift_factor=float(bottleneck.shift))
+    return network.module
 
 
 def vae_to_diffusers(config: KLAutoencoderConfig) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import json
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch
 from genflow.config import from_dict, to_dict
 from genflow.errors import UserError
 from genflow.flows.latent import LatentFlowConfig
+from genflow.flows.lora import factors_of, is_factor, lora_scale
 from genflow.flows.rectified import RectifiedFlowConfig
 from genflow.flows.store import CONFIG, EMA, MODEL, Recipe, _plain, find_model, read_config
 from genflow.interop.autoencoder import KLAutoencoderConfig, vae_from_diffusers, vae_from_shapes, vae_from_stability
@@ -156,9 +158,7 @@ def _open_genflow(path: Path, ema: bool) -> Checkpoint:
     recipe = from_dict(Recipe, {name: config[name] for name in ("model", "flow", "text")}, where=str(folder / CONFIG))
     if not isinstance(recipe.model, MMDiTConfig):
         raise UserError(f"{folder} holds a {config['model'].get('name')}; only an mmdit has SD3's layout")
-    tensors = {_plain(key): tensor for key, tensor in read_file(folder / MODEL).items()}
-    if ema and (folder / EMA).exists():
-        tensors |= {_plain(key): tensor for key, tensor in read_file(folder / EMA).items()}
+    tensors = _genflow_weights(folder, config, ema)
     latent = isinstance(recipe.flow, LatentFlowConfig)
     _check_velocity(recipe.flow.flow if latent else recipe.flow, folder)
     autoencoder = recipe.flow.autoencoder if latent else None
@@ -173,6 +173,26 @@ def _open_genflow(path: Path, ema: bool) -> Checkpoint:
         pipeline=Path(pipeline) if pipeline else None,
         config=config,
     )
+
+
+def _genflow_weights(folder: Path, config: Mapping[str, Any], ema: bool) -> dict[str, Lazy]:
+    """The tensors of a genflow model folder; of a LoRA run those of its `init`, updated when they are read."""
+    tensors = {_plain(key): tensor for key, tensor in read_file(folder / MODEL).items()}
+    if ema and (folder / EMA).exists():
+        tensors |= {_plain(key): tensor for key, tensor in read_file(folder / EMA).items()}
+    if (scale := lora_scale(config)) is None:
+        return tensors
+    base = find_model(config["init"])
+    weights = _genflow_weights(base, read_config(base), True)
+    factors = factors_of({name: tensor.read() for name, tensor in tensors.items() if is_factor(name)}, scale, folder)
+    if strange := factors.keys() - weights.keys():
+        raise UserError(f"{folder}: its update of {min(strange)} is of nothing that {base} has")
+    updated = {name: weights[name].map(partial(_updated, *pair)) for name, pair in factors.items()}
+    return {**weights, **updated}
+
+
+def _updated(a: torch.Tensor, b: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return (weight.float() + b @ a).to(weight.dtype)
 
 
 def _check_velocity(flow: Any, folder: Path) -> None:

@@ -29,6 +29,7 @@ from genflow.interop.checkpoints import (
 )
 from genflow.interop.diffusers import config_to_diffusers
 from genflow.interop.layouts import DIFFUSERS, STABILITY, from_genflow
+from genflow.interop.lora import save_lora
 from genflow.interop.tensors import write_file
 from genflow.registry import api_export
 from genflow.text.sd3 import SD3TextConfig
@@ -50,7 +51,7 @@ LIKE = "--like a diffusers pipeline, which has both, adds them"
 # As StableDiffusion3Pipeline draws unless told otherwise.
 SAMPLE: dict[str, Any] = {"sampler": "euler", "grid": "double_shifted", "shift": 3.0, "steps": 28, "guidance": 7.0}
 
-Layout = Literal["genflow", "diffusers", "stability"]
+Layout = Literal["genflow", "diffusers", "stability", "lora"]
 
 
 @api_export("convert")
@@ -67,11 +68,14 @@ def convert(
     source: as of `open_checkpoint`. out: a new folder, or a new file where `to` is stability. to: by default stability for
     a name that ends in .safetensors, diffusers for a genflow model, else genflow. like: a diffusers pipeline folder, for the
     autoencoder, text encoders, tokenizers and configurations that source has not. ema: of a genflow model, the averaged
-    weights.
+    weights. lora: of a LoRA run its updates alone, as diffusers loads them (`save_lora`); the other layouts have them added.
 
     Raises UserError for a file of another family, a damaged or unsafe one, and what the layout cannot hold.
     """
     source, out = Path(source), Path(out)
+    if to == "lora":
+        save_lora(source, out, ema=ema)
+        return []
     checkpoint = open_checkpoint(source, ema=ema)
     if like is not None:
         checkpoint = completed(checkpoint, open_checkpoint(like))
@@ -84,7 +88,7 @@ def convert(
         raise UserError(f"{out}: Stability's layout is one file; name it {out.with_suffix('.safetensors')}")
     write = {"genflow": _write_genflow, "diffusers": _write_diffusers, "stability": _write_stability}
     if to not in write:
-        raise UserError(f"to = {to!r} is no layout; choose from: {', '.join(write)}")
+        raise UserError(f"to = {to!r} is no layout; choose from: {', '.join(write)}, lora")
     return write[to](checkpoint, out)
 
 

@@ -29,15 +29,14 @@ EPS = 1e-6  # of the norms
 class TokenTransformerConfig:
     """A causal transformer of the tokens of a tokenizer.
 
-    vocabulary: its number of codes; grid: its tokens, high and wide. heads: default one for each 64 of the width.
-    mtp: so many
-    modules that predict the tokens after the next one, in training and as drafts (DeepSeek-V3, arXiv 2412.19437,
-    sec. 2.2).
-    context_dim: of a text token, from a run's text encoder unless given; 0 for no text.
+    vocabulary: its number of codes; grid: its tokens, high and wide; both from a run's tokenizer unless given. heads:
+    default one for each 64 of the width. mtp: so many modules that predict the tokens after the next one, in training
+    and as drafts (DeepSeek-V3, arXiv 2412.19437, sec. 2.2). context_dim: of a text token, from a run's text encoder
+    unless given; 0 for no text.
     """
 
-    vocabulary: int
-    grid: tuple[int, int]
+    vocabulary: int | None = None
+    grid: tuple[int, int] | None = None
     width: int = 256
     layers: int = 8
     heads: int | None = None
@@ -49,9 +48,9 @@ class TokenTransformerConfig:
         for name, least in (("vocabulary", 2), ("width", 1), ("layers", 1), ("heads", 1), ("mtp", 0)):
             if (value := getattr(self, name)) is not None and value < least:
                 raise UserError(f"{name} = {value} is too few; the least is {least}")
-        if min(self.grid) < 1:
+        if self.grid is not None and min(self.grid) < 1:
             raise UserError(f"grid = {list(self.grid)} must be the tokens' height and width, such as [8, 8]")
-        if self.mtp >= self.grid[0] * self.grid[1]:
+        if self.grid is not None and self.mtp >= self.grid[0] * self.grid[1]:
             raise UserError(f"mtp = {self.mtp} looks beyond the {self.grid[0] * self.grid[1]} tokens; take 1")
         heads = self.heads or max(self.width // 64, 1)
         if self.width % (4 * heads):
@@ -61,7 +60,11 @@ class TokenTransformerConfig:
             )
 
     def build(self) -> TokenTransformer:
-        """The network, freshly initialised: every token is equally likely. Raises UserError without a context_dim."""
+        """The network, freshly initialised: every token is equally likely. Raises UserError for sizes that nobody told."""
+        if self.vocabulary is None or self.grid is None:
+            raise UserError(
+                "token_transformer: vocabulary and grid are not set, and there is no tokenizer to tell them"
+            )
         if self.context_dim is None:
             raise UserError(
                 "token_transformer: context_dim is not set, and there is no text encoder to tell it; 0 is none"
@@ -75,7 +78,7 @@ class TokenTransformer(nn.Module):
 
     def __init__(self, config: TokenTransformerConfig) -> None:
         super().__init__()
-        assert config.context_dim is not None
+        assert config.context_dim is not None and config.vocabulary is not None and config.grid is not None
         self.config, self.vocabulary = config, config.vocabulary
         self.tokens, width = config.grid[0] * config.grid[1], config.width
         self.heads = config.heads or max(width // 64, 1)
@@ -116,20 +119,29 @@ class TokenTransformer(nn.Module):
         B x n - k x V: at place i of token i + k, given all before it, of which the trunk saw those before token i
         alone.
         """
+        h, symbols = self.hidden(tokens, context, mask)
+        logits = [self.logits(h)]
+        for k, module in enumerate(cast(Iterable[MTPModule], self.mtp), start=1):
+            h = module(h[:, :-1], symbols[:, k:], self.rotation(slice(k, tokens.shape[1])))
+            logits.append(self.logits(h))
+        return logits
+
+    def hidden(self, tokens: Tensor, context: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """The trunk's states before each token, not yet normed, and the symbols that they were made of, embedded.
+
+        tokens: B x n int64 -> two of B x n x width: at place i the start or token i - 1. Raises UserError for more tokens
+        than the network has places.
+        """
+        if tokens.shape[1] > self.tokens:
+            raise UserError(f"{tokens.shape[1]} tokens are too many; the model has {self.tokens}")
         start = torch.full_like(tokens[:, :1], self.vocabulary)
         symbols = self.embed(torch.cat([start, tokens[:, :-1]], 1))
         before = self.prefix(context, mask)
         h = torch.cat([before, symbols], 1)
-        places = F.pad(torch.arange(self.tokens, device=h.device), (before.shape[1], 0))
-        rotation = self.rotation(places)
+        rotation = self.rotation(F.pad(torch.arange(tokens.shape[1], device=h.device), (before.shape[1], 0)))
         for block in cast(Iterable[TokenBlock], self.blocks):
             h = block(h, rotation)
-        h = h[:, before.shape[1] :]
-        logits = [self.logits(h)]
-        for k, module in enumerate(cast(Iterable[MTPModule], self.mtp), start=1):
-            h = module(h[:, :-1], symbols[:, k:], self.rotation(torch.arange(k, self.tokens, device=h.device)))
-            logits.append(self.logits(h))
-        return logits
+        return h[:, before.shape[1] :], symbols
 
     def logits(self, h: Tensor) -> Tensor:
         """h: ... x width -> ... x V, in float32 or wider: what is drawn from is not rounded to half precision."""
@@ -142,10 +154,10 @@ class TokenTransformer(nn.Module):
         cos, sin = cast(Tensor, self.rotations)[:, places].unbind()
         return (cos, sin) if cos.dim() == 2 else (cos[:, None], sin[:, None])
 
-    def cache(self, rows: int, room: int) -> KeyValueCache:
-        """An empty cache for so many sequences of so many tokens, prefixes counted."""
+    def cache(self, rows: int, room: int, layers: int | None = None) -> KeyValueCache:
+        """An empty cache for so many sequences of so many tokens, prefixes counted. layers: default the trunk's."""
         width = self.config.width
-        return KeyValueCache(len(self.blocks), rows, self.heads, room, width // self.heads, self.head.weight)
+        return KeyValueCache(layers or len(self.blocks), rows, self.heads, room, width // self.heads, self.head.weight)
 
     def read(self, x: Tensor, cache: KeyValueCache, prefix: int, parents: Tensor | None = None) -> Tensor:
         """What follows in sequences that a cache has the beginning of, which then has this too. Not for gradients.
@@ -215,7 +227,48 @@ class MTPModule(nn.Module):
     ) -> Tensor:
         """h: B x L x width, hidden states one module shallower; symbols: those that come next, embedded. As h."""
         joined = torch.cat([self.hidden_norm(h), self.symbol_norm(symbols)], -1)
-        return self.block(self.join(joined), rotation, cache)
+        return self.block(self.join(joined).to(h.dtype), rotation, cache)  # the residual stream stays wide
+
+
+@network_export("medusa_heads")
+@dataclass(frozen=True)
+class MedusaHeadsConfig:
+    """Heads that guess the tokens after the next one from a token transformer's state (Medusa, arXiv 2401.10774).
+
+    heads: the k-th looks k tokens further. width, vocabulary: the transformer's, from a run's base unless given.
+    """
+
+    heads: int = 4
+    width: int | None = None
+    vocabulary: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.heads < 1:
+            raise UserError(f"heads = {self.heads} is too few; the least is 1")
+
+    def build(self) -> MedusaHeads:
+        """Raises UserError for sizes that nobody told."""
+        if self.width is None or self.vocabulary is None:
+            raise UserError("medusa_heads: width and vocabulary are not set, and there is no base to tell them")
+        return MedusaHeads(self.heads, self.width, self.vocabulary)
+
+
+@api_export("MedusaHeads")
+class MedusaHeads(nn.Module):
+    """p_k = softmax(W2_k (h + SiLU(W1_k h))), W1_k beginning at 0 (arXiv 2401.10774, sec. 2.1.1)."""
+
+    def __init__(self, heads: int, width: int, vocabulary: int) -> None:
+        super().__init__()
+        self.inner = nn.ModuleList(nn.Linear(width, width) for _ in range(heads))
+        self.outer = nn.ModuleList(nn.Linear(width, vocabulary, bias=False) for _ in range(heads))
+        for layer in cast(Iterable[nn.Linear], self.inner):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, h: Tensor) -> Tensor:
+        """Normed states, ... x width, to logits, ... x heads x V, float32 or wider."""
+        logits = [outer(h + F.silu(inner(h))) for inner, outer in zip(self.inner, self.outer, strict=True)]
+        return torch.stack([a.to(torch.promote_types(a.dtype, torch.float32)) for a in logits], -2)
 
 
 def rotations(height: int, width: int, dim: int) -> Tensor:

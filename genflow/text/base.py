@@ -34,6 +34,10 @@ class TextEncoder(nn.Module, ABC):
     def forward(self, condition: Condition) -> Condition:
         """Prepared to embedded: tokens B x max_tokens x context_dim, pooled B x pooled_dim."""
 
+    def fingerprint(self) -> str | None:
+        """What prepared conditions hang on, as a digest, the same on every machine; None where preparing costs nothing."""
+        return None
+
     def null(self) -> Condition:
         """The prepared condition of guidance's other branch and of dropped captions: the empty prompt. One row."""
         return self.encode([""])

@@ -21,6 +21,7 @@ from genflow.text.base import TextEncoder, warn_cut
 from genflow.text.cache import EmbeddingCache, Row
 
 BATCH = 64  # captions
+READ = (".safetensors", ".txt", ".json", ".model")  # the files of an encoder and its tokenizer
 MANY = 256  # captions worth moving the network to a GPU for
 REFERENCE = ("a photo of a cat", "red apple on a table", "two people walk in the rain", "abstract art in blue and gold")
 
@@ -78,7 +79,7 @@ class PretrainedText(TextEncoder):
             raise UserError(f"text {model}: max_tokens={max_tokens} must be within 1 .. {longest}")
         self.context_dim = self.pooled_dim = width
         files = sorted(self.folder.iterdir()) if self.folder else []
-        prints = [_print(f) for f in files if f.suffix in (".safetensors", ".txt", ".json", ".model")]
+        prints = [_print(f) for f in files if f.suffix in READ]
         self.identity = json.dumps([identity or model, config, prints, max_tokens, "float32", 2], sort_keys=True)
         self._null: Condition | None = None
 
@@ -172,6 +173,10 @@ class PretrainedText(TextEncoder):
         states, mask, pooled = (torch.stack([row[key] for row in rows]) for key in ("states", "mask", "pooled"))
         return Condition(states * self.scale, mask, pooled)
 
+    def fingerprint(self) -> str:
+        settings = ["transformers", self.max_tokens, self.scale]
+        return fingerprint(settings, [self.folder]) if self.folder else fingerprint([*settings, self.identity], [])
+
     def null(self) -> Condition:
         if self._null is None:
             self._null = self.encode([""])
@@ -194,6 +199,16 @@ def _folder(model: str) -> Path | None:
     around = [p.name for p in folder.parent.iterdir() if p.is_dir()] if folder.parent.is_dir() else []
     near = nearest(folder.name, around) if around else f" {folder.parent} is not there either."
     raise UserError(f"text {model}: no such folder.{near}")
+
+
+def fingerprint(settings: Sequence[object], folders: Sequence[Path]) -> str:
+    """A sha256 of settings and of all that lies in the folders of an encoder."""
+    digest = hashlib.sha256(json.dumps(settings).encode())
+    for file in (f for folder in folders for f in sorted(folder.iterdir()) if f.suffix in READ):
+        digest.update(file.name.encode())
+        with file.open("rb") as data:
+            digest.update(hashlib.file_digest(data, "sha256").digest())
+    return digest.hexdigest()
 
 
 def _print(file: Path) -> str:

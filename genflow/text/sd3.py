@@ -18,7 +18,7 @@ from genflow.functional import Rng
 from genflow.registry import text_export
 from genflow.text.base import TextEncoder, warn_cut
 from genflow.text.cache import EmbeddingCache, Row
-from genflow.text.pretrained import BATCH, _print, _quiet
+from genflow.text.pretrained import BATCH, READ, _print, _quiet, fingerprint
 
 # Our name -> the folders of its weights and of its tokenizer in a diffusers pipeline.
 FOLDERS = {
@@ -137,6 +137,12 @@ class SD3Text(TextEncoder):
     def forward(self, condition: Condition) -> Condition:
         return condition
 
+    def fingerprint(self) -> str | None:
+        if not self.parts:
+            return None
+        settings = ["sd3", *self.parts, self.max_tokens, self.context_dim, self.config.dtype]
+        return fingerprint(settings, [folder for part in self.parts.values() for folder in (part.folder, part.tokens)])
+
     def null(self) -> Condition:
         if self._null is None:
             self._null = self.encode([""])
@@ -216,7 +222,7 @@ class Pretrained:
         sizes = _sizes(config, name)
         self.limit = sizes.limit
         files = [f for folder in (self.folder, self.tokens) for f in sorted(folder.iterdir())]
-        prints = [_print(f) for f in files if f.suffix in (".safetensors", ".txt", ".json", ".model")]
+        prints = [_print(f) for f in files if f.suffix in READ]
         self.identity = json.dumps(["sd3", name, sizes.config, prints, self.limit, config.dtype], sort_keys=True)
         self._loaded: tuple[Any, Any] | None = None
 

@@ -22,10 +22,10 @@ def named_optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module) ->
     """The optimiser's tensors under the names of the parameters they belong to: "<parameter>/<key>"."""
     names = {id(p): name for name, p in model.named_parameters()}
     return {
-        f"{names[id(p)]}/{key}": value
+        f"{names[id(p)]}/{key}": torch.tensor(value) if isinstance(value, int) else value
         for p, state in optimizer.state.items()
         for key, value in state.items()
-        if isinstance(value, Tensor)
+        if isinstance(value, Tensor | int)
     }
 
 
@@ -35,7 +35,9 @@ def load_named_optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Modul
     for full, value in normalise_keys(state).items():
         name, _, key = full.rpartition("/")
         p = params[name]
-        if key == "step":  # a fused optimiser counts on the device
+        if key == "step" and value.dtype == torch.int64:  # bitsandbytes counts in Python
+            optimizer.state[p][key] = int(value)
+        elif key == "step":  # a fused optimiser counts on the device
             optimizer.state[p][key] = value.to(p.device) if optimizer.defaults.get("fused") else value
         else:
             optimizer.state[p][key] = as_shared(value, p.detach())
@@ -55,11 +57,15 @@ def checkpoint_tensors(
     if ema is not None:
         states["ema"] = ema.state_dict()
     found: Tensors = {name: {} for name in states}
+    seen: set[int] = set()
     for name, state in states.items():
         for key, value in normalise_keys(state).items():
             gathered = whole(value.detach())  # one at a time: a device need not hold them all
             if main:
-                found[name][key] = gathered.contiguous().cpu()
+                kept = gathered.contiguous().cpu()
+                shared = kept.numel() > 0 and kept.data_ptr() in seen
+                found[name][key] = kept.clone() if shared else kept  # safetensors takes no two names for one memory
+                seen.add(kept.data_ptr())
     return found
 
 
@@ -105,6 +111,8 @@ def load_checkpoint(folder: Path, *, model: nn.Module, optimizer: torch.optim.Op
         if ema is not None:
             ema.load_state_dict(load_file(folder / "ema.safetensors"))
         return state
+    except UserError:  # a module's own word on what it is given
+        raise
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(

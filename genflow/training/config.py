@@ -10,6 +10,7 @@ from genflow.config import Choice, Owned
 from genflow.errors import UserError
 from genflow.flows.rectified import RectifiedFlowConfig
 from genflow.text.none import NoTextConfig
+from genflow.training.lora import LoRA
 from genflow.training.optimizers import AdamWConfig
 
 LEAST = {
@@ -38,6 +39,7 @@ class TrainConfig:
     precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "auto"  # training/precision.py
     parallel: Literal["ddp", "fsdp"] = "ddp"  # of several processes: each holds all, or a part (training/README.md)
     optimizer: Annotated[Any, Choice("optimizer")] = field(default_factory=AdamWConfig)
+    lora: LoRA | None = None  # train low-rank updates of what `init` holds, not the model (training/lora.py)
     warmup: int = 100  # steps of linear warm-up
     decay: float = 0.0  # the last part of the run, 0 to 1, over which the learning rate falls linearly to zero
     clip: float = 1.0  # global gradient norm; 0 turns clipping off
@@ -75,11 +77,14 @@ class RunConfig:
     flow: Annotated[Any, Choice("flow")] = field(default_factory=RectifiedFlowConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     sample: Annotated[Any, Owned("flow", "sampling")] = None  # default: the flow's own
+    init: str | None = None  # a run or model folder whose weights to begin with (genflow convert makes one of SD3)
     seed: int = 0
     out: str | None = None  # the run's folder; default: runs/<name of the config file>
 
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**63:
             raise UserError(f"seed = {self.seed} is out of range; try 0")
+        if self.train.lora is not None and self.init is None:
+            raise UserError("train.lora: an update of what? Set `init` to the run or model folder to start from")
         if self.sample is None:
             object.__setattr__(self, "sample", self.flow.sampling())

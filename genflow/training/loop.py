@@ -17,20 +17,25 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from genflow.config import to_dict
-from genflow.data.loading import Batch, PreparedConditions, StreamSampler, loader
-from genflow.data.pictures import caption_grid
+from genflow.data.latents import LatentDataset
+from genflow.data.loading import Batch, PreparedConditions, StreamSampler, in_order, loader, of_one_shape
+from genflow.data.pictures import Picture, caption_grid
 from genflow.data.points import point_picture
 from genflow.errors import UserError
+from genflow.flows.bijections.base import Bijection
 from genflow.flows.store import newest_checkpoint
+from genflow.flows.trained import fill_trained
 from genflow.functional import Rng
 from genflow.training.apply import checkpointed, compile_blocks
 from genflow.training.checkpoint import checkpoint_tensors, load_checkpoint, save_checkpoint
 from genflow.training.config import RunConfig
 from genflow.training.ema import EMA
 from genflow.training.log import T_BINS, Log, LossByTime
+from genflow.training.lora import adapted
 from genflow.training.precision import DTYPES, verified
 from genflow.training.ranks import all_or_none, same_on_all
 from genflow.training.sharding import shard, unreduced, whole
+from genflow.training.warm import begin_with
 
 POINTS = 4096  # of a preview of vectors
 MAX_HALVINGS = 24  # of the fp16 loss scale for one batch, before the run is given up
@@ -100,7 +105,7 @@ class Trainer:
         torch.manual_seed(config.seed)  # the initial weights hang on nothing else
         self.text = config.text.build()
         self.shape = shape_of(config.data)
-        self.config = config = replace(config, model=fit_to(config.model, self.text, self.shape))
+        self.config = config = replace(config, model=fit_to(config.model, self.text, self.shape, config.flow))
         per_micro = accelerator.num_processes * train.accumulation
         if train.batch_size % per_micro:
             near = max(round(train.batch_size / per_micro), 1) * per_micro
@@ -109,9 +114,18 @@ class Trainer:
                 f"{train.accumulation} micro-batches; try {near}"
             )
         network = config.model.build()
+        if isinstance(network, Bijection) and not of_one_shape(self.dataset):
+            raise UserError(f"data.buckets: a {type(network).__name__} takes samples of one shape; leave buckets out")
         if train.checkpointing:
             network = checkpointed(network)
         self.flow = config.flow.build(network, self.text, shape=self.shape)
+        if config.init is not None:
+            begin_with(self.flow, config.init)
+        fill_trained(self.flow, needed=newest_checkpoint(self.run_folder) is None)
+        if isinstance(self.dataset, LatentDataset):
+            self.dataset.check(self.flow)
+        if train.lora is not None:
+            adapted(self.flow, network, train.lora)
         if train.compile:
             compile_blocks(network)
         self.conditions = PreparedConditions.prepare(self.dataset, self.text)
@@ -132,17 +146,17 @@ class Trainer:
 
     def _first_batch(self) -> Batch:
         """The samples of the first step, of all ranks and micro-batches together."""
-        sampler = StreamSampler(
-            len(self.dataset), seed=self.config.seed, batch_size=self.config.train.batch_size, steps=1
+        sampler = StreamSampler.over(
+            self.dataset, seed=self.config.seed, batch_size=self.config.train.batch_size, steps=1
         )
-        batch = next(loader(self.dataset, self.conditions, sampler, shape=self.shape))
+        batch = next(loader(self.dataset, self.conditions, sampler, shape=self.shape, own_shapes=True))
         return batch.to(self.accelerator.device)
 
     def batches(self) -> Iterator[Batch]:
         """The run's micro-batches from the present step on."""
         train, accelerator = self.config.train, self.accelerator
-        sampler = StreamSampler(
-            len(self.dataset),
+        sampler = StreamSampler.over(
+            self.dataset,
             seed=self.config.seed,
             batch_size=train.batch_size,
             accumulation=train.accumulation,
@@ -156,6 +170,7 @@ class Trainer:
             self.conditions,
             sampler,
             shape=self.shape,
+            own_shapes=True,
             flip=getattr(self.config.data, "flip", False),
             seed=self.config.seed,
             workers=train.workers,
@@ -303,9 +318,9 @@ class Trainer:
         train = self.config.train
         dataset = self.config.data.build(train.validation_split)
         n = min(len(dataset), train.validation_images)
-        sampler = [[(i, i) for i in range(j, min(j + train.batch_size, n))] for j in range(0, n, train.batch_size)]
         conditions = PreparedConditions.prepare(dataset, self.text)
-        return list(loader(dataset, conditions, sampler, shape=self.shape))
+        batches = in_order(dataset, n, train.batch_size)
+        return list(loader(dataset, conditions, batches, shape=self.shape, own_shapes=True))
 
     def _validate(self) -> None:
         sums: dict[str, float] = {}
@@ -318,6 +333,10 @@ class Trainer:
         self.log.write(self.step, values)
 
     def _preview(self) -> None:
+        if hasattr(self.flow, "preview"):  # a flow that draws nothing from prompts
+            batch = self.validation[0] if self.validation else self._first_batch()
+            x, captions, columns = self.flow.preview(batch.to(self.accelerator.device))
+            return self._show(caption_grid(x, captions, columns=columns))
         train, sample = self.config.train, self.config.sample
         captions = list(dict.fromkeys(self.dataset.captions))
         prompts = list(train.preview_prompts) or captions[:: max(len(captions) // 16, 1)][:16]
@@ -332,16 +351,17 @@ class Trainer:
         except UserError as error:  # a picture that cannot be drawn is no reason to lose the run
             self.log.say(f"step {self.step}: no preview: {error}")
             return
-        if not self.accelerator.is_main_process:
-            return
-        path = self.run_folder / "previews" / f"step-{self.step:08d}.png"
         if x.dim() == 2:
             rows = self.dataset.rows[torch.arange(min(POINTS, len(self.dataset)))]
-            picture = point_picture({"data": rows, "samples": x.cpu()}, getattr(self.dataset, "log_prob", None))
+            self._show(point_picture({"data": rows, "samples": x.cpu()}, getattr(self.dataset, "log_prob", None)))
         else:
-            picture = caption_grid(x, prompts)
-        picture.save_atomic(path)
-        self.log.say(f"step {self.step}: {path}")
+            self._show(caption_grid(x, prompts))
+
+    def _show(self, picture: Picture) -> None:
+        if self.accelerator.is_main_process:
+            path = self.run_folder / "previews" / f"step-{self.step:08d}.png"
+            picture.save_atomic(path)
+            self.log.say(f"step {self.step}: {path}")
 
 
 def shape_of(data: Any) -> tuple[int, ...]:
@@ -349,21 +369,23 @@ def shape_of(data: Any) -> tuple[int, ...]:
     return tuple(data.shape) if hasattr(data, "shape") else (data.channels, data.size, data.size)
 
 
-def fit_to(model: Any, text: nn.Module, shape: tuple[int, ...]) -> Any:
-    """Fill in what a network's config leaves to the run: the shape of a sample, and the text encoder's widths.
+def fit_to(model: Any, text: nn.Module, shape: tuple[int, ...], flow: Any = None) -> Any:
+    """Fill in what a network's config leaves open: a sample's shape, the text encoder's widths, and what the flow says.
 
     Raises UserError for a network that reads the tokens of a text where there is none.
     """
     if not text.max_tokens and getattr(model, "context_dim", 0) is None:
         kind = type(model).__name__.removesuffix("Config")
         raise UserError(f"a model {kind} reads the tokens of a text, and text is none; set text, such as learned")
-    known = {
+    known: dict[str, Any] = {
         "shape": shape,
         "in_channels": shape[0],
         "context_dim": text.context_dim,
         "pooled_dim": text.pooled_dim,
         "condition_dim": text.pooled_dim,
     }
-    if len(shape) == 3:
-        known["sample_size"] = max(shape[1] // getattr(model, "patch_size", 1), 1)
+    if hasattr(flow, "fits"):
+        known |= flow.fits(shape)
+    if len(known["shape"]) == 3:
+        known["sample_size"] = max(known["shape"][1] // getattr(model, "patch_size", 1), 1)
     return replace(model, **{k: v for k, v in known.items() if getattr(model, k, 0) is None})

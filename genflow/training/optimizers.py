@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -44,6 +45,25 @@ class AdamWConfig:
         """One fused optimiser over every parameter that requires a gradient."""
         groups = decay_groups([p for p in model.parameters() if p.requires_grad], self.weight_decay)
         return torch.optim.AdamW(groups, lr=self.lr, betas=self.betas, eps=self.eps, fused=True)
+
+
+@optimizer_export("adamw8bit")
+@dataclass(frozen=True)
+class AdamW8bitConfig(AdamWConfig):
+    """AdamW whose moments take 8 bits (Dettmers et al. 2022, arXiv 2110.02861), through bitsandbytes.
+
+    Two bytes a parameter instead of eight; of tensors of fewer than 4096 numbers float32, as in AdamW.
+    """
+
+    def build(self, model: nn.Module) -> torch.optim.Optimizer:
+        """Raises UserError where bitsandbytes is not installed."""
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # of parts that are for other uses than this
+        try:
+            import bitsandbytes
+        except ImportError as error:
+            raise UserError("optimizer adamw8bit needs bitsandbytes; pip install 'genflow[eightbit]'") from error
+        groups = decay_groups([p for p in model.parameters() if p.requires_grad], self.weight_decay)
+        return bitsandbytes.optim.AdamW8bit(groups, lr=self.lr, betas=self.betas, eps=self.eps)
 
 
 def _default(name: str) -> object:

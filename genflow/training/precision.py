@@ -101,14 +101,16 @@ def precision_report(device: torch.device) -> dict[str, str]:
 
 @contextmanager
 def verified(model: nn.Module, precision: str) -> Iterator[None]:
-    """Watch the linears inside one forward: raises UserError unless most of them computed in `precision`."""
+    """Watch the trained linears inside one forward: raises UserError unless most of them computed in `precision`."""
     seen: list[torch.dtype] = []
     # Hooks inside a compiled block would make it compile twice.
     compiled = {m for block in model.modules() if block._compiled_call_impl is not None for m in block.modules()}
     hooks = [
         module.register_forward_hook(lambda _m, _i, out: seen.append(out.dtype))
         for module in model.modules()
-        if type(module) in (nn.Linear, Linear, nn.Conv2d, ConvNet) and module not in compiled
+        if type(module) in (nn.Linear, Linear, nn.Conv2d, ConvNet)
+        and module not in compiled
+        and any(p.requires_grad for p in module.parameters())
     ]
     try:
         yield

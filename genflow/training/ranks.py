@@ -7,7 +7,8 @@ import os
 import re
 import time
 from collections.abc import Iterator, Mapping
-from typing import TypeVar
+from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -17,6 +18,7 @@ from accelerate.utils import gather_object
 from genflow.errors import UserError
 
 T = TypeVar("T")
+MEETING = timedelta(minutes=5)  # for all processes of a run to have come; torch's own limit, of messages, is 30
 # As gloo, NCCL and the store of addresses tell that another process is gone.
 LOST = re.compile(
     "connection (closed|reset|refused)|broken pipe|socket (closed|timeout)|gloo|nccl|recv.* bytes|timed? ?out|aborted",
@@ -27,10 +29,10 @@ LOST = re.compile(
 def join_processes() -> torch.device:
     """Meet the other processes that the launcher started (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT); our device.
 
-    Raises UserError where they cannot meet, such as at an address in use.
+    Raises UserError where they cannot meet, such as at an address in use, or have not after `MEETING`.
     """
     try:
-        return PartialState(cpu=not (torch.cuda.is_available() or torch.backends.mps.is_available())).device
+        return PartialState(cpu=not (torch.cuda.is_available() or torch.backends.mps.is_available()), **_meet()).device
     except (dist.DistError, ValueError) as error:
         words = " ".join(str(error).split())
         where = f"{os.environ.get('MASTER_ADDR', 'MASTER_ADDR')}:{os.environ.get('MASTER_PORT', 'MASTER_PORT')}"
@@ -41,6 +43,16 @@ def join_processes() -> torch.device:
         else:
             why = f"{words[:200]}; look at MASTER_ADDR, MASTER_PORT, RANK and WORLD_SIZE"
         raise UserError(f"the processes of this run cannot meet at {where}: {why}") from None
+
+
+def _meet() -> dict[str, Any]:
+    """Where the processes have met, for `init_process_group`; nothing where no launcher, or one of another kind, tells."""
+    addressed = all(name in os.environ for name in ("LOCAL_RANK", "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
+    if not addressed or PartialState._shared_state or dist.is_initialized():
+        return {}
+    store, rank, world = next(dist.rendezvous("env://", timeout=MEETING))
+    store.set_timeout(dist.distributed_c10d.default_pg_timeout)
+    return {"store": store, "rank": rank, "world_size": world}
 
 
 @contextlib.contextmanager

@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
-from accelerate.utils import ProjectConfiguration
+from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
 
 from genflow.config import load, to_dict
 from genflow.errors import UserError, nearest
 from genflow.flows.store import newest_checkpoint, read_config
+from genflow.flows.trained import resolved
 from genflow.registry import api_export
 from genflow.training.config import RunConfig
 from genflow.training.loop import Trainer
@@ -28,6 +29,9 @@ try:
     import fcntl
 except ImportError:  # not a system with such locks
     fcntl = None  # type: ignore[assignment]
+
+# MB of gradients that DDP reduces at a time on CPUs: with its own 25 most are reduced when the backward is over.
+CPU_BUCKETS = 4
 
 # What may differ between a run and its continuation without making it another run.
 FREE = {
@@ -69,6 +73,7 @@ def _train_together(config: str | Path | RunConfig, overrides: Sequence[str], de
         else:
             asked = load(config, overrides, schema=RunConfig)
             asked = replace(asked, out=asked.out or f"runs/{Path(config).stem}")
+        asked = replace(asked, flow=resolved(asked.flow))
         if asked.out is None:
             raise UserError("config: `out` is not set; name the run's folder")
         run = Path(asked.out)
@@ -114,6 +119,7 @@ def _train(asked: RunConfig, run: Path, device: torch.device, why: str) -> None:
         cpu=device.type == "cpu",
         log_with=list(asked.train.trackers) or None,
         project_config=ProjectConfiguration(project_dir=str(run), logging_dir=str(run)),
+        kwargs_handlers=[DistributedDataParallelKwargs(bucket_cap_mb=CPU_BUCKETS)] if device.type == "cpu" else None,
     )
     trainer = Trainer(asked, run, accelerator)
     if trainer.step >= asked.train.steps:

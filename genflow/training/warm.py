@@ -1,12 +1,16 @@
-"""A run that starts from the weights of another one."""
+"""Runs that start from weights that are there already."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+
 from genflow.config import to_dict
+from genflow.errors import UserError
 from genflow.flows.base import Flow
-from genflow.flows.store import newest_checkpoint
+from genflow.flows.latent import Autoencoder, LatentFlowConfig
+from genflow.flows.store import MODEL, _read_tensors, fill_from, find_model, newest_checkpoint
 from genflow.training.checkpoint import checkpoint_tensors, save_checkpoint
 from genflow.training.config import RunConfig
 from genflow.training.ema import EMA
@@ -28,3 +32,39 @@ def warm_start(config: RunConfig, flow: Flow, run: Path) -> None:
         state={"by_time": [], "scaler": None},
         keep=train.keep,
     )
+
+
+def begin_with(flow: Flow, path: str) -> None:
+    """Fill a flow with the weights, averaged or not, of a run, a checkpoint or a model folder of the same model.
+
+    Raises UserError for one that does not fit.
+    """
+    fill_from(flow, find_model(path), ema=True)
+
+
+def autoencoder_of(config: RunConfig) -> Autoencoder:
+    """The autoencoder that a run of a flow latent is to have, with its weights.
+
+    Raises UserError for another flow, and where neither the autoencoder's section nor `init` say where its weights are.
+    """
+    if not isinstance(config.flow, LatentFlowConfig):
+        raise UserError("the config's flow has no autoencoder; take flow: {name: latent, autoencoder: ..., flow: ...}")
+    if config.init is not None:
+        autoencoder = config.flow.autoencoder.build()
+        state, prefix = _read_tensors(find_model(config.init) / MODEL, skip={}), "autoencoder."
+        held = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+        try:
+            autoencoder.load_state_dict(held)
+        except RuntimeError as error:
+            reason = str(error).splitlines()[1].strip()
+            raise UserError(f"init {config.init}: it has not the autoencoder of the config: {reason}") from error
+        return autoencoder
+    torch.manual_seed(0)
+    first, second = config.flow.autoencoder.build(), config.flow.autoencoder.build()
+    theirs = second.state_dict()
+    if any(not torch.equal(tensor, theirs[name]) for name, tensor in first.state_dict().items()):
+        raise UserError(
+            "the config's autoencoder has random weights; set `init` to a model folder that has its weights, such as one "
+            "that genflow convert wrote"
+        )
+    return first

@@ -1,0 +1,137 @@
+"""genflow compare RUN RUN ..."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from genflow.cli.options import add_solving, open_model, sampling_of, writable
+from genflow.errors import UserError
+
+if TYPE_CHECKING:
+    from genflow.evaluation.comparison import Contestant
+
+STEPS = (2, 4, 8, 16, 32)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    from genflow.evaluation.plan import METRICS
+
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = "metrics:\n" + "\n".join(f"  {name:18}{what}" for name, what in METRICS.items())
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folders of runs, checkpoints or models")
+    parser.add_argument(
+        "--metrics", nargs="+", default=[], metavar="NAME", help="see below (those that each can honestly have)"
+    )
+    what = parser.add_argument_group("of what")
+    what.add_argument("--prompts", nargs="+", default=[], metavar="TEXT", help="to draw (held-out captions)")
+    what.add_argument("--steps", type=int, nargs="+", default=list(STEPS), metavar="N", help="of the distances' curve")
+    what.add_argument("--split", help="of the runs' data (held-out figures: test; distances: train)")
+    what.add_argument("-n", type=int, metavar="N", help="samples (2000, or half of the split; likelihoods: all of it)")
+    what.add_argument("--seed", type=int, default=0, help="of the first sample; the next have the next seeds (0)")
+    what.add_argument(
+        "--features",
+        metavar="NAME",
+        help="GRAPH.json, a name in the cache folder, inception, pixels (mixed4, or pixels)",
+    )
+    how = parser.add_argument_group("how (each run samples in its own way)")
+    how.add_argument("--batch", type=int, default=64, help="samples at once; does not change them (64)")
+    how.add_argument("--no-ema", action="store_true", help="the last weights instead of their average")
+    how.add_argument("--device", help="cpu, cuda, mps (default: the best there is)")
+    parser.add_argument(
+        "--out", default="comparison", metavar="FOLDER", help="where compare.html, .md and .json go (./comparison)"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    from genflow.cli.eval import bar, made_by
+    from genflow.data.pictures import write_atomic
+    from genflow.evaluation.comparison import as_json, compare
+    from genflow.evaluation.page import to_html, to_markdown
+    from genflow.evaluation.plan import Plan
+
+    plan = Plan(tuple(args.metrics), split=args.split, n=args.n, seed=args.seed, batch=args.batch)
+    if wrong := [n for n in args.steps if n < 1]:
+        raise UserError(f"--steps {wrong[0]} is too few; the least is 1")
+    if len(args.runs) < 2:
+        raise UserError(f"{args.runs[0]} alone is no comparison; name two runs or more (genflow eval measures one)")
+    out = writable(args.out)
+    contestants = [_contestant(args, path, name) for path, name in zip(args.runs, _names(args.runs), strict=True)]
+    comparison = compare(contestants, plan, prompts=args.prompts, bar=bar)
+    made = []
+    for entry in comparison.entries:
+        who = entry.who
+        about: dict[str, Any] = {"model": who.model, "ema": who.ema, "features": _features(args, who.flow)}
+        made.append(made_by(entry.found, who.flow, dict(who.section), who.features, **about))
+    texts = {
+        "compare.json": json.dumps(as_json(comparison, made), indent=2, default=str) + "\n",
+        "compare.md": to_markdown(comparison),
+        "compare.html": to_html(comparison, made),
+    }
+    for name, text in texts.items():
+        write_atomic(out / name, lambda file, text=text: file.write(text.encode()))  # type: ignore[misc]
+    print(texts["compare.md"], end="")
+    print(f"\n{out / 'compare.html'}, with compare.md and compare.json")
+    return 0
+
+
+def _names(paths: list[str]) -> list[str]:
+    """The shortest ends of the paths that tell them apart. Raises UserError for a run named twice."""
+    whole = [Path(path).resolve() for path in paths]
+    if twice := [path for path, each in zip(paths, whole, strict=True) if whole.count(each) > 1]:
+        raise UserError(f"{twice[0]} is named twice; a comparison is of different runs")
+    for parts in range(1, max(len(each.parts) for each in whole)):
+        names = ["/".join(each.parts[-parts:]) for each in whole]
+        if len(set(names)) == len(names):
+            return names
+    return paths
+
+
+def _contestant(args: argparse.Namespace, path: str, name: str) -> Contestant:
+    from genflow.cli.eval import data_of, network_for
+    from genflow.cli.plot import read_lines
+    from genflow.evaluation.comparison import Contestant
+    from genflow.flows.prepared import family
+    from genflow.flows.store import find_model
+
+    asked = own_way(path, args)
+    flow, sampling = open_model(asked)
+    model = str(find_model(path))
+    section, data = data_of(flow, model)
+    by_steps: dict[int, dict[str, Any]] = {}
+    stepped = "steps" in [f.name for f in fields(flow.config.sampling)]
+    if stepped and family(sampling.get("sampler", "heun")) != "adaptive":
+        for steps in dict.fromkeys(args.steps):
+            asked.steps = steps
+            by_steps[steps] = sampling_of(asked, flow)
+    metrics = Path(path, "metrics.jsonl")
+    lines = read_lines(metrics) if metrics.exists() else []
+    return Contestant(
+        name,
+        flow,
+        model,
+        not args.no_ema,
+        data,
+        section,
+        network_for(flow, _features(args, flow)),
+        sampling,
+        by_steps,
+        lines,
+    )
+
+
+def _features(args: argparse.Namespace, flow: Any) -> str | None:
+    """Those asked for are of pictures; vectors are measured by their coordinates."""
+    return args.features if len(flow.shape) == 3 else None
+
+
+def own_way(path: str, args: argparse.Namespace) -> argparse.Namespace:
+    """The arguments by which `genflow sample` draws in a run's own way. args: batch, no_ema and device."""
+    parser = argparse.ArgumentParser()
+    add_solving(parser)
+    asked = parser.parse_args([])
+    asked.run, asked.batch, asked.no_ema, asked.device = path, args.batch, args.no_ema, args.device
+    return asked

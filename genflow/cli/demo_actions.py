@@ -1,0 +1,185 @@
+"""What the buttons of `genflow demo` do: plain functions of a model and of what a person chose."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+from genflow.cli.compare import own_way
+from genflow.cli.options import (
+    embed,
+    fit_image,
+    guided,
+    is_stochastic,
+    open_model,
+    refuse_unheard,
+    sampling_of,
+    solver,
+    time_grid,
+)
+from genflow.errors import UserError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+POINTS = 2000  # of a model of vectors
+
+
+@dataclass(frozen=True)
+class Player:
+    """A loaded model. own: how it samples unless told otherwise."""
+
+    args: argparse.Namespace
+    flow: Any
+    own: dict[str, Any]
+
+    @property
+    def takes(self) -> set[str]:
+        """The settings that mean something to it: no guidance without a condition."""
+        return {f.name for f in fields(self.flow.config.sampling)} - ({"guidance"} if not self.hears else set())
+
+    @property
+    def hears(self) -> bool:
+        return bool(self.flow.text.max_tokens)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What the page's controls say."""
+
+    prompt: str = ""
+    seed: int = 0
+    count: int = 4
+    sampler: str = "heun"
+    steps: int = 20
+    guidance: float = 1.0
+
+
+def open_player(path: str, args: argparse.Namespace) -> Player:
+    """args: batch, no_ema and device. Raises UserError as `open_model` does."""
+    asked = own_way(path, args)
+    flow, own = open_model(asked)
+    return Player(asked, flow, own)
+
+
+def settings_of(player: Player, choice: Choice) -> dict[str, Any]:
+    """How to sample: of the choice what this model takes. A tuned grid is taken where the sampler is the model's own."""
+    asked = argparse.Namespace(**vars(player.args))
+    if choice.sampler != player.own.get("sampler") and "sampler" in player.takes:
+        asked.sampler = choice.sampler
+    for name in {"steps", "guidance"} & player.takes:
+        setattr(asked, name, getattr(choice, name))
+    return sampling_of(asked, player.flow)
+
+
+def draw(player: Player, choice: Choice) -> tuple[Image, str]:
+    """Pictures of a prompt and of the seeds from the chosen one on, and what they cost; of vectors, where they lie."""
+    from genflow.data.pictures import caption_grid
+    from genflow.data.points import point_picture
+
+    if choice.count < 1 or choice.seed < 0:
+        raise UserError(f"pictures = {choice.count} and seed = {choice.seed} must be 1 or more, and 0 or more")
+    refuse_unheard(player.args, player.flow, choice.prompt)
+    settings, vectors = settings_of(player, choice), len(player.flow.shape) == 1
+    seeds = range(choice.seed, choice.seed + (POINTS if vectors else choice.count))
+    solution = player.flow.sample([choice.prompt] * len(seeds), seeds=seeds, **settings)
+    x = solution.x.cpu()
+    picture = point_picture(x) if vectors else caption_grid(x, [f"seed {seed}" for seed in seeds], cell=160)
+    return picture.image, f"{len(seeds)} of {solution.nfe} evaluations each: {_told(settings)}"
+
+
+def strip(player: Player, choice: Choice) -> Image:
+    """The pictures that a solve goes through, step by step, and those that they foretell. Raises UserError without one."""
+    import io
+
+    from PIL import Image as Pictures
+
+    from genflow.cli.plot import _Plotter
+
+    _velocity(player, "a strip shows its solve")
+    refuse_unheard(player.args, player.flow, choice.prompt)
+    args = argparse.Namespace(run=player.args.run, prompt=[choice.prompt], seed=choice.seed)
+    buffer = io.BytesIO()
+    _Plotter(args, player.flow, settings_of(player, choice)).strip().savefig(buffer, format="png")
+    return Pictures.open(buffer)
+
+
+def edit(player: Player, choice: Choice, image: Image | None, strength: float, before: str = "") -> tuple[Image, str]:
+    """A picture drawn anew under a prompt: image-to-image, or FlowEdit where `before` says what it shows now."""
+    import torch
+
+    from genflow.data.pictures import caption_grid
+    from genflow.functional import noise_from_seeds
+    from genflow.samplers import editing
+
+    _velocity(player, "edits follow it")
+    refuse_unheard(player.args, player.flow, choice.prompt, before)
+    settings = settings_of(player, choice)
+    if before and is_stochastic(settings):
+        raise UserError(
+            f"sampler {settings['sampler']!r} draws noise, which has no place here; take one such as 'heun'"
+        )
+    x = _fitted(player, image).expand(choice.count, -1, -1, -1)
+    seeds = list(range(choice.seed, choice.seed + choice.count))
+    grid = time_grid(player.flow, settings, settings["steps"])
+    velocity = guided(player.flow, embed(player.flow, [choice.prompt] * len(seeds)), settings)
+    with torch.no_grad():
+        if before:
+            now = guided(player.flow, embed(player.flow, [before] * len(seeds)), settings, guidance=1.0)
+            how: dict[str, Any] = {"seeds": seeds, "strength": strength, "sampler": solver(settings, seeds)}
+            solution = editing.flowedit(now, velocity, x, grid, **how).checked()
+        else:
+            noise = noise_from_seeds(seeds, x.shape[1:]).to(x)
+            drawn = editing.image_to_image(velocity, x, noise, grid, strength, sampler=solver(settings, seeds))
+            solution = drawn.checked()
+    sheet = torch.cat([x[:1], solution.x.clamp(-1, 1)]).cpu()
+    captions = ["given", *(f"seed {seed}" for seed in seeds)]
+    way = "FlowEdit" if before else "image-to-image"
+    return caption_grid(sheet, captions, cell=160).image, f"{way}, {solution.nfe} evaluations: {_told(settings)}"
+
+
+def invert(player: Player, choice: Choice, image: Image | None) -> tuple[Image, str]:
+    """A picture, its noise, and what comes back of it; of a bijection, exactly."""
+    import torch
+
+    from genflow.data.pictures import caption_grid
+    from genflow.samplers.editing import psnr, round_trip
+
+    refuse_unheard(player.args, player.flow, choice.prompt)
+    x, flow = _fitted(player, image)[None], player.flow
+    with torch.no_grad():
+        if hasattr(flow, "guided"):
+            settings = settings_of(player, choice)
+            if is_stochastic(settings):
+                raise UserError(
+                    f"sampler {settings['sampler']!r} draws noise, and has no inverse; take one such as 'heun'"
+                )
+            velocity = guided(flow, embed(flow, [choice.prompt]), settings)
+            grid = time_grid(flow, settings, settings["steps"])
+            trip = round_trip(velocity, x, grid, sampler=solver(settings))
+            noise, back, cost = trip.noise, trip.x, f"{trip.nfe} evaluations there and back"
+        else:
+            condition = flow.text.encode([choice.prompt])
+            noise = flow.encode(x, condition)
+            back, cost = flow.decode(noise, condition), "one pass each way"
+    noise = noise.reshape(x.shape) if noise.numel() == x.numel() else x.new_zeros(x.shape)
+    sheet = torch.cat([x, noise / 3, back.clamp(-1, 1)]).cpu()
+    told = f"{float(psnr(back, x)):.1f} dB, {cost}; the noise has a standard deviation of {float(noise.std()):.2f}"
+    return caption_grid(sheet, ["given", "noise / 3", "back"], columns=3, cell=160).image, told
+
+
+def _velocity(player: Player, why: str) -> None:
+    if not hasattr(player.flow, "guided") or len(player.flow.shape) != 3:
+        raise UserError(f"{player.args.run} is a {type(player.flow).__name__}, no velocity of pictures; {why}")
+
+
+def _fitted(player: Player, image: Image | None) -> Any:
+    if image is None:
+        raise UserError("there is no picture yet; give one on the left")
+    return fit_image(image.convert("RGB"), player.flow)
+
+
+def _told(settings: dict[str, Any]) -> str:
+    shown = {k: v for k, v in settings.items() if k in ("sampler", "steps", "guidance", "temperature", "decoder")}
+    return ", ".join(f"{key} {value}" for key, value in shown.items())

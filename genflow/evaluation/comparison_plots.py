@@ -1,0 +1,126 @@
+"""The plots of a comparison, as SVG that takes its colours and letters from the page around it."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from genflow.evaluation.comparison import Comparison, Entry
+from genflow.evaluation.plots import FAINT, INK, MARKERS, STYLE, _figure, _series, _smooth, styled
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Stand-ins in matplotlib's output for the page's variables: each is a colour that nothing else has.
+SERIES = tuple(f"#0{i}0{i}f{i}" for i in range(8))
+GRID = str(STYLE["grid.color"])
+COLOURS = {INK: "--ink", FAINT: "--faint", GRID: "--rule", **{c: f"--series-{i}" for i, c in enumerate(SERIES)}}
+
+
+@styled
+def plot_quality(comparison: Comparison) -> Figure | None:
+    """The Frechet distance against evaluations and against seconds, a line for each model; None where none has one."""
+    entries = [entry for entry in comparison.entries if entry.curve]
+    if not entries:
+        return None
+    figure = _figure(9.6, 3.8)
+    left, right = figure.subplots(1, 2, sharey=True)
+    for axes, what in ((left, "nfe"), (right, "seconds")):
+        for number, entry in _numbered(comparison, entries):
+            x, y = [getattr(p, what) for p in entry.curve], [p.fd for p in entry.curve]
+            look: Any = {"color": SERIES[number % 8], "marker": MARKERS[number % len(MARKERS)], "label": entry.who.name}
+            axes.plot(x, y, **look)
+        _real_line(axes, comparison)
+        axes.set(xscale="log", yscale="log")
+        axes.minorticks_off()
+        for axis in (axes.xaxis, axes.yaxis):
+            _plain_ticks(axis)
+    left.set(xlabel="network evaluations for a sample", ylabel="Fréchet distance, lower is better")
+    right.set(xlabel="seconds for a sample, of a batch")
+    right.legend(loc="center left", bbox_to_anchor=(1.02, 0.5))
+    return figure
+
+
+def _plain_ticks(axis: Any) -> None:
+    """1, 2 and 5 of each decade, written out."""
+    from matplotlib.ticker import FuncFormatter, LogLocator
+
+    low, high = axis.get_view_interval()
+    decades = np.log10(max(high / low, 1.0001))
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades < 2.5 else (1,)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
+
+
+def _real_line(axes: Axes, comparison: Comparison) -> None:
+    real = {cell.real for e in comparison.entries if (cell := e.row.get("FD")) and cell.real}
+    if comparison.same_data and len(real) == 1:
+        axes.axhline(real.pop(), color=FAINT, linestyle="--", linewidth=1, label="real to real")
+
+
+def _numbered(comparison: Comparison, entries: Sequence[Entry]) -> list[tuple[int, Entry]]:
+    return [(number, entry) for number, entry in enumerate(comparison.entries) if entry in entries]
+
+
+@styled
+def plot_learning(comparison: Comparison) -> Figure | None:
+    """The losses over the samples seen in training, a panel for each kind of loss; None where no run keeps its metrics."""
+    kinds: dict[str, list[Entry]] = {}
+    for entry in comparison.entries:
+        if len(_series(entry.who.lines, "loss")[0]):
+            kinds.setdefault(_loss_of(entry), []).append(entry)
+    if not kinds:
+        return None
+    figure = _figure(max(4.8 * len(kinds), 5.6), 3.6)
+    for axes, (kind, entries) in zip(figure.subplots(1, len(kinds), squeeze=False)[0], kinds.items(), strict=True):
+        for number, entry in _numbered(comparison, entries):
+            batch = (entry.who.flow.recipe or {}).get("train", {}).get("batch_size", 1)
+            steps, loss = _smooth(*_series(entry.who.lines, "loss"))
+            checks, validation = _series(entry.who.lines, "validation_loss")
+            colour = SERIES[number % 8]
+            axes.plot(steps * batch, loss, color=colour, linewidth=0.9, label=entry.who.name)
+            axes.plot(checks * batch, validation, "o--", color=colour, markersize=3.5)
+        axes.set(xlabel="samples seen", ylabel=kind)
+        if all(v > 0 for e in entries for v in _series(e.who.lines, "loss")[1]):
+            axes.set_yscale("log")
+            axes.minorticks_off()
+            _plain_ticks(axes.yaxis)
+        axes.legend()
+    return figure
+
+
+def _loss_of(entry: Entry) -> str:
+    """What a run's loss is of, in words."""
+    if any(key.startswith("loss_t") for line in entry.who.lines for key in line):
+        prediction = (entry.who.flow.recipe or {}).get("flow", {}).get("prediction", "v")
+        return f"squared error of {'the noise' if prediction == 'eps' else 'the velocity'}"
+    unit = entry.who.flow.unit
+    return "nats a token" if unit == "nats of tokens" else f"-log p, {unit}"
+
+
+@styled
+def inline_svg(figure: Figure, name: str, label: str) -> str:
+    """A figure as an <svg> for the inside of a page: its own names begin with `name`, and its colours are the page's."""
+    import matplotlib
+
+    buffer = io.StringIO()
+    nothing: Mapping[str, Any] = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    with matplotlib.rc_context({"svg.fonttype": "none"}):
+        figure.savefig(buffer, format="svg", metadata=dict(nothing), transparent=True)
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(r' xmlns(:\w+)?="[^"]*"', "", text)
+    text = re.sub(r'\bid="', f'id="{name}-', text)
+    text = re.sub(r"url\(#", f"url(#{name}-", text)
+    text = re.sub(r'xlink:href="#', f'href="#{name}-', text)
+    for colour, variable in COLOURS.items():
+        text = text.replace(colour, f"var({variable})")
+    text = re.sub(r"#000000\b|\bblack\b", "var(--ink)", text)
+    opening = rf'<svg role="img" aria-label="{label}" viewBox="\1">'
+    text = re.sub(r'<svg [^>]*?viewBox="([^"]*)"[^>]*>', opening, text, count=1)
+    return text.strip()

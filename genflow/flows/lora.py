@@ -1,0 +1,46 @@
+"""Low-rank updates of a model's matrices, W + B A (Hu et al. 2021, arXiv 2106.09685): what a LoRA run keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from genflow.errors import UserError
+
+# How the factors of a matrix are called in a run's checkpoints, after the name of its module (peft's names).
+A, B = ".lora_A.default.weight", ".lora_B.default.weight"
+Factors = dict[str, tuple[Tensor, Tensor]]  # name of a weight -> A, rank x in, and B, out x rank, its scale within
+
+
+def is_factor(name: str) -> bool:
+    """Whether a tensor of a state dict is a factor."""
+    return name.endswith((A, B))
+
+
+def lora_scale(config: Mapping[str, Any]) -> float | None:
+    """alpha / rank of a LoRA run, by its config.json; None where it is none."""
+    section = (config.get("train") or {}).get("lora")
+    return None if section is None else (section["alpha"] or section["rank"]) / section["rank"]
+
+
+def factors_of(tensors: Mapping[str, Tensor], scale: float, where: Path) -> Factors:
+    """The factors among the tensors of a checkpoint. scale: alpha / rank. Raises UserError where one has no other."""
+    stems = sorted({name.removesuffix(A).removesuffix(B) for name in tensors if is_factor(name)})
+    for stem in stems:
+        if missing := [end for end in (A, B) if stem + end not in tensors]:
+            raise UserError(f"{where} lacks {stem + missing[0]!r}; take another checkpoint")
+    return {f"{stem}.weight": (tensors[stem + A].float(), scale * tensors[stem + B].float()) for stem in stems}
+
+
+@torch.no_grad()
+def merge(model: nn.Module, factors: Factors, where: Path) -> None:
+    """Add the updates to the weights of a model. Raises UserError for a weight that it has not, or of another shape."""
+    weights = dict(model.named_parameters())
+    for name, (a, b) in factors.items():
+        if name not in weights or weights[name].shape != (b.shape[0], a.shape[1]):
+            raise UserError(f"{where}: its update of {name} does not fit the model; they do not belong together")
+        weights[name].copy_(weights[name].float() + (b @ a).to(weights[name].device))
