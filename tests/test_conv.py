@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from genflow.layers import affine, conv, kernels
+from genflow.layers import affine, conv
 from genflow.layers.affine import affine_half, affine_half_inverse
 from genflow.layers.conv import three_convolutions
+from genflow.native import library as kernels
 
 pytestmark = pytest.mark.skipif(kernels.library() is None, reason="no C++ compiler here")
 
