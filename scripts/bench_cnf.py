@@ -271,11 +271,12 @@ class Likelihoods:
         return log_p.double()
 
 
-def likelihood(rounds: int) -> None:
+def likelihood(rounds: int, names: list[str]) -> None:
     print(
         "\nA likelihood: time and error of log p, in nats, at each side's tolerances, and at equal errors, interpolated"
     )
-    for name, problem in LIKELIHOODS.items():
+    for name in names:
+        problem = LIKELIHOODS[name]
         sides, reference = Likelihoods(problem), Likelihoods(problem, double=True)
         works: dict[str, Callable[[float], Tensor]] = {"ours": sides.ours, "zuko": sides.zuko}
         if find_spec("flow_matching"):
@@ -308,14 +309,13 @@ def likelihood(rounds: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--only", help="training problems whose name has this, or likelihood")
+    parser.add_argument("--only", default="", help="problems with this in their names: training 2d, likelihood 1x28x28")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    names = [name for name in PROBLEMS if not args.only or args.only in name]
-    if names:
+    if names := [name for name in PROBLEMS if args.only in f"training {name}"]:
         training(args.rounds, names)
-    if not args.only or args.only in "likelihood":
-        likelihood(args.rounds)
+    if names := [name for name in LIKELIHOODS if args.only in f"likelihood {name}"]:
+        likelihood(args.rounds, names)
 
 
 if __name__ == "__main__":

@@ -60,8 +60,10 @@ def succeed(*arguments, **options) -> None:
 
 
 def go_on_alone(config: Path, *overrides: str) -> None:
-    train(load(config, overrides, schema=RunConfig))
-    AcceleratorState._reset_state(reset_partial_state=True)
+    try:
+        train(load(config, overrides, schema=RunConfig))
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def logged(run: Path) -> dict[tuple[int, str], float]:

@@ -95,13 +95,15 @@ def plot_few_steps(rows: Mapping[str, FewSteps], *, floor: float, features: str)
     colours = [INK if len(rows) < 3 else FAINT] * (len(rows) - 1) + [ACCENT]
     counts = list(next(iter(rows.values())).distance)
     pictures = all(each.dim() == 4 for row in rows.values() for each in row.examples.values())
-    figure = _figure(7.6, 5.6 if pictures else 2.9)
-    above, below = figure.subfigures(2, 1, height_ratios=[1, 1.1]) if pictures else (figure, None)  # type: ignore[misc]
+    heights = [2.9, 6.4 / len(rows) * len(counts) / EXAMPLES + 0.4]  # of square pictures
+    figure = _figure(7.6, sum(heights) if pictures else heights[0])
+    above, below = figure.subfigures(2, 1, height_ratios=heights) if pictures else (figure, None)  # type: ignore[misc]
     straight, far = above.subplots(1, 2, width_ratios=[1, 2])
     values = [row.straightness for row in rows.values()]
     bars = straight.bar(list(rows), values, color=colours, width=0.6)
     straight.bar_label(bars, [f"{value:.2g}" for value in values], padding=2)
     straight.set(title="Straightness (0: straight)", yticks=[])
+    straight.margins(y=0.12)
     straight.spines["left"].set_visible(False)
     straight.grid(visible=False)
     for (name, row), colour in zip(rows.items(), colours, strict=True):

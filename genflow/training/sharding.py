@@ -32,8 +32,9 @@ def shard(flow: Flow, network: nn.Module, dtype: torch.dtype) -> Flow:
     for block in () if isinstance(network, Bijection) else getattr(network, "blocks", ()):
         fully_shard(block, mesh=mesh, mp_policy=policy, ignored_params=frozen)
     fully_shard(flow, mesh=mesh, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False), ignored_params=frozen)
-    for verb in ("sample", "validate"):
-        register_fsdp_forward_method(flow, verb)
+    for verb in ("sample", "validate", "preview"):
+        if hasattr(flow, verb):
+            register_fsdp_forward_method(flow, verb)
     return flow
 
 

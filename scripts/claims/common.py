@@ -34,7 +34,7 @@ Results = dict[str, dict[str, list[float]]]  # by side and figure, one number fo
 
 EMOJI: dict[str, Any] = {  # a text-to-image MM-DiT that learns something in a minute of one core
     "data": {"name": "emoji", "size": 16, "caption": "caption"},
-    "text": {"name": "minilm", "max_tokens": 4},
+    "text": {"name": "minilm", "max_tokens": 8},
     "model": {"name": "mmdit", "depth": 3, "hidden": 128, "heads": 4, "patch_size": 4},
     "flow": {"name": "rectified", "whiten": 0.1},
     "train": {
@@ -138,21 +138,12 @@ class Study:
         """Print and write the table, the picture and what it shows."""
         lines = [f"# {self.name}", "", self.says, "", table(results), ""]
         lines += [f"- {statement}: **{verdict}**" for statement, verdict in verdicts.items()]
-        seeds, threads = ", ".join(map(str, self.seeds)), torch.get_num_threads()
-        made = (
-            f"{self.steps} steps, seeds {seeds}: means with standard deviations over them; torch {torch.__version__}, "
-        )
-        lines += [
-            "",
-            f"`python scripts/claims/{self.name}.py --steps {self.steps} --seeds {seeds.replace(',', '')}`",
-            "",
-        ]
-        lines += [
-            f"{made}{threads} thread{'s' * (threads > 1)}. {note}".rstrip(),
-            "",
-            f"![{self.name}]({self.name}.png)",
-            "",
-        ]
+        seeds, threads = " ".join(map(str, self.seeds)), torch.get_num_threads()
+        features = f" --features {Path(self.features).name}" if self.features else ""
+        command = f"python scripts/claims/{self.name}.py --steps {self.steps} --seeds {seeds} -n {self.n}{features}"
+        made = f"Means with standard deviations over the seeds; torch {torch.__version__}, {threads} thread"
+        lines += ["", f"`{command}`", "", f"{made}{'s' * (threads > 1)}. {note}".rstrip()]
+        lines += ["", f"![{self.name}]({self.name}.png)", ""]
         text = "\n".join(lines)
         write_atomic(self.out / f"{self.name}.md", lambda file: file.write(text.encode()))
         draw(results, self.out / f"{self.name}.png", curves=curves)
@@ -205,7 +196,9 @@ def gains(results: Results, better: str, worse: str, figures: Sequence[str]) -> 
     """By how much one side is below another, seed by seed: the mean log of the ratio of their figures."""
 
     def ratio(a: float, b: float) -> float:
-        return math.log(b / a) if 0 < a < math.inf and 0 < b < math.inf else (b > a) * math.inf - (a > b) * math.inf
+        if 0 < a < math.inf and 0 < b < math.inf:
+            return math.log(b / a)
+        return math.inf if b > a else -math.inf if a > b else 0.0
 
     rows = [[ratio(a, b) for a, b in zip(results[better][f], results[worse][f])] for f in figures]
     return [statistics.mean(each) for each in zip(*rows)]
@@ -232,7 +225,7 @@ def spread(values: Sequence[float]) -> str:
 
 
 def draw(results: Results, path: Path, *, curves: bool) -> None:
-    """curves: figures called "NAME, X WORD" as a line over X for each side; every other one as a panel of dots, a seed each."""
+    """curves: figures called "NAME, X WORD" as lines over X, one for each side; others as dots, one for each seed."""
     from genflow.evaluation.plots import STYLE, save_plot
 
     columns = list(dict.fromkeys(figure for found in results.values() for figure in found))
