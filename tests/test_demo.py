@@ -169,6 +169,8 @@ def labels(page):
 def test_the_page_shows_the_controls_and_tabs_that_its_models_have(player):
     both = labels(page_of([player("unet"), player("glow")]))
     assert {"prompt", "sampler", "steps", "guidance", "Draw", "Step by step", "Edit", "Invert", "unet", "glow"} <= both
+    one = [block.value for block in page_of([player("glow")]).blocks.values() if type(block).__name__ == "Button"]
+    assert one == ["Draw", "To noise and back"]
     plane = labels(page_of([player("plane")]))
     assert "Draw" in plane and not plane & {"prompt", "sampler", "steps", "Edit", "Invert", "pictures"}
 

@@ -11,6 +11,7 @@ from genflow.flows.divergence import probing
 from genflow.flows.models.ffjord import FFJORDConfig
 from genflow.flows.normalizing import standard_normal
 from genflow.functional import Rng
+from genflow.networks.ode_nets import ConcatSquash, _to_one_channel
 
 
 @pytest.mark.parametrize("shape, condition_dim", [((3,), 0), ((3,), 2), ((2, 4, 4), 0), ((1, 4, 4), 2)])
@@ -86,3 +87,21 @@ def test_pictures_take_softplus_and_vectors_tanh_unless_told():
 def test_impossible_models_are_refused(fields, message):
     with pytest.raises(UserError, match=message):
         FFJORDConfig(**{"shape": (3,), "condition_dim": 0, **fields}).build()
+
+
+def test_a_convolution_to_one_channel_is_a_convolution_with_all_its_derivatives():
+    rows, weight = torch.randn(2, 3, 5, 4, dtype=torch.float64), torch.randn(1, 3, 3, 3, dtype=torch.float64)
+    torch.testing.assert_close(_to_one_channel(rows, weight), torch.nn.functional.conv2d(rows, weight, padding=1))
+    rows, weight = rows.requires_grad_(), weight.requires_grad_()
+    assert torch.autograd.gradcheck(_to_one_channel, (rows, weight))
+    assert torch.autograd.gradgradcheck(_to_one_channel, (rows[:1, :, :3, :3].detach().requires_grad_(), weight))
+
+
+def test_a_network_is_the_same_with_and_without_a_backward():
+    net = ConcatSquash((2, 6, 6), hidden=(4, 4), activation="softplus").double()
+    for parameter in net.parameters():
+        parameter.data.normal_()
+    x, t = torch.randn(3, 2, 6, 6, dtype=torch.float64) * 9, torch.rand(3, dtype=torch.float64)
+    with torch.no_grad():
+        alone = net(x, t)
+    torch.testing.assert_close(net(x, t), alone)

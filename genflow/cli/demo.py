@@ -9,6 +9,8 @@ from typing import Any
 from genflow.cli.demo_actions import Choice, Player, draw, edit, invert, open_player, strip
 from genflow.errors import UserError
 
+SAFE = ["download", "fullscreen"]  # buttons of a picture that send it nowhere
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", nargs="+", metavar="RUN", help="one, or two side by side: runs, checkpoints, models")
@@ -44,23 +46,21 @@ def build_page(players: Sequence[Player]) -> Any:
         controls = _controls(gradio, players)
         with gradio.Tab("Draw"):
             _tab(gradio, players, "Draw", [], controls, draw)
-        if any(_has_velocity(player) for player in players):
+        pictured = [player for player in players if len(player.flow.shape) == 3]
+        moving = [player for player in pictured if hasattr(player.flow, "guided")]
+        if moving:
             with gradio.Tab("Step by step"):
-                _tab(gradio, players, "Show the steps", [], controls, strip, told=False)
+                _tab(gradio, moving, "Show the steps", [], controls, strip, told=False)
             with gradio.Tab("Edit"):
                 image = gradio.Image(type="pil", label="picture", height=220)
                 strength = gradio.Slider(0.05, 1, 0.6, label="strength: the more, the freer")
                 before = gradio.Textbox(label="what it shows now (then by FlowEdit; empty: image-to-image)")
-                _tab(gradio, players, "Edit", [image, strength, before], controls, edit)
-        if any(len(player.flow.shape) == 3 for player in players):
+                _tab(gradio, moving, "Edit", [image, strength, before], controls, edit)
+        if pictured:
             with gradio.Tab("Invert"):
                 image = gradio.Image(type="pil", label="picture", height=220)
-                _tab(gradio, players, "To noise and back", [image], controls, invert)
+                _tab(gradio, pictured, "To noise and back", [image], controls, invert)
     return page
-
-
-def _has_velocity(player: Player) -> bool:
-    return hasattr(player.flow, "guided") and len(player.flow.shape) == 3
 
 
 def _controls(gradio: Any, players: Sequence[Player]) -> list[Any]:
@@ -103,7 +103,7 @@ def _tab(
     with gradio.Row():
         for player in players:
             with gradio.Column():
-                picture = gradio.Image(label=str(player.args.run), format="png", interactive=False)
+                picture = gradio.Image(label=str(player.args.run), format="png", interactive=False, buttons=SAFE)
                 outputs = [picture, gradio.Markdown()] if told else [picture]
             press.click(_shown(gradio, player, action), [*controls, *inputs], outputs, api_visibility="private")
 

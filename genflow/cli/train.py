@@ -25,7 +25,11 @@ def run(args: argparse.Namespace) -> int:
         print(f"stopped and saved; to go on: {again}", file=sys.stderr)
         return 130
     if os.environ.get("RANK", "0") == "0":  # of several processes, one says so
-        text = read_config(find_model(folder))["text"]
+        recipe = read_config(find_model(folder))
+        if recipe["flow"]["name"] == "autoencoder":  # which draws nothing
+            print(f"trained: {folder}; to measure: genflow eval {folder}", file=sys.stderr)
+            return 0
+        text = recipe["text"]
         words = {"none": "", "labels": f" --class {shlex.quote(str(text.get('classes', ['...'])[0]))}"}
         prompt = words.get(text["name"], ' --prompt "..."')
         print(f"trained: {folder}; to draw: genflow sample {folder}{prompt}", file=sys.stderr)

@@ -76,7 +76,7 @@ def pictures(claim: Study, names: Iterable[str], sides: dict[str, dict[str, Any]
 
 
 def main() -> None:
-    claim = study(__file__, __doc__, steps=400)
+    claim = study(__file__, __doc__, steps=500)
     sets = there()
     sides = {
         of(name, channels): merged(
