@@ -96,7 +96,9 @@ class Entry:
 
     @property
     def family(self) -> str:
-        return f"{type(self.who.flow).__name__} of {type(self.who.flow.network).__name__}"  # type: ignore[union-attr]
+        """What kind of flow it is, and of which network where it has one."""
+        network = getattr(self.who.flow, "network", None)
+        return type(self.who.flow).__name__ + ("" if network is None else f" of {type(network).__name__}")
 
 
 @api_export("Comparison")
