@@ -21,7 +21,7 @@ from genflow.conditions import Condition
 from genflow.data import latents_cache
 from genflow.data.buckets import Buckets
 from genflow.data.folders import FolderConfig
-from genflow.data.latents import LatentDataset, LatentsConfig, autoencoder_identity
+from genflow.data.latents import LatentDataset, LatentsConfig
 from genflow.data.latents_cache import cache_latents
 from genflow.data.loading import StreamSampler, loader
 from genflow.data.prepared import PreparedConditions
@@ -30,6 +30,7 @@ from genflow.flows.latent import LatentFlow, LatentFlowConfig
 from genflow.flows.store import save_model
 from genflow.functional import Rng
 from genflow.interop.autoencoder import KLAutoencoderConfig
+from genflow.networks.identity import identity
 from genflow.networks.mmdit import MMDiTConfig
 from genflow.text.none import NoTextConfig
 from genflow.text.trained import LearnedText, LearnedTextConfig
@@ -277,10 +278,10 @@ def test_an_identity_hangs_on_weights_and_not_on_where_they_came_from():
     torch.manual_seed(0)
     a = VAE.build()
     b = VAE.build()
-    assert autoencoder_identity(a) != autoencoder_identity(b)
+    assert identity(a) != identity(b)
     b.load_state_dict(a.state_dict())
-    assert autoencoder_identity(a) == autoencoder_identity(b)
-    assert autoencoder_identity(b.double()) == autoencoder_identity(a)  # compared in float32
+    assert identity(a) == identity(b)
+    assert identity(b.double()) == identity(a)  # compared in float32
 
 
 @pytest.mark.parametrize(

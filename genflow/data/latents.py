@@ -7,7 +7,6 @@ with `tokens`, `mask` and `pooled` of distinct captions. A shard is whole or abs
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 from genflow.conditions import Condition
 from genflow.data.folders import existing
 from genflow.errors import UserError, nearest
+from genflow.networks.identity import identity
 from genflow.registry import api_export, dataset_export
 from genflow.text import TextEncoder
 
@@ -39,16 +39,6 @@ class Encoder(Protocol):
 
     def posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of q(z | x)."""
-
-
-@api_export("autoencoder_identity")
-def autoencoder_identity(autoencoder: nn.Module) -> str:
-    """A sha256 of an autoencoder's weights, in float32, and their names: the same wherever it is."""
-    digest = hashlib.sha256(type(autoencoder).__name__.encode())
-    for name, tensor in sorted(autoencoder.state_dict().items()):
-        digest.update(f"{name} {list(tensor.shape)}".encode())
-        digest.update(tensor.detach().float().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 class Texts:
@@ -119,7 +109,7 @@ class LatentDataset:
                 f"data latents: {self.folder} has latents of {channels} channels, the flow's autoencoder makes "
                 f"{autoencoder.channels}; {AGAIN}"
             )
-        if (own := autoencoder_identity(autoencoder)) != self.about["autoencoder"]:
+        if (own := identity(autoencoder)) != self.about["autoencoder"]:
             raise UserError(
                 f"data latents: {self.folder} was made by another autoencoder ({self.about['autoencoder'][:12]}) than the "
                 f"flow's ({own[:12]}); {AGAIN}, into another folder"

@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from genflow.data.images import BadImage, ImageDataset
-from genflow.data.latents import DTYPES, HEAD, Encoder, autoencoder_identity, names, read_head
+from genflow.data.latents import DTYPES, HEAD, Encoder, names, read_head
 from genflow.data.sources import Pictures
 from genflow.errors import UserError
+from genflow.networks.identity import identity
 from genflow.registry import api_export
 from genflow.text import TextEncoder
 
@@ -84,7 +85,7 @@ def cache_latents(
         "channels": encoder.channels,
         "flip": flip,
         "dtype": dtype,
-        "autoencoder": autoencoder_identity(autoencoder),
+        "autoencoder": identity(autoencoder),
         "text": text.fingerprint(),
         "data": None,
         "latents": len(parts),
