@@ -36,7 +36,7 @@ def step(run: str, precision: str, device: torch.device, name: str) -> Side:
 
 
 def main() -> None:
-    claim = study(__file__, __doc__, steps=1200)
+    claim = study(__file__, __doc__, steps=600)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     refused = {name: reason for name in ("bf16", "fp16") if (reason := refusal(name, device))}
     sides = {n: merged(EMOJI, {"train": {"precision": n}}) for n in ("fp32", "bf16", "fp16") if n not in refused}

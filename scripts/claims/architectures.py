@@ -110,7 +110,7 @@ def width(way: str, wanted: int, like: MMDiTConfig) -> int:
 
 
 def main() -> None:
-    claim = study(__file__, __doc__, steps=1500)
+    claim = study(__file__, __doc__, steps=600)
     fits = {"in_channels": 3, "context_dim": 384, "pooled_dim": 384, "sample_size": 4}
     ours = MMDiTConfig(depth=3, hidden=128, heads=4, patch_size=4, **fits)
     wanted = sum(p.numel() for p in ours.build().parameters())

@@ -67,7 +67,7 @@ def merged(section: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, 
 
 @dataclass(frozen=True)
 class Study:
-    """One claim: what it says and where it is from, and how it is run."""
+    """One claim: its words, where its runs and its table go, and how large it is."""
 
     name: str
     says: str
@@ -153,7 +153,7 @@ class Study:
 
 
 def study(file: str, doc: str, *, steps: int, n: int = 500) -> Study:
-    """A claim from its script and the command line. doc: its first paragraph is what the claim says."""
+    """A claim from its script and the command line. doc: what it says, what is varied and measured, when it is shown."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("runs/claims"), help="where runs are kept (runs/claims)")
     parser.add_argument("--out", type=Path, default=Path("samples/claims"), help="of the table and the picture")
@@ -162,7 +162,7 @@ def study(file: str, doc: str, *, steps: int, n: int = 500) -> Study:
     parser.add_argument("-n", type=int, default=n, help=f"samples of each distance ({n})")
     parser.add_argument("--features", help="of the distances, as of genflow eval (mixed4, or pixels)")
     args = parser.parse_args(sys.argv[1:])
-    says = " ".join(doc.strip().split("\n\n")[0].split())
+    says = "\n\n".join(" ".join(paragraph.split()) for paragraph in doc.strip().split("\n\n"))
     return Study(Path(file).stem, says, args.work, args.out, args.seeds, args.steps, args.n, args.features)
 
 

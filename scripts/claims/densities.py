@@ -19,7 +19,7 @@ DENSITIES = {
 
 
 def main() -> None:
-    claim = study(__file__, __doc__, steps=1500)
+    claim = study(__file__, __doc__, steps=600)
     results = claim.sweep({name: merged(EMOJI, change) for name, change in DENSITIES.items()}, claim.figures)
     distances = [f"FD, {count} steps" for count in STEPS]
     said = {

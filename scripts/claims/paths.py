@@ -17,7 +17,7 @@ PATHS = {
 
 
 def main() -> None:
-    claim = study(__file__, __doc__, steps=1500)
+    claim = study(__file__, __doc__, steps=600)
     sides = {name: merged(EMOJI, {"flow": {"density": "uniform", **flow}}) for name, flow in PATHS.items()}
 
     def measure(run):

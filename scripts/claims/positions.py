@@ -52,7 +52,7 @@ class Nowhere(MMDiT):
 
 
 def main() -> None:
-    claim = study(__file__, __doc__, steps=1500)
+    claim = study(__file__, __doc__, steps=600)
     model = {**EMOJI["model"], "name": "mmdit_of_positions"}
     sides = {kind: merged(EMOJI, {"model": {**model, "kind": kind}}) for kind in ("2d", "1d", "none")}
 

@@ -72,7 +72,7 @@ def follow(claim: Study, side: str, seed: int, section: dict) -> dict[str, float
 
 
 def main() -> None:
-    claim = study(__file__, __doc__, steps=1200)
+    claim = study(__file__, __doc__, steps=800)
     results = {}
     for seed in claim.seeds:
         for side, on in (("QK-norm", True), ("none", False)):

@@ -15,7 +15,7 @@ WIDTHS, LOOKS = (32, 64, 128), 5
 
 
 def main() -> None:
-    claim = study(__file__, __doc__, steps=1000)
+    claim = study(__file__, __doc__, steps=500)
     results: dict[str, dict[str, list[float]]] = {"all": {}}
     for seed in claim.seeds:
         pairs, last = [], []
