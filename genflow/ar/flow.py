@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from genflow.ar.decoders import Ancestral, Decoded, Decoder, Progress
 from genflow.ar.drafts import ModelDraft, MTPDraft
 from genflow.ar.guess import Draft
-from genflow.ar.identity import identity, same_text, short
 from genflow.ar.law import TokenLaw
 from genflow.ar.reader import TransformerReader
 from genflow.conditions import Condition
@@ -27,9 +26,11 @@ from genflow.flows.conditioned import ConditionedFlow
 from genflow.flows.store import load
 from genflow.flows.tokenizer import Tokenizer
 from genflow.functional import Rng
+from genflow.networks.identity import identity
 from genflow.networks.token_transformer import TokenTransformer
 from genflow.registry import api_export, flow_export, tag_of
 from genflow.samplers import Solution
+from genflow.text.base import same_text
 
 
 @dataclass(frozen=True)
@@ -157,6 +158,10 @@ class TokenFlow(ConditionedFlow):
         with torch.autocast(tokens.device.type, enabled=False):
             return self.tokenizer.decode(tokens.unflatten(1, self.grid)).float().clamp(-1, 1)
 
+    def reconstruct(self, x: Tensor) -> Tensor:
+        """Pictures there and back through the tokenizer: no sample can be truer."""
+        return self.to_pictures(self.to_tokens(x.to(self.device)))
+
     def heard(self, batch: Batch, rng: Rng) -> Condition:
         """The embedded conditions of a batch in training, those that are dropped empty: stream "drop" of batch.position."""
         keep = (rng.uniform("drop", batch.position) >= self.config.drop_condition).to(batch.x.device)
@@ -206,7 +211,7 @@ class TokenFlow(ConditionedFlow):
         if how:
             raise UserError(f"{next(iter(how))} is for likelihoods of a velocity; a {type(self).__name__}'s is exact")
         dtype = str(next(self.network.parameters()).dtype).removeprefix("torch.")
-        which = short(identity(self.tokenizer))
+        which = identity(self.tokenizer)[:12]
         return f"exact, of a picture's {self.network.tokens} tokens of {self.network.vocabulary}, tokenizer {which}, {dtype}"
 
     @torch.no_grad()
@@ -275,9 +280,9 @@ class TokenFlow(ConditionedFlow):
     def guesses_for(self, target: TokenFlow, reader: TransformerReader, prompts: Sequence[str] | Condition) -> Draft:
         """This model as the draft of another. Raises UserError for one of another tokenizer."""
         mine, its = identity(self.tokenizer), identity(target.tokenizer)
-        if self.grid != target.grid or not torch.equal(mine, its):
+        if self.grid != target.grid or mine != its:
             raise UserError(
-                f"the draft has tokenizer {short(mine)} and the model {short(its)}; both must be of one tokenizer"
+                f"the draft has tokenizer {mine[:12]} and the model {its[:12]}; both must be of one tokenizer"
             )
         if isinstance(prompts, Condition) and not same_text(self.text, target.text):
             raise UserError("the draft has another text encoder than the model; give prompts, no prepared condition")

@@ -17,7 +17,6 @@ from genflow.ar.decoders import Speculative
 from genflow.ar.drafts import HeadsDraft
 from genflow.ar.flow import DecodeConfig, TokenFlow, TokenSolution
 from genflow.ar.guess import Draft
-from genflow.ar.identity import identity, same_text, short
 from genflow.ar.reader import TransformerReader
 from genflow.conditions import Condition
 from genflow.config import Choice, from_dict
@@ -25,8 +24,10 @@ from genflow.errors import UserError
 from genflow.flows.base import Batch, Flow, LossOutput, evaluating
 from genflow.flows.store import load
 from genflow.functional import Rng
+from genflow.networks.identity import identity
 from genflow.networks.token_transformer import MedusaHeads
 from genflow.registry import api_export, flow_export
+from genflow.text.base import same_text
 
 DECAY = 0.8  # of the heads' weights, one head to the next (arXiv 2401.10774, sec. 2.2.1)
 
@@ -92,7 +93,7 @@ class MedusaFlow(Flow):
         super().__init__()
         self.config, self.network, self.shape = config, network, base.shape
         self.base = base.requires_grad_(False).eval()
-        self.register_buffer("base_identity", identity(base))
+        self.register_buffer("base_identity", _bytes(identity(base)))
         with torch.no_grad():
             for layer in cast(Iterable[nn.Linear], network.outer):
                 layer.weight.copy_(base.network.head.weight)
@@ -156,11 +157,20 @@ class MedusaFlow(Flow):
 
     def guesses_for(self, target: TokenFlow, reader: TransformerReader, prompts: Sequence[str] | Condition) -> Draft:
         """The heads as the draft of their base. Raises UserError for another model."""
-        its, mine = identity(target), self.base_identity.cpu()
-        if not torch.equal(its, mine):
-            raise UserError(f"the heads were fitted to model {short(mine)}, and this is {short(its)}; fit heads to it")
+        its, mine = identity(target), _hexadecimal(self.base_identity)
+        if its != mine:
+            raise UserError(f"the heads were fitted to model {mine[:12]}, and this is {its[:12]}; fit heads to it")
         norm = target.network.norm
         return HeadsDraft(reader, lambda h: self.network(norm(h.to(norm.weight.dtype))), len(self.network.inner))
+
+
+def _bytes(identity: str) -> Tensor:
+    """As checkpoints hold it: 32 uint8."""
+    return torch.tensor(list(bytes.fromhex(identity)), dtype=torch.uint8)
+
+
+def _hexadecimal(identity: Tensor) -> str:
+    return bytes(identity.tolist()).hex()
 
 
 def _without_base(_module: nn.Module, state: dict, prefix: str, _metadata: dict) -> None:
@@ -176,5 +186,7 @@ def _same_base(module: MedusaFlow, state: dict, prefix: str, *_: Any) -> None:
     """Raises UserError where the base is not the one that the saved heads were fitted to."""
     saved = state.get(f"{prefix}base_identity")
     if saved is not None and not torch.equal(saved.cpu(), now := module.base_identity.cpu()):
-        where = f"{module.config.base} is now {short(now)}"
-        raise UserError(f"the heads were fitted to model {short(saved)}, and {where}; name that one, or fit heads anew")
+        where = f"{module.config.base} is now {_hexadecimal(now)[:12]}"
+        raise UserError(
+            f"the heads were fitted to model {_hexadecimal(saved)[:12]}, and {where}; name that one, or fit heads anew"
+        )

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from genflow.attention import Mask, attention
 from genflow.errors import UserError
+from genflow.layers.modulation import Linear
 from genflow.networks.cache import KeyValueCache
 from genflow.registry import api_export, network_export
 
@@ -189,10 +190,10 @@ class TokenBlock(nn.Module):
         inner = -(-8 * width // 3 // 32) * 32  # as many parameters as two matrices of 4 width
         self.heads, self.backend = heads, backend
         self.attention_norm, self.mlp_norm = nn.RMSNorm(width, EPS), nn.RMSNorm(width, EPS)
-        self.qkv = nn.Linear(width, 3 * width, bias=False)
-        self.proj = nn.Linear(width, width, bias=False)
-        self.up = nn.Linear(width, 2 * inner, bias=False)
-        self.down = nn.Linear(inner, width, bias=False)
+        self.qkv = Linear(width, 3 * width, bias=False)
+        self.proj = Linear(width, width, bias=False)
+        self.up = Linear(width, 2 * inner, bias=False)
+        self.down = Linear(inner, width, bias=False)
 
     def forward(
         self, x: Tensor, rotation: tuple[Tensor, Tensor], cache: KeyValueCache | None = None, layer: int = 0
@@ -219,7 +220,7 @@ class MTPModule(nn.Module):
     def __init__(self, width: int, heads: int, backend: str) -> None:
         super().__init__()
         self.hidden_norm, self.symbol_norm = nn.RMSNorm(width, EPS), nn.RMSNorm(width, EPS)
-        self.join = nn.Linear(2 * width, width, bias=False)
+        self.join = Linear(2 * width, width, bias=False)
         self.block = TokenBlock(width, heads, backend)
 
     def forward(

@@ -55,3 +55,9 @@ def warn_cut(cut: Sequence[str], limit: str) -> None:
     if cut:
         which = f"prompt cut to {limit}" if len(cut) == 1 else f"{len(cut)} prompts cut to {limit}, the first"
         warnings.warn(f"{which}: {cut[0][:40]!r}...", stacklevel=3)
+
+
+def same_text(a: nn.Module, b: nn.Module) -> bool:
+    """Whether two text encoders prepare the same conditions."""
+    told = ("max_tokens", "context_dim", "pooled_dim", "classes", "identity")
+    return type(a) is type(b) and all(getattr(a, name, None) == getattr(b, name, None) for name in told)
