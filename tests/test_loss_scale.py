@@ -64,6 +64,7 @@ def run(tmp_path, monkeypatch):
         here = type("Here", (Scaled,), {"bad": bad, "scales": scales})
         monkeypatch.setattr(genflow.training.run, "Accelerator", here)
         made = {**MADE, "train": {**MADE["train"], **options}, "out": str(tmp_path / name)}
+        AcceleratorState._reset_state(reset_partial_state=True)  # another test's is of another precision
         try:
             return train(from_dict(RunConfig, made))
         finally:
