@@ -18,7 +18,7 @@ WORKER = """
 import json, os, signal, sys
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, PartialState
+from accelerate.state import PartialState
 from genflow.cli import main
 torch.set_num_threads(1)
 rank = int(os.environ["RANK"])
@@ -28,7 +28,6 @@ for arguments in json.loads(sys.argv[1]):
     code = main(["train", *arguments])
     if code:
         sys.exit(code)
-    AcceleratorState._reset_state()
 """
 
 

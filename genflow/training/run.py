@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
+from accelerate.state import AcceleratorState
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
 
@@ -114,6 +115,7 @@ def _make_folder(run: Path) -> None:
 
 
 def _train(asked: RunConfig, run: Path, device: torch.device, why: str) -> None:
+    AcceleratorState._reset_state()  # accelerate keeps one precision for a process; the run before may have had another
     accelerator = Accelerator(
         mixed_precision={"fp32": "no", "tf32": "no"}.get(asked.train.precision, asked.train.precision),
         cpu=device.type == "cpu",

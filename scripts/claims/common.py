@@ -84,12 +84,9 @@ class Study:
         steps = steps or self.steps
         newest = newest_checkpoint(folder)
         if newest is None or int(newest.name.removeprefix("step-")) < steps:
-            from accelerate.state import AcceleratorState
-
             from genflow.training.config import RunConfig
             from genflow.training.run import train
 
-            AcceleratorState._reset_state(True)  # a run of another precision may have been before
             change = {"seed": seed, "out": str(folder), "train": {"steps": steps, "warmup": min(100, self.steps // 10)}}
             train(from_dict(RunConfig, merged(section, change)))
         return folder
