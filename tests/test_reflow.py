@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 
+from genflow.cli import main
 from genflow.cli import reflow as command
 from genflow.config import from_dict
 from genflow.data.loading import StreamSampler, loader
@@ -323,6 +324,8 @@ def test_the_command_draws_trains_and_measures(run, tmp_path, capsys):
     assert len(about.about["weights"]["sha256"]) == 64 and all(c.startswith("gaussian ") for c in about.captions)
     recipe = load(out).recipe
     assert recipe["flow"]["coupling"] == {"name": "paired"} and recipe["sample"]["guidance"] == 1.0
+    assert main(["eval", str(out), "--metrics", "loss"]) == 2
+    assert "samples with their own noise, which held-out ones have not" in capsys.readouterr().err
     assert call(run, *options) == 0  # all is there already
     with pytest.raises(UserError, match="drawn in another way"):
         call(run, *options, "--steps", 5)

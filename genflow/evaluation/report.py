@@ -26,6 +26,7 @@ from genflow.evaluation.plan import DISTANCES, METRICS, SAMPLES, Bar, Evaluation
 from genflow.evaluation.reals import HASHED, MOST, RealSamples, overlap, read_real
 from genflow.evaluation.reconstruction import reconstruction
 from genflow.flows.base import Flow
+from genflow.flows.couplings import Paired
 from genflow.registry import api_export, resolve
 
 QUERIES, SHOWN, NEIGHBOURS = 256, 10, 5
@@ -38,9 +39,7 @@ class Reals:
 
     datasets: dict[str, Any] = field(default_factory=dict)
     samples: dict[str, RealSamples] = field(default_factory=dict)
-    asked: dict[str, tuple[int, int]] = field(
-        default_factory=dict
-    )  # by split: how many samples and hashes were read for
+    asked: dict[str, tuple[int, int]] = field(default_factory=dict)  # by split: samples and hashes that were read for
     features: dict[str, Tensor] = field(default_factory=dict)
 
 
@@ -148,6 +147,8 @@ class _Run:
             return f"a {type(self.flow).__name__} has no autoencoder"
         if metric in (*DISTANCES, "alignment", "nearest") and hasattr(self.flow, "no_samples"):
             return self.flow.no_samples
+        if metric == "loss" and isinstance(getattr(self.flow.config, "coupling", None), Paired):
+            return "the model was trained on samples with their own noise, which held-out ones have not"
         try:
             if metric in ("likelihood", "loss", "reconstruction", "alignment"):
                 self._dataset(self.held_out)
