@@ -8,6 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from genflow.cli.eval import add_measuring, bar, data_of, made_by, network_for
 from genflow.cli.options import add_solving, open_model, sampling_of, writable
 from genflow.errors import UserError
 
@@ -18,25 +19,10 @@ STEPS = (2, 4, 8, 16, 32)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    from genflow.evaluation.plan import METRICS
-
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.epilog = "metrics:\n" + "\n".join(f"  {name:18}{what}" for name, what in METRICS.items())
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folders of runs, checkpoints or models")
-    parser.add_argument(
-        "--metrics", nargs="+", default=[], metavar="NAME", help="see below (those that each can honestly have)"
-    )
-    what = parser.add_argument_group("of what")
+    what = add_measuring(parser)
     what.add_argument("--prompts", nargs="+", default=[], metavar="TEXT", help="to draw (held-out captions)")
     what.add_argument("--steps", type=int, nargs="+", default=list(STEPS), metavar="N", help="of the distances' curve")
-    what.add_argument("--split", help="of the runs' data (held-out figures: test; distances: train)")
-    what.add_argument("-n", type=int, metavar="N", help="samples (2000, or half of the split; likelihoods: all of it)")
-    what.add_argument("--seed", type=int, default=0, help="of the first sample; the next have the next seeds (0)")
-    what.add_argument(
-        "--features",
-        metavar="NAME",
-        help="GRAPH.json, a name in the cache folder, inception, pixels (mixed4, or pixels)",
-    )
     how = parser.add_argument_group("how (each run samples in its own way)")
     how.add_argument("--batch", type=int, default=64, help="samples at once; does not change them (64)")
     how.add_argument("--no-ema", action="store_true", help="the last weights instead of their average")
@@ -47,7 +33,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from genflow.cli.eval import bar, made_by
     from genflow.data.pictures import write_atomic
     from genflow.evaluation.comparison import as_json, compare
     from genflow.evaluation.page import to_html, to_markdown
@@ -91,7 +76,6 @@ def _names(paths: list[str]) -> list[str]:
 
 
 def _contestant(args: argparse.Namespace, path: str, name: str) -> Contestant:
-    from genflow.cli.eval import data_of, network_for
     from genflow.cli.plot import read_lines
     from genflow.evaluation.comparison import Contestant
     from genflow.flows.prepared import family

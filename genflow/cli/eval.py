@@ -25,24 +25,9 @@ HOLDS = 1e-6  # relative: what a figure may differ by when it is computed again
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    from genflow.evaluation.plan import METRICS
-
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.epilog = "metrics:\n" + "\n".join(f"  {name:18}{what}" for name, what in METRICS.items())
     parser.add_argument("run", nargs="?", help="a run's folder, one of its checkpoints, or a model folder")
-    parser.add_argument(
-        "--metrics", nargs="+", default=[], metavar="NAME", help="see below (those that the model can honestly have)"
-    )
     parser.add_argument("--again", metavar="FILE", help="compute an earlier figures.json again: does it hold, to 1e-6?")
-    what = parser.add_argument_group("of what")
-    what.add_argument("--split", help="of the run's data (held-out figures: test; distances: train)")
-    what.add_argument("-n", type=int, metavar="N", help="samples (2000, or half of the split; likelihoods: all of it)")
-    what.add_argument("--seed", type=int, default=0, help="of the first sample; the next have the next seeds (0)")
-    what.add_argument(
-        "--features",
-        metavar="NAME",
-        help="GRAPH.json, a name in the cache folder, inception, pixels (mixed4, or pixels)",
-    )
+    add_measuring(parser)
     likely = parser.add_argument_group("of likelihoods")
     likely.add_argument("-k", type=int, default=1, metavar="K", help="draws of the dequantisation for each picture (1)")
     likely.add_argument("--divergence", help="exact, hutchinson, hutchinson_gaussian, hutch++ (exact to 16 numbers)")
@@ -50,6 +35,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     likely.add_argument("--tolerance", type=float, metavar="T", help="of the ODE solve, relative and absolute (1e-4)")
     add_solving(parser)
     parser.add_argument("--out", metavar="FOLDER", help=f"where {FIGURES} and nearest.png go (RUN/eval)")
+
+
+def add_measuring(parser: argparse.ArgumentParser) -> Any:
+    """What to measure, and on what, as every command that measures takes it; the group "of what"."""
+    from genflow.evaluation.plan import METRICS
+
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = "metrics:\n" + "\n".join(f"  {name:18}{what}" for name, what in METRICS.items())
+    parser.add_argument(
+        "--metrics", nargs="+", default=[], metavar="NAME", help="see below (those that a model can honestly have)"
+    )
+    what = parser.add_argument_group("of what")
+    what.add_argument("--split", help="of a run's data (held-out figures: test; distances: train)")
+    what.add_argument("-n", type=int, metavar="N", help="samples (2000, or half of the split; likelihoods: all of it)")
+    what.add_argument("--seed", type=int, default=0, help="of the first sample; the next have the next seeds (0)")
+    what.add_argument(
+        "--features",
+        metavar="NAME",
+        help="GRAPH.json, a name in the cache folder, inception, pixels (mixed4, or pixels)",
+    )
+    return what
 
 
 def run(args: argparse.Namespace) -> int:

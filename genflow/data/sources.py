@@ -112,17 +112,21 @@ class Pictures:
         return {"x": pixels.float().div_(127.5).sub_(1)}
 
 
-class Numbers:
-    """The rows of a table of numbers, or of pairs, which are all good."""
-
-    def __init__(self, dataset: VectorDataset | PairsDataset) -> None:
-        self.dataset = dataset
+class _AllGood:
+    """Samples of one shape, every one of which can be read."""
 
     def alike(self, i: int, j: int) -> bool:
         return True
 
     def check(self, i: int) -> None:
         pass
+
+
+class Numbers(_AllGood):
+    """The rows of a table of numbers, or of pairs."""
+
+    def __init__(self, dataset: VectorDataset | PairsDataset) -> None:
+        self.dataset = dataset
 
     def batch(self, indices: list[int], turned: Tensor | None) -> dict[str, Tensor]:
         """x: B x D, or B x *shape of pairs, float32, with their noise."""
@@ -131,17 +135,11 @@ class Numbers:
         return {"x": self.dataset.rows[index].float(), **noise}
 
 
-class Latents:
-    """The posteriors of cached latents, which are all good."""
+class Latents(_AllGood):
+    """The posteriors of cached latents."""
 
     def __init__(self, dataset: LatentDataset) -> None:
         self.dataset = dataset
-
-    def alike(self, i: int, j: int) -> bool:
-        return True
-
-    def check(self, i: int) -> None:
-        pass
 
     def batch(self, indices: list[int], turned: Tensor | None) -> dict[str, Tensor]:
         """x: the means, spread: the standard deviations, both B x channels x h x w float32."""
