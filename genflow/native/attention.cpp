@@ -1,13 +1,13 @@
-// Attention on a processor's matrix units (AMX): softmax(q k^T scale) v in bf16, sums and softmax in float32.
+// Attention: softmax(q k^T scale) v in bf16, sums and softmax in float32.
 //
 // FlashAttention's order of work (Dao et al. 2022, arXiv 2205.14135, alg. 1 and 4) with all keys of a head at once, for they fit the
 // cache: weights exist for 32 rows at a time and are made again in the backward from the rows' log-sum-exp. A head is the
 // work of one thread, so that no answer hangs on the batch or the number of threads.
 
-#include "amx.h"
+#include "matrix.h"
 #include "wide.h"
 
-#ifdef GENFLOW_AMX
+#ifdef GENFLOW_MATRIX
 
 #include <algorithm>
 #include <cmath>
@@ -30,50 +30,16 @@ struct Arena {
     }
 };
 
-// C (+)= A B of 16 M x 16 N numbers; A row by row, B in pairs of rows, steps of 32 in between.
-template <int M, int N>
-inline void tiles(const u16* a, long lda, const u16* b, long ldb, float* c, long ldc, long steps, bool add) {
-    if (add) {
-        _tile_loadd(0, c, ldc * 4);
-        if (N > 1) _tile_loadd(1, c + 16, ldc * 4);
-        if (M > 1) _tile_loadd(2, c + 16 * ldc, ldc * 4);
-        if (M > 1 && N > 1) _tile_loadd(3, c + 16 * ldc + 16, ldc * 4);
-    } else {
-        _tile_zero(0);
-        if (N > 1) _tile_zero(1);
-        if (M > 1) _tile_zero(2);
-        if (M > 1 && N > 1) _tile_zero(3);
-    }
-    for (long s = 0; s < steps; s++) {
-        _tile_loadd(4, a + 32 * s, lda * 2);
-        _tile_loadd(6, b + 16 * s * ldb, ldb * 2);
-        _tile_dpbf16ps(0, 4, 6);
-        if (N > 1) {
-            _tile_loadd(7, b + 16 * s * ldb + 32, ldb * 2);
-            _tile_dpbf16ps(1, 4, 7);
-        }
-        if (M > 1) {
-            _tile_loadd(5, a + 16 * lda + 32 * s, lda * 2);
-            _tile_dpbf16ps(2, 5, 6);
-            if (N > 1) _tile_dpbf16ps(3, 5, 7);
-        }
-    }
-    _tile_stored(0, c, ldc * 4);
-    if (N > 1) _tile_stored(1, c + 16, ldc * 4);
-    if (M > 1) _tile_stored(2, c + 16 * ldc, ldc * 4);
-    if (M > 1 && N > 1) _tile_stored(3, c + 16 * ldc + 16, ldc * 4);
-}
-
 // C (+)= A B; A: m x k row by row, B: k x n in pairs of rows (k/2 x n x 2), C: float32. m, n: multiples of 16; k of 32.
 void product(const u16* a, long lda, const u16* b, long ldb, float* c, long ldc, long m, long n, long k, bool add = false) {
     for (long j = 0; j < n; j += 32)
         for (long i = 0; i < m; i += 32) {
-            const u16 *ai = a + i * lda, *bj = b + 2 * j;
+            const Tiles rows{a + i * lda, lda, 32, 16 * lda}, columns{b + 2 * j, ldb, 16 * ldb, 32};
             float* to = c + i * ldc + j;
-            if (m - i > 16 && n - j > 16) tiles<2, 2>(ai, lda, bj, ldb, to, ldc, k / 32, add);
-            else if (m - i > 16) tiles<2, 1>(ai, lda, bj, ldb, to, ldc, k / 32, add);
-            else if (n - j > 16) tiles<1, 2>(ai, lda, bj, ldb, to, ldc, k / 32, add);
-            else tiles<1, 1>(ai, lda, bj, ldb, to, ldc, k / 32, add);
+            if (m - i > 16 && n - j > 16) tiles<2, 2>(rows, columns, to, ldc, k / 32, add);
+            else if (m - i > 16) tiles<2, 1>(rows, columns, to, ldc, k / 32, add);
+            else if (n - j > 16) tiles<1, 2>(rows, columns, to, ldc, k / 32, add);
+            else tiles<1, 1>(rows, columns, to, ldc, k / 32, add);
         }
 }
 
@@ -202,7 +168,7 @@ void backward_head(Arena arena, const Head& x, long Lq, long Lk, long D, float s
     for (long i = 0; i < queries; i++) {
         __m512 sum = _mm512_setzero_ps();
         if (i < Lq)
-            for (long d = 0; d < D; d += 32) {  // pairs of products, as the matrix units have them
+            for (long d = 0; d < D; d += 32) {  // pairs of products, as products have them
                 sum = _mm512_dpbf16_ps(sum, (__m512bh)_mm512_loadu_si512(x.out + i * x.out_row + d),
                                        (__m512bh)_mm512_loadu_si512(g + i * D + d));
             }
@@ -280,11 +246,10 @@ void each_head(long B, long H, long bytes, F work) {
 #pragma omp parallel
     {
         void* memory = std::aligned_alloc(64, up(bytes, 64));
-        configure();
+        [[maybe_unused]] const Units units;
 #pragma omp for collapse(2) schedule(static)
         for (long b = 0; b < B; b++)
             for (long h = 0; h < H; h++) work(Arena{static_cast<char*>(memory)}, b, h);
-        _tile_release();
         std::free(memory);
     }
 }

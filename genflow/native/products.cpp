@@ -1,11 +1,11 @@
-// The gradient of a linear map's weight, g^T x, on a processor's matrix units (AMX): bf16 in, float32 out.
+// The gradient of a linear map's weight, g^T x: bf16 in, float32 out.
 //
 // The long axis, rows of g and x, is the one summed over, which libraries lay out anew at some cost. Here both are packed
 // into tiles, some rows at a time: g by transposing its pairs of rows, x as its pairs are.
 
-#include "amx.h"
+#include "matrix.h"
 
-#ifdef GENFLOW_AMX
+#ifdef GENFLOW_MATRIX
 
 #include <cstdlib>
 
@@ -26,35 +26,6 @@ inline void pack_pairs(const u16* x, long stride, long r, long M, u16* tile) {
     for (long i = 0; i < 16; i++) _mm512_store_si512(tile + 32 * i, pair_at(x, stride, r + 2 * i, M));
 }
 
-// 32 x 32 numbers of C (+)= A B from `steps` tiles of two rows of A and of two columns of B.
-inline void block(const u16* a, const u16* b, long apart, long steps, float* c, long ldc, bool add) {
-    if (add) {
-        _tile_loadd(0, c, ldc * 4);
-        _tile_loadd(1, c + 16, ldc * 4);
-        _tile_loadd(2, c + 16 * ldc, ldc * 4);
-        _tile_loadd(3, c + 16 * ldc + 16, ldc * 4);
-    } else {
-        _tile_zero(0);
-        _tile_zero(1);
-        _tile_zero(2);
-        _tile_zero(3);
-    }
-    for (long s = 0; s < steps * TILE; s += TILE) {
-        _tile_loadd(4, a + s, 64);
-        _tile_loadd(6, b + s, 64);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_loadd(7, b + apart + s, 64);
-        _tile_dpbf16ps(1, 4, 7);
-        _tile_loadd(5, a + apart + s, 64);
-        _tile_dpbf16ps(2, 5, 6);
-        _tile_dpbf16ps(3, 5, 7);
-    }
-    _tile_stored(0, c, ldc * 4);
-    _tile_stored(1, c + 16, ldc * 4);
-    _tile_stored(2, c + 16 * ldc, ldc * 4);
-    _tile_stored(3, c + 16 * ldc + 16, ldc * 4);
-}
-
 }  // namespace
 
 extern "C" long matrix_units() { return permitted(); }
@@ -66,7 +37,7 @@ extern "C" void weight_gradient_bf16(const u16* g, long g_stride, const u16* x, 
     u16* b = a + O / 16 * apart;
 #pragma omp parallel
     {
-        configure();
+        [[maybe_unused]] const Units units;
         for (long from = 0; from < M; from += ROWS) {
             const long steps = up(M - from < ROWS ? M - from : ROWS, 32) / 32;
 #pragma omp for schedule(static)
@@ -81,9 +52,8 @@ extern "C" void weight_gradient_bf16(const u16* g, long g_stride, const u16* x, 
 #pragma omp for collapse(2) schedule(static)
             for (long o = 0; o < O; o += 32)
                 for (long i = 0; i < I; i += 32)
-                    block(a + o / 16 * apart, b + i / 16 * apart, apart, steps, dw + o * I + i, I, from > 0);
+                    tiles<2, 2>({a + o / 16 * apart, 32, TILE, apart}, {b + i / 16 * apart, 32, TILE, apart}, dw + o * I + i, I, steps, from > 0);
         }
-        _tile_release();
     }
     std::free(a);
 }

@@ -1,0 +1,155 @@
+// What kernels on wide products of bf16 share: the products, on a processor's matrix units (AMX) or else on its vectors
+// (AVX-512 BF16), and how bf16 lies in memory for both.
+//
+// A product C += A B takes 16 rows of 32 numbers of A, 32 rows of 16 of B in pairs (16 rows of 16 pairs, one above the
+// other), and 16 x 16 float32 of C, at a time.
+
+#pragma once
+
+#if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__linux__)
+#define GENFLOW_MATRIX
+
+#include <immintrin.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <cstdint>
+#include <cstring>
+
+namespace {
+
+using u16 = uint16_t;
+
+inline long up(long n, long to) { return (n + to - 1) / to * to; }
+
+// Tiles of A or B: rows apart by `row` numbers, the next along the sum by `step`, the next along C by `next`.
+struct Tiles {
+    const u16* at;
+    long row, step, next;
+};
+
+#ifdef __AMX_BF16__
+
+// Leave to use the matrix units, which a kernel gives once.
+inline bool permitted() {
+    static const bool yes = syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* XTILEDATA */) == 0;
+    return yes;
+}
+
+// A thread's use of the units: all eight tiles 16 rows of 64 bytes.
+struct Units {
+    Units() {
+        alignas(64) struct {
+            uint8_t palette = 1, start = 0, reserved[14] = {};
+            uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+            uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+        } tiles;
+        _tile_loadconfig(&tiles);
+    }
+    ~Units() { _tile_release(); }
+};
+
+// C (+)= A B of 16 M x 16 N numbers, over `steps` of 32.
+template <int M, int N>
+inline void tiles(Tiles a, Tiles b, float* c, long ldc, long steps, bool add) {
+    if (add) {
+        _tile_loadd(0, c, ldc * 4);
+        if (N > 1) _tile_loadd(1, c + 16, ldc * 4);
+        if (M > 1) _tile_loadd(2, c + 16 * ldc, ldc * 4);
+        if (M > 1 && N > 1) _tile_loadd(3, c + 16 * ldc + 16, ldc * 4);
+    } else {
+        _tile_zero(0);
+        if (N > 1) _tile_zero(1);
+        if (M > 1) _tile_zero(2);
+        if (M > 1 && N > 1) _tile_zero(3);
+    }
+    for (; steps > 0; steps--, a.at += a.step, b.at += b.step) {
+        _tile_loadd(4, a.at, a.row * 2);
+        _tile_loadd(6, b.at, b.row * 2);
+        _tile_dpbf16ps(0, 4, 6);
+        if (N > 1) {
+            _tile_loadd(7, b.at + b.next, b.row * 2);
+            _tile_dpbf16ps(1, 4, 7);
+        }
+        if (M > 1) {
+            _tile_loadd(5, a.at + a.next, a.row * 2);
+            _tile_dpbf16ps(2, 5, 6);
+            if (N > 1) _tile_dpbf16ps(3, 5, 7);
+        }
+    }
+    _tile_stored(0, c, ldc * 4);
+    if (N > 1) _tile_stored(1, c + 16, ldc * 4);
+    if (M > 1) _tile_stored(2, c + 16 * ldc, ldc * 4);
+    if (M > 1 && N > 1) _tile_stored(3, c + 16 * ldc + 16, ldc * 4);
+}
+
+#else
+
+inline bool permitted() { return true; }
+
+struct Units {};
+
+// C (+)= A B of 16 M x 16 N numbers, over `steps` of 32; eight rows at a time stay in registers.
+template <int M, int N>
+inline void tiles(Tiles a, Tiles b, float* c, long ldc, long steps, bool add) {
+    for (int from = 0; from < 16 * M; from += 8) {
+        const u16 *rows = a.at + from / 16 * a.next + from % 16 * a.row, *columns = b.at;
+        float* to = c + from * ldc;
+        __m512 sum[8][N];
+        for (int r = 0; r < 8; r++)
+            for (int n = 0; n < N; n++) sum[r][n] = add ? _mm512_loadu_ps(to + r * ldc + 16 * n) : _mm512_setzero_ps();
+        for (long s = 0; s < steps; s++, rows += a.step, columns += b.step)
+            for (int pair = 0; pair < 16; pair++) {
+                __m512bh right[N];
+                for (int n = 0; n < N; n++) right[n] = (__m512bh)_mm512_loadu_si512(columns + pair * b.row + n * b.next);
+                for (int r = 0; r < 8; r++) {
+                    int32_t both;
+                    std::memcpy(&both, rows + r * a.row + 2 * pair, 4);
+                    const __m512bh left = (__m512bh)_mm512_set1_epi32(both);
+                    for (int n = 0; n < N; n++) sum[r][n] = _mm512_dpbf16_ps(sum[r][n], left, right[n]);
+                }
+            }
+        for (int r = 0; r < 8; r++)
+            for (int n = 0; n < N; n++) _mm512_storeu_ps(to + r * ldc + 16 * n, sum[r][n]);
+    }
+}
+
+#endif
+
+// 16 x 16 numbers of 32 bits, rows of x and of y; the transpose.
+inline void transpose(const void* x, long ldx, void* y, long ldy) {
+    const int32_t* from = static_cast<const int32_t*>(x);
+    int32_t* to = static_cast<int32_t*>(y);
+    __m512i a[16], b[16];
+    for (int i = 0; i < 16; i++) a[i] = _mm512_loadu_si512(from + i * ldx);
+    for (int i = 0; i < 16; i += 2) {
+        b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
+        b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4) {
+        a[i] = _mm512_unpacklo_epi64(b[i], b[i + 2]);
+        a[i + 1] = _mm512_unpackhi_epi64(b[i], b[i + 2]);
+        a[i + 2] = _mm512_unpacklo_epi64(b[i + 1], b[i + 3]);
+        a[i + 3] = _mm512_unpackhi_epi64(b[i + 1], b[i + 3]);
+    }
+    for (int i = 0; i < 4; i++) {
+        b[i] = _mm512_shuffle_i32x4(a[i], a[i + 4], 0x88);
+        b[i + 4] = _mm512_shuffle_i32x4(a[i], a[i + 4], 0xdd);
+        b[i + 8] = _mm512_shuffle_i32x4(a[i + 8], a[i + 12], 0x88);
+        b[i + 12] = _mm512_shuffle_i32x4(a[i + 8], a[i + 12], 0xdd);
+    }
+    for (int i = 0; i < 8; i++) {
+        _mm512_storeu_si512(to + i * ldy, _mm512_shuffle_i32x4(b[i], b[i + 8], 0x88));
+        _mm512_storeu_si512(to + (i + 8) * ldy, _mm512_shuffle_i32x4(b[i], b[i + 8], 0xdd));
+    }
+}
+
+// Rows a and b of 16 numbers as 16 pairs.
+inline __m512i paired(__m256i a, __m256i b) {
+    const __m512i low = _mm512_cvtepu16_epi32(a), high = _mm512_slli_epi32(_mm512_cvtepu16_epi32(b), 16);
+    return _mm512_or_si512(low, high);
+}
+
+}  // namespace
+
+#endif
