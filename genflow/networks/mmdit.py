@@ -261,26 +261,31 @@ class JointBlock(nn.Module):
         """
         packed = (self.image_modulation(c), self.context_modulation(c)) if isinstance(c, Tensor) else c
         x_mod, context_mod = self.image_modulation.vectors(packed[0]), self.context_modulation.vectors(packed[1])
-        x_in = modulated_norm(x, x_mod[0], x_mod[1])
-        context_in = modulated_norm(context, context_mod[0], context_mod[1])
-        q, k, v = joint_heads([(self.image_attention.qkv, x_in), (self.context_attention.qkv, context_in)])
-        attended = attention(q, k, v, mask, default=self.backend)
-        x_out, context_out = attended.split([x.shape[1], context.shape[1]], dim=2)
-
+        x_out, context_out = self.attended(x, context, x_mod, context_mod, mask)
         if self.image_attention2 is not None:
             own_in = modulated_norm(x, x_mod[6], x_mod[7])
             own_out = attention(*joint_heads([(self.image_attention2.qkv, own_in)]), default=self.backend)
         x = self.image_attention.add_to(x, x_mod[2], x_out)
         if self.image_attention2 is not None:
             x = self.image_attention2.add_to(x, x_mod[8], own_out)
-        mlp_in = modulated_norm(x, x_mod[3], x_mod[4])
-        x = gated_residual(x, x_mod[5], self.image_mlp.fc2, self.image_mlp.hidden(mlp_in))
+        del x_out
+        hidden = self.image_mlp.hidden(modulated_norm(x, x_mod[3], x_mod[4]))
+        x = gated_residual(x, x_mod[5], self.image_mlp.fc2, hidden)
 
         if self.context_mlp is not None:
             context = self.context_attention.add_to(context, context_mod[2], context_out)
-            mlp_in = modulated_norm(context, context_mod[3], context_mod[4])
-            context = gated_residual(context, context_mod[5], self.context_mlp.fc2, self.context_mlp.hidden(mlp_in))
+            hidden = self.context_mlp.hidden(modulated_norm(context, context_mod[3], context_mod[4]))
+            context = gated_residual(context, context_mod[5], self.context_mlp.fc2, hidden)
         return x, context
+
+    def attended(
+        self, x: Tensor, context: Tensor, x_mod: Sequence[Tensor], context_mod: Sequence[Tensor], mask: Mask | None
+    ) -> tuple[Tensor, ...]:
+        """What each stream hears of both, B x heads x L x head_dim. A method, for q, k and v to be gone after it."""
+        x_in = modulated_norm(x, x_mod[0], x_mod[1])
+        context_in = modulated_norm(context, context_mod[0], context_mod[1])
+        q, k, v = joint_heads([(self.image_attention.qkv, x_in), (self.context_attention.qkv, context_in)])
+        return attention(q, k, v, mask, default=self.backend).split([x.shape[1], context.shape[1]], dim=2)
 
 
 class SelfAttention(nn.Module):
