@@ -241,7 +241,7 @@ def test_genflow_draws_the_same_picture_from_diffusers_file(sd3, tmp_path):
     plain = flow.sample(["a dog"], **how).x
     load_lora(flow, tmp_path / "lora.safetensors")
     assert (flow.sample(["a dog"], **how).x - trained.sample(["a dog"], **how).x).abs().max() < 1e-3
-    load_lora(flow, run, scale=-1.0)
+    load_lora(flow, run, weight=-1.0)
     assert (flow.sample(["a dog"], **how).x - plain).abs().max() < 1e-3
     assert (plain - trained.sample(["a dog"], **how).x).abs().max() > 1e-2
 
@@ -271,6 +271,22 @@ def test_a_lora_that_diffusers_made_is_heard_the_same(sd3, tmp_path):
     assert (ours - theirs).abs().max() < 1e-3 < 0.05 < (ours - plain).abs().max()
 
 
+def test_the_command_draws_with_a_lora_run(base, tuned, tmp_path, capsys):
+    """What the run was trained on and its LoRA are together the run."""
+
+    def pixels(*command: str) -> np.ndarray:
+        out = tmp_path / str(len([*tmp_path.iterdir()]))
+        assert main(["sample", *command, "--prompt", "sks dog", "--out", str(out)]) == 0, capsys.readouterr().err
+        return np.asarray(Image.open(out / "0000-sks-dog-0.png")).astype(int)
+
+    plain, run = pixels(str(base)), pixels(str(tuned))
+    assert np.abs(pixels(str(base), "--lora", str(tuned)) - run).max() <= 1
+    assert np.abs(pixels(str(base), "--lora", f"{tuned}:0.5", f"{tuned}:.5") - run).max() <= 1
+    assert np.array_equal(pixels(str(base), "--lora", f"{tuned}:0"), plain)
+    assert np.abs(pixels(str(tuned), "--lora", f"{tuned}:-1") - plain).max() <= 1
+    assert np.abs(run - plain).max() > 8
+
+
 def test_the_command_writes_the_lora_or_the_whole(sd3, tmp_path):
     folder, run = sd3
     assert main(["convert", str(run), str(tmp_path / "lora"), "--to", "lora"]) == 0
@@ -286,7 +302,12 @@ def test_the_command_writes_the_lora_or_the_whole(sd3, tmp_path):
     ("tensors", "message"),
     [
         ({"x": torch.zeros(1)}, "is no LoRA in diffusers' format"),
-        ({"transformer.other.to_q.lora_A.weight": torch.zeros(2, 4)}, "no layer of this model is called other.to_q"),
+        ({"transformer.other.to_q.lora_A.weight": torch.zeros(2, 4)}, "no linear layer for other.to_q.lora_A.weight"),
+        (
+            {"text_encoder.layer.lora_A.weight": torch.zeros(2, 4)},
+            "no linear layer for text_encoder.layer.lora_A.weight; it is a LoRA of another one, or more than a LoRA",
+        ),
+        ({"lora_unet_joint_blocks_0.lora_down.weight": torch.zeros(2, 4)}, "looks like a LoRA file, of changes"),
         (
             {"transformer.transformer_blocks.0.attn.to_q.lora_A.weight": torch.zeros(2, 128)},
             "has one of its two factors only",
@@ -296,7 +317,7 @@ def test_the_command_writes_the_lora_or_the_whole(sd3, tmp_path):
                 "transformer.transformer_blocks.0.attn.to_q.lora_A.weight": torch.zeros(2, 64),
                 "transformer.transformer_blocks.0.attn.to_q.lora_B.weight": torch.zeros(64, 2),
             },
-            "is not for this model",
+            r"attn.to_q is \[64, 2\] x \[2, 64\], the model's weight \[128, 128\]",
         ),
     ],
 )
@@ -314,7 +335,7 @@ def test_files_that_are_no_lora_of_the_model_are_refused(tmp_path, tensors, mess
 def test_other_flows_and_runs_have_no_lora(base, tuned, tmp_path):
     with pytest.raises(UserError, match="is no LoRA run: its config has no train.lora"):
         read_lora(base)
-    with pytest.raises(UserError, match="load_lora takes a flow with an MM-DiT, not a Linear"):
+    with pytest.raises(UserError, match="a LoRA is for an MM-DiT, and the model is a Linear"):
         load_lora(torch.nn.Linear(2, 2), tuned)
     save_lora(tuned, tmp_path / "a.safetensors")
     assert len(load_file(tmp_path / "a.safetensors")) == 2 * (2 * 4 + 1 * 4 + 3)

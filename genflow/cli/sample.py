@@ -7,6 +7,7 @@ import csv
 import inspect
 import io
 import re
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,14 +31,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--seed", type=int, default=0, help="of the first picture; the next have the next seeds (0)")
     what.add_argument("--size", type=int, nargs="+", metavar="PX", help="height and width (default: as trained)")
     how = add_solving(parser)
+    how.add_argument(
+        "--lora",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="PATH[:WEIGHT]",
+        help="add LoRA runs, or files in diffusers' format, to the model; how strongly (1)",
+    )
     how.add_argument("--weak", metavar="RUN", help="guide away from this weaker model, not from the empty prompt")
-    speed = parser.add_argument_group("how fast")
+    speed = parser.add_argument_group("how fast, and in how much memory")
     speed.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="of the network; the solve is in fp32")
     speed.add_argument(
         "--cache",
         type=float,
         metavar="THRESHOLD",
         help="LOSSY: skip blocks in steps that change little, such as 0.05 (first-block caching); try fewer --steps first",
+    )
+    speed.add_argument(
+        "--tile",
+        type=int,
+        metavar="PX",
+        help="LOSSY: decode a latent flow's pictures in tiles of so many pixels a side, such as 512, to save memory",
     )
     parser.add_argument("--out", default="samples", metavar="FOLDER", help="where PNGs and grid.png go (./samples)")
 
@@ -52,6 +67,7 @@ def run(args: argparse.Namespace) -> int:
 
     from genflow.data.pictures import caption_grid, to_picture
     from genflow.flows.store import load
+    from genflow.interop.lora import load_lora
 
     out = writable(args.out)
     flow, settings = open_model(args)
@@ -65,8 +81,14 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--size takes one or two numbers, not {len(args.size)}")
     more: dict[str, Any] = {"size": (args.size[0], args.size[-1])} if args.size else {}
     takes = inspect.signature(flow.sample).parameters
-    if wrong := [name for name in ("weak", "size") if getattr(args, name) and name not in takes]:
-        raise UserError(f"--{wrong[0]} is for models of a velocity; {args.run} is a {type(flow).__name__}")
+    for name, what in {"weak": "a velocity", "size": "a velocity", "tile": "an autoencoder's latents"}.items():
+        if getattr(args, name) is not None and name not in takes:
+            raise UserError(f"--{name} is for models of {what}; {args.run} is a {type(flow).__name__}")
+    if args.tile is not None:
+        more["tile"] = args.tile
+    for text in args.lora:
+        path, weight = _lora(text)
+        load_lora(flow, path, weight=weight)
     if args.weak and settings.get("guidance", 1) == 1:
         raise UserError("--weak does nothing without guidance; add --guidance 2, or any number but 1")
     if args.weak:
@@ -75,8 +97,7 @@ def run(args: argparse.Namespace) -> int:
     wanted = [(prompt, args.seed + i) for i, prompt in enumerate(p for p in prompts or [""] for _ in range(args.n))]
 
     model = {"model": str(args.run), "ema": not args.no_ema, **speed, **settings}
-    if args.weak:
-        model["weak"] = args.weak
+    model |= {name: value for name in ("weak", "lora", "tile") if (value := getattr(args, name))}
     images, nfe, off, skipped, decoded = [], 0, None, 0.0, []
     with tqdm(total=0, unit="step", dynamic_ncols=True, disable=None) as bar:
         batches = [wanted[i : i + args.batch] for i in range(0, len(wanted), args.batch)]
@@ -112,6 +133,15 @@ def run(args: argparse.Namespace) -> int:
     lossy = f"; LOSSY cache: {skipped:.0%} of the blocks skipped" if settings.get("cache") else ""
     print(f"{len(wanted)} pictures and grid.png in {out} ({nfe} network evaluations each{exact}{lossy})")
     return 0
+
+
+def _lora(text: str) -> tuple[str, float]:
+    """PATH or PATH:WEIGHT; a path that is there may hold a colon."""
+    path, _, weight = text.rpartition(":")
+    if path and not Path(text).exists():
+        with suppress(ValueError):
+            return path, float(weight)
+    return text, 1.0
 
 
 def _passes(solutions: list[Any]) -> str:

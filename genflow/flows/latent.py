@@ -41,6 +41,13 @@ class Autoencoder(nn.Module, ABC):
     def decode(self, z: Tensor) -> Tensor:
         """B x channels x h x w -> B x C x h factor x w factor, which may leave [-1, 1]."""
 
+    def tiled(self, tile: int) -> Callable[[Tensor], Tensor]:
+        """`decode` by tiles of tile x tile pixels, which take less memory, and see less: the picture is near `decode`'s.
+
+        Raises UserError where this cannot be done, and for a tile that does not fit.
+        """
+        raise UserError(f"tile: a {type(self).__name__} decodes pictures as a whole; leave tile out")
+
 
 @flow_export("latent")
 @dataclass(frozen=True)
@@ -118,9 +125,10 @@ class LatentFlow(Flow):
         return (mean + std * noise - self.autoencoder.shift) * self.autoencoder.scale
 
     @torch.no_grad()
-    def to_pictures(self, z: Tensor) -> Tensor:
-        """Pictures of latents as the flow makes them, B x C x H x W float32 in [-1, 1]."""
-        return self.autoencoder.decode(z.float() / self.autoencoder.scale + self.autoencoder.shift).clamp(-1, 1)
+    def to_pictures(self, z: Tensor, *, tile: int | None = None) -> Tensor:
+        """Pictures of latents as the flow makes them, B x C x H x W float32 in [-1, 1]. tile: see `sample`."""
+        decode = self.autoencoder.decode if tile is None else self.autoencoder.tiled(tile)
+        return decode(z.float() / self.autoencoder.scale + self.autoencoder.shift).clamp(-1, 1)
 
     def reconstruct(self, x: Tensor) -> Tensor:
         """Pictures there and back through the autoencoder: no sample can be truer."""
@@ -158,19 +166,23 @@ class LatentFlow(Flow):
         *,
         seeds: Sequence[int],
         size: int | tuple[int, int] | None = None,
+        tile: int | None = None,
         **how: Any,
     ) -> Solution:
         """One picture per seed, decoded from latents that the flow samples; how: the flow's own (`RectifiedFlow.sample`).
 
-        size: side, or height and width, of the picture. Raises UserError for what the autoencoder or the flow refuses.
+        size: side, or height and width, of the picture. tile: pixels of the side of what is decoded at once, for pictures
+        too large for the memory (`Autoencoder.tiled`). Raises UserError for what the autoencoder or the flow refuses.
         """
+        if tile is not None:
+            self.autoencoder.tiled(tile)  # refuses before the solve, not after
         if size is not None:
             height, width = (size, size) if isinstance(size, int) else size
             how["size"] = _latent_shape(self.autoencoder, (self.shape[0], height, width))[1:]
         solution = self.flow.sample(prompts, seeds=seeds, **how)
         with evaluating(self):
             # one by one: a decoder's activations at 1024 x 1024 are of gigabytes
-            return replace(solution, x=torch.cat([self.to_pictures(z[None]) for z in solution.x]))
+            return replace(solution, x=torch.cat([self.to_pictures(z[None], tile=tile) for z in solution.x]))
 
     def encode(self, x: Tensor, condition: Condition | None = None) -> Tensor:
         """Pictures to the noise of their latents' means."""

@@ -41,6 +41,12 @@ def merge(model: nn.Module, factors: Factors, where: Path) -> None:
     """Add the updates to the weights of a model. Raises UserError for a weight that it has not, or of another shape."""
     weights = dict(model.named_parameters())
     for name, (a, b) in factors.items():
-        if name not in weights or weights[name].shape != (b.shape[0], a.shape[1]):
-            raise UserError(f"{where}: its update of {name} does not fit the model; they do not belong together")
+        if name not in weights:
+            raise UserError(f"{where}: its update of {name} is for no weight of the model; they do not belong together")
+        if weights[name].shape != (shape := (len(b), a.shape[1])):
+            raise UserError(
+                f"{where}: its update of {name} is {list(shape)}, the model's weight {list(weights[name].shape)}; "
+                "they do not belong together"
+            )
+    for name, (a, b) in factors.items():
         weights[name].copy_(weights[name].float() + (b @ a).to(weights[name].device))

@@ -7,6 +7,7 @@ are in the new run's own checkpoints too, so that nothing hangs on the old folde
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Self, TypeVar
@@ -127,6 +128,9 @@ class TrainedAutoencoder(Autoencoder):
     def decode(self, z: Tensor) -> Tensor:
         with torch.autocast(z.device.type, enabled=False):
             return self.network.decode(z)
+
+    def tiled(self, tile: int) -> Callable[[Tensor], Tensor]:
+        return self.network.tiled(tile)
 
 
 class TrainedTokenizer(Tokenizer):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,6 +80,9 @@ class KLAutoencoder(Autoencoder):
     def decode(self, z: Tensor) -> Tensor:
         return self.module.decode(z).sample
 
+    def tiled(self, tile: int) -> Callable[[Tensor], Tensor]:
+        return _tiled(self.module, tile, self.factor)
+
 
 @network_export("kl_autoencoder")
 @dataclass(frozen=True)
@@ -151,6 +154,27 @@ class KLNetwork(EncoderDecoder):
 
     def decode(self, z: Tensor) -> Tensor:
         return self.module.decoder(z)
+
+    def tiled(self, tile: int) -> Callable[[Tensor], Tensor]:
+        return _tiled(self.module, tile, self.factor)
+
+
+def _tiled(module: Any, tile: int, factor: int) -> Callable[[Tensor], Tensor]:
+    """An AutoencoderKL's `decode` by diffusers' tiles, which overlap by a quarter, there faded into each other."""
+    step = 4 * factor  # a quarter of a tile is whole latents
+    if tile < step or tile % step:
+        near = max(round(tile / step), 1) * step
+        raise UserError(f"tile = {tile} is no multiple of {step} pixels, as this autoencoder needs; try {near}")
+
+    def decode(z: Tensor) -> Tensor:
+        module.tile_sample_min_size, module.tile_latent_min_size = tile, tile // factor
+        module.enable_tiling()
+        try:
+            return module.decode(z).sample
+        finally:
+            module.disable_tiling()
+
+    return decode
 
 
 @api_export("autoencoder_to_diffusers")

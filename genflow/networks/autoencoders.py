@@ -6,7 +6,7 @@ The shape of TAESD (Ollin Boer Bohan, github.com/madebyollin/taesd), whose weigh
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -44,6 +44,10 @@ class EncoderDecoder(nn.Module, ABC):
     @abstractmethod
     def decode(self, z: Tensor) -> Tensor:
         """B x latent_channels x h x w -> B x in_channels x h factor x w factor."""
+
+    def tiled(self, tile: int) -> Callable[[Tensor], Tensor]:
+        """`decode` by tiles of tile x tile pixels. Raises UserError where this cannot be done."""
+        raise UserError(f"tile: a {type(self).__name__} decodes pictures as a whole; leave tile out")
 
 
 @network_export("tiny_autoencoder")
