@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from genflow.attention import Mask, attention, cpu
 from genflow.native import library as native
 
-pytestmark = pytest.mark.skipif(not native.matrix_units(), reason="this processor has no matrix units for bf16")
+pytestmark = pytest.mark.skipif(not native.matrix_units(), reason="this processor does not multiply bf16")
 
 
 def inputs(lq, lk, batch=3, heads=2, dim=32):

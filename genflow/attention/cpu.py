@@ -1,12 +1,11 @@
-"""Half-precision attention on a CPU with matrix units (AMX), forward and backward: genflow/native/attention.cpp.
+"""Attention in bf16 on a CPU that multiplies it (AMX, AVX-512 BF16), forward and backward: genflow/native/attention.cpp.
 
-torch's own forward and, far more, its backward leave those units idle for short sequences, which pictures are. The weights
-and their sums are in float32 here, in a head of one thread: what a sample comes to does not hang on its batch mates.
+torch's own forward and, far more, its backward leave most of such a processor idle for short sequences, which pictures are.
+The weights and their sums are in float32 here, in a head of one thread: no sample hangs on its batch mates.
 """
 
 from __future__ import annotations
 
-import ctypes
 import math
 from typing import Any
 
@@ -38,16 +37,9 @@ class MatrixAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float | None, causal: bool) -> Tensor:
-        q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-        B, H, L, D = q.shape
-        ctx.scale, ctx.causal = 1 / math.sqrt(D) if scale is None else scale, causal
-        out = q.new_empty(B, L, H, D).transpose(1, 2)  # so that heads side by side are a view
-        lse = q.new_empty(B, H, L, dtype=torch.float32)
-        strides = _strides(q, k, v, out)
-        native.call(
-            "attention_forward", q.dtype, q, k, v, out, ctypes.addressof(strides), lse,
-            B, H, L, k.shape[2], D, ctx.scale, int(causal),
-        )  # fmt: skip
+        q, k, v = (_dense_rows(x) for x in (q, k, v))
+        ctx.scale, ctx.causal = 1 / math.sqrt(q.shape[-1]) if scale is None else scale, causal
+        out, lse = attention_forward(q, k, v, ctx.scale, causal)
         ctx.save_for_backward(q, k, v, out, lse)
         return out
 
@@ -55,17 +47,37 @@ class MatrixAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
-        B, H, L, D = q.shape
-        grad = grad if grad.stride(-1) == 1 else grad.contiguous()
-        dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
-        strides = _strides(q, k, v, out, grad)
-        native.call(
-            "attention_backward", q.dtype, q, k, v, out, grad, ctypes.addressof(strides), lse, dq, dk, dv,
-            B, H, L, k.shape[2], D, ctx.scale, int(ctx.causal),
-        )  # fmt: skip
-        return dq, dk, dv, None, None
+        return *attention_backward(_dense_rows(grad), q, k, v, out, lse, ctx.scale, ctx.causal), None, None
 
 
-def _strides(*tensors: Tensor) -> Any:
+@native.operator
+def attention_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
+    B, H, L, D = q.shape
+    out = q.new_empty(B, L, H, D).transpose(1, 2)  # so that heads side by side are a view
+    lse = q.new_empty(B, H, L, dtype=torch.float32)
+    strides = _strides(q, k, v, out)
+    native.call("attention_forward", q.dtype, q, k, v, out, strides, lse, B, H, L, k.shape[2], D, scale, int(causal))
+    return out, lse
+
+
+@native.operator
+def attention_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float, causal: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    B, H, L, D = q.shape
+    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    strides = _strides(q, k, v, out, grad)
+    native.call(
+        "attention_backward", q.dtype, q, k, v, out, grad, strides, lse, dq, dk, dv,
+        B, H, L, k.shape[2], D, scale, int(causal),
+    )  # fmt: skip
+    return dq, dk, dv
+
+
+def _dense_rows(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _strides(*tensors: Tensor) -> tuple[int, ...]:
     """Of batch, head and row of each."""
-    return (ctypes.c_long * (3 * len(tensors)))(*(stride for t in tensors for stride in t.stride()[:3]))
+    return tuple(stride for t in tensors for stride in t.stride()[:3])

@@ -43,7 +43,9 @@ def _parts(x: Tensor, parameters: Tensor, limit: float) -> tuple[Tensor, Tensor,
 
 def _fused(x: Tensor, parameters: Tensor) -> bool:
     with torch.autocast("cpu", enabled=False):  # of no concern to a map in float32
-        return x.dtype == torch.float32 and parameters.dtype in SUFFIX and usable(x)
+        return (
+            x.dtype == torch.float32 and parameters.dtype in SUFFIX and usable(x) and not torch.compiler.is_compiling()
+        )
 
 
 def _rows(x: Tensor) -> Tensor:

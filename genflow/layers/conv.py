@@ -23,7 +23,7 @@ def three_convolutions(first: nn.Conv2d, middle: nn.Conv2d, last: nn.Conv2d, x: 
     weights = [cast(Tensor, w) for layer in (first, middle, last) for w in (layer.weight, layer.bias)]
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
     single = all(t.dtype == torch.float32 for t in (x, *weights))
-    if single and x.device.type == "cpu" and usable(x.new_empty(0, dtype=dtype)):
+    if single and x.is_cpu and usable(x.new_empty(0, dtype=dtype)) and not torch.compiler.is_compiling():
         keep = torch.is_grad_enabled() and any(t.requires_grad for t in (x, added, *weights))
         return ThreeConvolutions.apply(x, added.float(), *weights, dtype, keep)
     return _plain(x, added, *weights)

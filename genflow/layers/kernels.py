@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 
 from genflow.native import library as native
-from genflow.native.library import Forgotten, call
+from genflow.native.library import Forgotten, call, operator
 
 
 def _rows(vector: Tensor) -> tuple[Tensor, int]:
@@ -69,9 +68,16 @@ class Product(torch.autograd.Function):
         dx = g @ cast if ctx.needs_input_grad[0] else None
         g, x = g.reshape(-1, g.shape[-1]), x.reshape(-1, x.shape[-1])
         g = g if g.stride(1) == 1 else g.contiguous()
-        dw = torch.zeros(weight.shape) if len(x) == 0 else torch.empty(weight.shape)
-        call("weight_gradient", x.dtype, g, g.stride(0), x, x.stride(0), dw, len(x), *weight.shape)
-        return dx, dw.to(weight.dtype), None
+        return dx, weight_gradient(g, x).to(weight.dtype), None
+
+
+@operator
+def weight_gradient(g: Tensor, x: Tensor) -> Tensor:
+    """g^T x in float32, of rows that are dense. g: N x O; x: N x I, both bf16."""
+    shape = g.shape[1], x.shape[1]
+    dw = torch.empty(shape) if x.shape[0] else torch.zeros(shape)
+    call("weight_gradient", x.dtype, g, g.stride(0), x, x.stride(0), dw, x.shape[0], *shape)
+    return dw
 
 
 class ModulatedNorm(torch.autograd.Function):
@@ -80,16 +86,7 @@ class ModulatedNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, shift: Tensor, scale: Tensor, eps: float, plain: Callable) -> Tensor:
         x = x.contiguous()
-        (shift, stride), (scale, scale_stride) = _rows(shift), _rows(scale)
-        if stride != scale_stride:
-            shift, scale, stride = shift.contiguous(), scale.contiguous(), x.shape[-1]
-        B, L, H = x.shape
-        y, mean, rstd = (
-            torch.empty_like(x),
-            x.new_empty(B, L, dtype=torch.float32),
-            x.new_empty(B, L, dtype=torch.float32),
-        )
-        call("norm_forward", x.dtype, x, shift, scale, stride, y, mean, rstd, B, L, H, eps)
+        y, mean, rstd = norm_forward(x, shift, scale, eps)
         ctx.save_for_backward(x, shift, scale, mean, rstd)
         ctx.plain = plain
         return y
@@ -99,11 +96,31 @@ class ModulatedNorm(torch.autograd.Function):
         x, shift, scale, mean, rstd = ctx.saved_tensors
         if torch.is_grad_enabled():
             return *again(ctx.plain, (x, shift, scale), (g,)), None, None
-        B, L, H = x.shape
-        dx, dshift, dscale = torch.empty_like(x), x.new_empty(B, 1, H), x.new_empty(B, 1, H)
-        stride = _rows(scale)[1]
-        call("norm_backward", x.dtype, g.contiguous(), x, scale, stride, mean, rstd, dx, dshift, dscale, B, L, H)
-        return dx, dshift, dscale, None, None
+        return *norm_backward(g.contiguous(), x, scale, mean, rstd), None, None
+
+
+@operator
+def norm_forward(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    (shift, stride), (scale, scale_stride) = _rows(shift), _rows(scale)
+    if stride != scale_stride:
+        shift, scale, stride = shift.contiguous(), scale.contiguous(), x.shape[-1]
+    B, L, H = x.shape
+    y, mean, rstd = (
+        torch.empty_like(x),
+        x.new_empty(B, L, dtype=torch.float32),
+        x.new_empty(B, L, dtype=torch.float32),
+    )
+    call("norm_forward", x.dtype, x, shift, scale, stride, y, mean, rstd, B, L, H, eps)
+    return y, mean, rstd
+
+
+@operator
+def norm_backward(g: Tensor, x: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    B, L, H = x.shape
+    scale, stride = _rows(scale)
+    dx, dshift, dscale = torch.empty_like(x), x.new_empty(B, 1, H), x.new_empty(B, 1, H)
+    call("norm_backward", x.dtype, g, x, scale, stride, mean, rstd, dx, dshift, dscale, B, L, H)
+    return dx, dshift, dscale
 
 
 class GatedResidual(torch.autograd.Function):
@@ -111,13 +128,10 @@ class GatedResidual(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, gate: Tensor, y: Tensor, bias: Tensor, plain: Callable) -> Tensor:
-        x, y = x.contiguous(), y.contiguous()
-        gate, stride = _rows(gate)
-        out = torch.empty_like(x)
-        call("gate_forward", x.dtype, x, gate, stride, y, as_float(bias), out, *x.shape)
+        y = y.contiguous()
         ctx.save_for_backward(gate, y, bias)
         ctx.plain = plain
-        return out
+        return gate_forward(x.contiguous(), gate, y, bias)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple:  # type: ignore[override]
@@ -126,10 +140,24 @@ class GatedResidual(torch.autograd.Function):
             more = again(lambda *inputs: ctx.plain(torch.zeros_like(y), *inputs), (gate, y, bias), (g,))
             return g, *more, None
         g = g.contiguous()
-        dy, dgate = torch.empty_like(y), torch.empty_like(gate, memory_format=torch.contiguous_format)
-        dbias = torch.empty(len(y), len(bias))
-        call("gate_backward", y.dtype, g, gate, _rows(gate)[1], y, as_float(bias), dy, dgate, dbias, *y.shape)
-        return g, dgate, dy, dbias.sum(0).to(bias.dtype), None
+        return g, *gate_backward(g, gate, y, bias), None
+
+
+@operator
+def gate_forward(x: Tensor, gate: Tensor, y: Tensor, bias: Tensor) -> Tensor:
+    gate, stride = _rows(gate)
+    out = torch.empty_like(x)
+    call("gate_forward", x.dtype, x, gate, stride, y, as_float(bias), out, *x.shape)
+    return out
+
+
+@operator
+def gate_backward(g: Tensor, gate: Tensor, y: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    gate, stride = _rows(gate)
+    dy, dgate = torch.empty_like(y), torch.empty_like(gate, memory_format=torch.contiguous_format)
+    dbias = torch.empty(y.shape[0], bias.shape[0])
+    call("gate_backward", y.dtype, g, gate, stride, y, as_float(bias), dy, dgate, dbias, *y.shape)
+    return dgate, dy, dbias.sum(0).to(bias.dtype)
 
 
 class GELU(torch.autograd.Function):
@@ -138,20 +166,35 @@ class GELU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor, plain: Callable) -> Tensor:
         x = x.contiguous()
-        y = x if isinstance(ctx, Forgotten) else torch.empty_like(x)  # a product that nobody else has
-        call("gelu_forward", x.dtype, x, as_float(bias), y, x.shape[0] * x.shape[1], x.shape[2])
+        if isinstance(ctx, Forgotten):
+            return _gelu_into(x, x, bias)  # a product that nobody else has
         ctx.save_for_backward(x, bias)
         ctx.plain = plain
-        return y
+        return gelu_forward(x, bias)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple:  # type: ignore[override]
         x, bias = ctx.saved_tensors
         if torch.is_grad_enabled():
             return *again(ctx.plain, (x, bias), (g,)), None
-        dx, dbias = torch.empty_like(x), torch.zeros(len(x), len(bias))
-        call("gelu_backward", x.dtype, g.contiguous(), x, as_float(bias), dx, dbias, *x.shape)
-        return dx, dbias.sum(0).to(bias.dtype), None
+        return *gelu_backward(g.contiguous(), x, bias), None
+
+
+@operator
+def gelu_forward(x: Tensor, bias: Tensor) -> Tensor:
+    return _gelu_into(torch.empty_like(x), x, bias)
+
+
+def _gelu_into(y: Tensor, x: Tensor, bias: Tensor) -> Tensor:
+    call("gelu_forward", x.dtype, x, as_float(bias), y, x.shape[0] * x.shape[1], x.shape[2])
+    return y
+
+
+@operator
+def gelu_backward(g: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    dx, dbias = torch.empty_like(x), torch.zeros(x.shape[0], bias.shape[0])
+    call("gelu_backward", x.dtype, g, x, as_float(bias), dx, dbias, *x.shape)
+    return dx, dbias.sum(0).to(bias.dtype)
 
 
 class JointHeads(torch.autograd.Function):
@@ -164,49 +207,60 @@ class JointHeads(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, heads: int, eps: float, plain: Callable, *tensors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         n = len(tensors) // 4
-        streams = [t.contiguous() for t in tensors[:n]]
-        weights = [as_float(w) for w in tensors[n:]]
-        first = streams[0]
-        B, D, J = first.shape[0], first.shape[2] // (3 * heads), sum(s.shape[1] for s in streams)
-        q, k, v = (first.new_empty(B, heads, J, D) for _ in range(3))
-        scales, at = [], 0
-        for i, stream in enumerate(streams):
-            bias, wq, wk = weights[3 * i : 3 * i + 3]
-            L = stream.shape[1]
-            rq, rk = (stream.new_empty(B, L, heads, dtype=torch.float32) for _ in range(2))
-            normed = int(wq.numel() > 0)
-            call(
-                "heads_forward", first.dtype, stream, bias, wq, wk, q, k, v, rq, rk, B, L, heads, D, J, at, eps, normed
-            )
-            scales += [rq, rk]
-            at += L
-        ctx.save_for_backward(*streams, *tensors[n:], *scales)
+        streams, weights = [t.contiguous() for t in tensors[:n]], list(tensors[n:])
+        q, k, v, *scales = heads_forward(streams, weights, heads, eps)
+        ctx.save_for_backward(*streams, *weights, *scales)
         ctx.heads, ctx.plain, ctx.n = heads, plain, n
         return q, k, v
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple:  # type: ignore[override]
-        n, heads, saved = ctx.n, ctx.heads, ctx.saved_tensors
-        streams, originals, scales = saved[:n], saved[n : 4 * n], saved[4 * n :]
+        n, saved = ctx.n, ctx.saved_tensors
         if torch.is_grad_enabled():
             return None, None, None, *again(ctx.plain, saved[: 4 * n], grads)
-        dq, dk, dv = (g if g.stride(-1) == 1 else g.contiguous() for g in grads)
-        strides = (ctypes.c_long * 9)(*(s for g in (dq, dk, dv) for s in g.stride()[:3]))
-        address = ctypes.addressof(strides)
-        out_streams, out_weights, at = [], [], 0
-        for i, stream in enumerate(streams):
-            own = originals[3 * i : 3 * i + 3]
-            bias, wq, wk = (as_float(w) for w in own)
-            B, L, D = stream.shape[0], stream.shape[1], dq.shape[-1]
-            dx = torch.empty_like(stream)
-            dbias, dwq, dwk = (torch.zeros(B, w.numel()) for w in own)
-            rq, rk = scales[2 * i], scales[2 * i + 1]
-            normed = int(wq.numel() > 0)
-            call(
-                "heads_backward", stream.dtype, dq, dk, dv, address, stream, bias, wq, wk, rq, rk, dx,
-                dbias, dwq, dwk, B, L, heads, D, at, normed,
-            )  # fmt: skip
-            out_streams.append(dx)
-            out_weights += [d.sum(0).to(w.dtype) for d, w in zip((dbias, dwq, dwk), own, strict=True)]
-            at += L
-        return None, None, None, *out_streams, *out_weights
+        dense = [g if g.stride(-1) == 1 else g.contiguous() for g in grads]
+        streams, weights, scales = list(saved[:n]), list(saved[n : 4 * n]), list(saved[4 * n :])
+        return None, None, None, *heads_backward(dense, streams, weights, scales, ctx.heads)
+
+
+@operator
+def heads_forward(streams: list[Tensor], weights: list[Tensor], heads: int, eps: float) -> list[Tensor]:
+    """q, k, v, and for each stream the reciprocal RMS of its q and of its k."""
+    first = streams[0]
+    B, D, J = first.shape[0], first.shape[2] // (3 * heads), sum(s.shape[1] for s in streams)
+    q, k, v = (first.new_empty(B, heads, J, D) for _ in range(3))
+    scales, at = [], 0
+    for i, stream in enumerate(streams):
+        bias, wq, wk = (as_float(w) for w in weights[3 * i : 3 * i + 3])
+        L = stream.shape[1]
+        rq, rk = (stream.new_empty(B, L, heads, dtype=torch.float32) for _ in range(2))
+        normed = int(wq.numel() > 0)
+        call("heads_forward", first.dtype, stream, bias, wq, wk, q, k, v, rq, rk, B, L, heads, D, J, at, eps, normed)
+        scales += [rq, rk]
+        at += L
+    return [q, k, v, *scales]
+
+
+@operator
+def heads_backward(
+    grads: list[Tensor], streams: list[Tensor], weights: list[Tensor], scales: list[Tensor], heads: int
+) -> list[Tensor]:
+    """The gradients of the streams and of their weights from those of q, k and v."""
+    strides = tuple(stride for g in grads for stride in g.stride()[:3])
+    out_streams, out_weights, at = [], [], 0
+    for i, stream in enumerate(streams):
+        own = weights[3 * i : 3 * i + 3]
+        bias, wq, wk = (as_float(w) for w in own)
+        B, L, D = stream.shape[0], stream.shape[1], grads[0].shape[-1]
+        dx = torch.empty_like(stream)
+        dbias, dwq, dwk = (torch.zeros(B, w.numel()) for w in own)
+        rq, rk = scales[2 * i], scales[2 * i + 1]
+        normed = int(wq.numel() > 0)
+        call(
+            "heads_backward", stream.dtype, *grads, strides, stream, bias, wq, wk, rq, rk, dx,
+            dbias, dwq, dwk, B, L, heads, D, at, normed,
+        )  # fmt: skip
+        out_streams.append(dx)
+        out_weights += [d.sum(0).to(w.dtype) for d, w in zip((dbias, dwq, dwk), own, strict=True)]
+        at += L
+    return [*out_streams, *out_weights]

@@ -1,7 +1,7 @@
 """Fused CPU kernels (*.cpp), compiled with the machine's own C++ compiler the first time they are wanted.
 
-On other devices, in float64, under torch.compile, or where there is no compiler, callers take the plain formula instead;
-the answers are the same up to rounding. GENFLOW_KERNELS=0 in the environment keeps them off.
+On other devices, in float64, or where there is no compiler, callers take the plain formula instead; the answers are the
+same up to rounding. To torch.compile each is an operator of its own. GENFLOW_KERNELS=0 in the environment keeps them off.
 """
 
 from __future__ import annotations
@@ -14,12 +14,14 @@ import shutil
 import subprocess
 import tempfile
 import warnings
-from functools import cache
+from collections.abc import Callable
+from functools import cache, wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 
 from genflow.cachedir import cache_folder
@@ -31,6 +33,9 @@ FLAGS += " -fassociative-math -freciprocal-math"
 if platform.machine() in ("x86_64", "AMD64"):
     FLAGS += " -mprefer-vector-width=512"
 SUFFIX = {torch.float32: "_f32", torch.bfloat16: "_bf16"}
+OPERATORS = torch.library.Library("genflow", "FRAGMENT")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 @cache
@@ -68,24 +73,32 @@ def library() -> ctypes.CDLL | None:
         return None
 
 
-@cache
+@torch.compiler.assume_constant_result
 def matrix_units() -> bool:
-    """Whether this processor has matrix units for bf16 (AMX), and the kernels that use them could be built."""
+    """Whether this processor multiplies bf16, on matrix units (AMX) or vectors (AVX-512 BF16), by kernels that were built."""
     lib = library()
     return lib is not None and bool(lib.matrix_units())
+
+
+@torch.compiler.assume_constant_result
+def _at_hand() -> bool:
+    """Whether they could be built, and neither vmap, jvp and their like nor an export, which is to run elsewhere, is on."""
+    return (
+        torch._C._functorch.peek_interpreter_stack() is None
+        and not torch.compiler.is_exporting()
+        and library() is not None
+    )
 
 
 def usable(*tensors: Tensor) -> bool:
     """Whether the kernels can serve a call on these activations."""
     first = tensors[0]
     return (
-        first.device.type == "cpu"
+        first.is_cpu
         and first.dtype in SUFFIX
         and all(t.dtype == first.dtype for t in tensors)
         and not (torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") != first.dtype)
-        and not torch.compiler.is_compiling()
-        and not torch._C._functorch.peek_interpreter_stack()  # vmap, jvp and their like
-        and library() is not None
+        and _at_hand()
     )
 
 
@@ -98,18 +111,44 @@ class Forgotten:
 
 def run(function: type[torch.autograd.Function], *arguments: Any) -> Any:
     """function.apply(...), without autograd's bookkeeping where no gradient can be asked for."""
+    if torch.compiler.is_compiling():  # of views, as the compiler takes no tensor twice
+        return function.apply(*(a.view_as(a) if isinstance(a, Tensor) else a for a in arguments))
     if torch.is_grad_enabled() or forward_ad._current_level >= 0:
         return function.apply(*arguments)
     return function.forward(Forgotten(), *arguments)
 
 
+def operator(kernel: Callable[P, R]) -> Callable[P, R]:
+    """The function, which torch.compile takes for one operator, genflow::NAME, that it does not look into.
+
+    Its parameters are annotated, and the tensors that it returns are new. Their shapes the compiler learns from the same
+    code, where `call` does nothing. Eager calls pass by torch.library, which would cost them tens of microseconds.
+    """
+    name = kernel.__name__
+    OPERATORS.define(name + torch.library.infer_schema(kernel, mutates_args=()))
+    OPERATORS.impl(name, kernel, "CPU")
+    torch.library.register_fake(f"genflow::{name}", kernel, lib=OPERATORS)
+    opaque = getattr(torch.ops.genflow, name)
+
+    @wraps(kernel)
+    def chosen(*arguments: P.args, **options: P.kwargs) -> R:
+        return (opaque if torch.compiler.is_compiling() else kernel)(*arguments, **options)
+
+    return chosen
+
+
 def call(name: str, dtype: torch.dtype, *arguments: Any) -> None:
+    """Run the kernel of this name for numbers of dtype. arguments: tensors, numbers, tuples of integers."""
+    if isinstance(arguments[0], FakeTensor):
+        return
     converted = [
-        ctypes.c_void_p(a.data_ptr())
-        if isinstance(a, Tensor)
+        ctypes.c_long(a)
+        if isinstance(a, int)
         else ctypes.c_float(a)
         if isinstance(a, float)
-        else ctypes.c_long(a)
+        else (ctypes.c_long * len(a))(*a)
+        if isinstance(a, tuple)
+        else ctypes.c_void_p(a.data_ptr())
         for a in arguments
     ]
     lib = library()

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from functools import partial
+from collections.abc import Callable, Iterable
+from typing import Any
 
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -29,8 +29,15 @@ def checkpointed(network: nn.Module) -> nn.Module:
     if isinstance(network, Bijection) and not hasattr(network, "blocks"):
         return reversible(network)
     for block in _blocks(network, "train.checkpointing"):
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore[method-assign]
+        block.forward = _computed_again(block.forward)  # type: ignore[method-assign]
     return network
+
+
+def _computed_again(forward: Callable[..., Any]) -> Callable[..., Any]:
+    def checkpointed(*arguments: Any, **options: Any) -> Any:  # torch.compile passes over a partial of torch's own
+        return checkpoint(forward, *arguments, use_reentrant=False, **options)
+
+    return checkpointed
 
 
 def compile_blocks(network: nn.Module) -> None:
