@@ -75,7 +75,7 @@ def library() -> ctypes.CDLL | None:
 
 @torch.compiler.assume_constant_result
 def matrix_units() -> bool:
-    """Whether this processor multiplies bf16, on matrix units (AMX) or vectors (AVX-512 BF16), by kernels that were built."""
+    """Whether this processor multiplies bf16, on matrix units (AMX) or vectors (AVX-512 BF16), by kernels that are built."""
     lib = library()
     return lib is not None and bool(lib.matrix_units())
 
