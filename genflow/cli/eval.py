@@ -47,7 +47,7 @@ def add_measuring(parser: argparse.ArgumentParser) -> Any:
         "--metrics", nargs="+", default=[], metavar="NAME", help="see below (those that a model can honestly have)"
     )
     what = parser.add_argument_group("of what")
-    what.add_argument("--split", help="of a run's data (held-out figures: test; distances: train)")
+    what.add_argument("--split", help="of a run's data (held-out figures: as validated; distances: train)")
     what.add_argument("-n", type=int, metavar="N", help="samples (2000, or half of the split; likelihoods: all of it)")
     what.add_argument("--seed", type=int, default=0, help="of the first sample; the next have the next seeds (0)")
     what.add_argument(

@@ -182,7 +182,7 @@ def _entry(who: Contestant, plan: Plan, prompts: Sequence[str], reals: Reals, ba
         row["memory"] = Cell(
             memory, on=f"MiB at the peak of drawing {count} at once in a new process, with the weights"
         )
-    split, known = _known(reals, plan)
+    split, known = _known(reals, plan, who)
     shown = _shown(who, plan, prompts, known)
     return Entry(who, found, row, sorted(curve, key=lambda p: p.nfe), _identity(who, reals, plan), split, *shown)
 
@@ -212,9 +212,9 @@ def _point(found: Evaluation, steps: int | None) -> Point | None:
 # ------------------------------------------------------------------------------------------------------------- the data
 
 
-def _known(reals: Reals, plan: Plan) -> tuple[str, Any]:
+def _known(reals: Reals, plan: Plan, who: Contestant) -> tuple[str, Any]:
     """The split whose captions are drawn, held-out where that was read, and its real samples."""
-    for split in (plan.split or "test", "train"):
+    for split in (plan.held_out(who.flow), "train"):
         if split in reals.samples:
             return split, reals.samples[split]
     return "", None

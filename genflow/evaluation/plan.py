@@ -41,8 +41,8 @@ def no_bar(_what: str, _total: int) -> Iterator[Callable[[int], object]]:
 class Plan:
     """What to measure, and how.
 
-    metrics: of METRICS, none for those that the model can honestly have. split: of the data, by default "test" for what is
-    asked of held-out samples and "train" for distances, as is the custom. n: samples, by default 2000, but half of the
+    metrics: of METRICS, none for those that the model can honestly have. split: of the data, by default `held_out` for what
+    is asked of held-out samples and "train" for distances, as is the custom. n: samples, by default 2000, but half of the
     split at most, so that the other half shows how far real ones are from real ones; of likelihoods, the whole split.
     k: draws of the dequantisation. seed: of the first sample. batch: samples at once. sampling: of `flow.sample`;
     likelihood: of a velocity's.
@@ -63,6 +63,10 @@ class Plan:
                 raise UserError(f"{what} = {value} is too few; the least is {least}")
         if wrong := [name for name in self.metrics if name not in METRICS]:
             raise UserError(f"no metric {wrong[0]!r}.{nearest(wrong[0], METRICS)}")
+
+    def held_out(self, flow: Any) -> str:
+        """The split whose samples a flow has not seen: as asked, else the one that its run was validated on, else "test"."""
+        return self.split or ((flow.recipe or {}).get("train") or {}).get("validation_split", "test")
 
 
 @api_export("Figure")

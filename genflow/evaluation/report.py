@@ -85,7 +85,7 @@ class _Run:
         self.left_out: dict[str, str] = {}
         self.counts: dict[str, int] = {}
         self.nfe, self.drawing = 0, 0.0
-        self.held_out, self.reference = plan.split or "test", plan.split or "train"
+        self.held_out, self.reference = plan.held_out(flow), plan.split or "train"
 
     def evaluation(self) -> Evaluation:
         begun = time.monotonic()
