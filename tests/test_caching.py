@@ -103,7 +103,7 @@ def test_a_sample_is_the_solve_of_the_plain_velocity(config, sampler, interval):
         plain = cfg(velocity, *parts, 3.0, interval=interval)
         solve = resolve("sampler", sampler)
         expected = solve(plain, got.trajectory.states[0], got.trajectory.times).x.clamp(-1, 1)
-    close(got.x, expected, 1e-4 if flow.config.prediction == "eps" else 1e-5)  # eps / t: what is small becomes large
+    close(got.x, expected, 1e-5 if flow.config.prediction == "v" else 1e-4)  # over t: what is small becomes large
 
 
 def test_text_and_modulation_are_computed_once(flow, monkeypatch):
