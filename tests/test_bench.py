@@ -234,6 +234,17 @@ def test_training_beside_diffusers_is_printed_and_kept(quick, capsys, tmp_path):
     assert training["agreement"]["diffusers"] < 0.05
 
 
+def test_training_in_8_bits_stands_beside_bf16_and_is_refused_where_it_cannot_be(quick, capsys, tmp_path, monkeypatch):
+    pytest.importorskip("diffusers")
+    words = ["bench", "train", *TINY, "--precision", "fp8", "--json", str(tmp_path / "train.json")]
+    assert main(words) == 2
+    assert "--precision fp8: fp8 is arithmetic of NVIDIA's GPUs" in capsys.readouterr().err
+    monkeypatch.setattr("genflow.training.precision.refusal", lambda precision, device: None)
+    assert main([*words, "--against", "diffusers", "--width", "32"]) == 0
+    (contest,) = json.loads((tmp_path / "train.json").read_text())["contests"]
+    assert 0.005 < contest["tasks"]["training"]["agreement"]["diffusers"] < 0.2
+
+
 def test_sampling_gives_the_latents_of_the_pipeline_of_diffusers(quick, capsys, tmp_path):
     pytest.importorskip("diffusers")
     file = tmp_path / "sample.json"

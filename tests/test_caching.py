@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import genflow.config
 from genflow.cli import main
@@ -257,12 +259,38 @@ def test_a_network_without_blocks_has_nothing_to_cache(flow):
 # -------------------------------------------------------------------------------------------------------------- the CLI
 
 
-def test_genflow_sample_says_what_was_skipped_and_in_which_dtype(flow, tmp_path: Path, capsys):
+@pytest.fixture
+def common(flow, tmp_path: Path) -> list[str]:
+    """The words that draw one picture of a model folder."""
     sections = {"model": ("mmdit", network()), "flow": ("rectified", flow.config), "text": ("learned", TEXT)}
     config = {key: {"name": name, **genflow.config.to_dict(each)} for key, (name, each) in sections.items()}
     config |= {"sample": {"sampler": "euler", "steps": 4}, "shape": [3, 8, 8]}
     save_model(tmp_path / "model", config=config, state=flow.state_dict())
-    common = ["sample", str(tmp_path / "model"), "--prompt", "rain", "--out", str(tmp_path / "out"), "--device", "cpu"]
+    return ["sample", str(tmp_path / "model"), "--prompt", "rain", "--out", str(tmp_path / "out"), "--device", "cpu"]
+
+
+def test_genflow_sample_compiles_the_blocks_it_draws_with(common, tmp_path: Path, monkeypatch):
+    def compiled(block):
+        seen.append(type(block).__name__)
+        block._compiled_call_impl = torch.compile(block._call_impl, backend="aot_eager")
+
+    def pictures():
+        return {p.name: Image.open(p).tobytes() for p in (tmp_path / "out").glob("*.png")}
+
+    seen: list[str] = []
+    assert main(common) == 0
+    plain = pictures()
+    monkeypatch.setattr(torch.nn.Module, "compile", compiled)
+    torch._dynamo.reset()
+    assert main([*common, "--compile"]) == 0
+    assert seen == ["JointBlock"] * len(seen) and len(seen) == network().depth
+    assert pictures().keys() == plain.keys()
+    for name, there in pictures().items():
+        off = np.frombuffer(there, np.uint8).astype(int) - np.frombuffer(plain[name], np.uint8)
+        assert abs(off).max() <= 1
+
+
+def test_genflow_sample_says_what_was_skipped_and_in_which_dtype(common, tmp_path: Path, capsys):
     assert main([*common, "--cache", "1e6", "--dtype", "bf16"]) == 0
     assert "LOSSY cache: 50% of the blocks skipped" in capsys.readouterr().out
     about = read_settings(tmp_path / "out" / "grid.png")

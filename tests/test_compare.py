@@ -26,6 +26,7 @@ from genflow.evaluation.features import PixelFeatures
 from genflow.evaluation.page import tag, to_html, to_markdown
 from genflow.evaluation.plan import Evaluation, Plan
 from genflow.flows.base import Flow
+from genflow.flows.rectified import RectifiedFlow
 from genflow.flows.store import load, save_model
 from genflow.samplers import Solution
 from genflow.training.config import RunConfig
@@ -197,6 +198,33 @@ def test_the_numbers_are_those_of_eval(where, monkeypatch):
     told = {each["name"]: each["value"] for each in json.loads(Path("e/figures.json").read_text())["figures"]}
     run = json.loads(Path("one/compare.json").read_text())["runs"][1]
     assert told == {name: run["figures"][name]["value"] for name in told}
+
+
+def test_samples_alone_are_drawn_in_the_dtype_asked_for(where, monkeypatch, capsys):
+    monkeypatch.chdir(where)
+    seen = []
+
+    def watch(verb):
+        real = getattr(RectifiedFlow, verb)
+
+        def watched(*a, **k):
+            seen.append((verb, torch.is_autocast_enabled("cpu")))
+            return real(*a, **k)
+
+        monkeypatch.setattr(RectifiedFlow, verb, watched)
+
+    watch("sample"), watch("validate")
+    how = ["-n", "8", "--metrics", "fd", "loss", "--features", "pixels"]
+    for dtype in ("fp32", "bf16"):
+        assert main(["eval", "unet", *how, "--dtype", dtype, "--out", dtype]) == 0
+        assert json.loads(Path(dtype, "figures.json").read_text())["plan"]["dtype"] == dtype
+        assert set(seen) == {("sample", dtype == "bf16"), ("validate", False)}
+        seen.clear()
+    with pytest.raises(UserError, match="no dtype 'half' to sample in; choose fp32 or bf16"):
+        Plan(dtype="half")
+    assert main(["eval", "--again", "bf16/figures.json"]) == 0 and ("sample", True) in seen
+    assert main(["eval", "tarflow", *how, "--dtype", "bf16"]) == 2
+    assert "--dtype is for models of a velocity; tarflow is a NormalizingFlow" in capsys.readouterr().err
 
 
 def test_metrics_and_prompts_are_those_asked_for(where, monkeypatch):

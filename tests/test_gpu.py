@@ -9,10 +9,12 @@ import torch
 
 from genflow.config import load
 from genflow.flows.store import newest_checkpoint
+from genflow.layers.float8 import Float8Product
 from genflow.networks.mmdit import MMDiTConfig
 from genflow.registry import names, resolve, tag_of
 from genflow.samplers import cfg, uniform
 from genflow.training.config import RunConfig
+from genflow.training.precision import refusal
 from genflow.training.run import train
 
 pytestmark = pytest.mark.gpu
@@ -30,8 +32,10 @@ def test_cpu_and_cuda_agree():
     assert (got - expected).abs().max() <= 1e-6 * expected.abs().max()  # time features are float32
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_training_in_half_precision(tmp_path, precision):
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "fp8"])
+def test_training_in_short_precision(tmp_path, precision):
+    if reason := refusal(precision, torch.device("cuda")):
+        pytest.skip(reason)
     text = (
         "data: {name: emoji, size: 16, limit: 30}\n"
         "text: {name: learned, dim: 16, heads: 2, layers: 1, max_tokens: 24}\n"
@@ -44,6 +48,20 @@ def test_training_in_half_precision(tmp_path, precision):
     assert lines[-1]["loss"] < lines[0]["loss"]
     assert ("loss_scale" in lines[0]) == (precision == "fp16")
     assert newest_checkpoint(run).name == "step-00000030"
+
+
+def test_products_in_8_bits_are_those_of_the_cpu():
+    if reason := refusal("fp8", torch.device("cuda")):
+        pytest.skip(reason)
+    x, w, g = torch.randn(40, 64), torch.randn(48, 64), torch.randn(40, 48)
+    found = {}
+    for device in ("cpu", "cuda"):
+        leaves = [a.to(device).requires_grad_() for a in (x, w)]
+        y = Float8Product.apply(*leaves)
+        y.backward(g.to(device, y.dtype))
+        found[device] = [a.detach().float().cpu() for a in (y, leaves[0].grad, leaves[1].grad)]
+    for cpu, cuda in zip(found["cpu"], found["cuda"], strict=True):
+        assert (cpu - cuda).norm() < 0.02 * cpu.norm()
 
 
 ODE = [name for name in names("sampler") if tag_of(resolve("sampler", name)).metadata["family"] == "ode"]

@@ -384,6 +384,18 @@ def test_bf16_runs_in_bf16_with_float32_weights(tiny):
     assert json.loads((newest_checkpoint(run) / "config.json").read_text())["train"]["precision"] == "bf16"
 
 
+def test_fp8_runs_in_fp8_where_it_is_not_refused(tiny, monkeypatch):
+    products = []
+    monkeypatch.setattr("genflow.training.precision.refusal", lambda precision, device: None)
+    real = torch.nn.functional.scaled_mm
+    monkeypatch.setattr("torch.nn.functional.scaled_mm", lambda *a, **k: products.append(a[0].dtype) or real(*a, **k))
+    run = train(tiny("train.precision=fp8", "train.checkpointing=true"))
+    # Of each of two blocks 4 linears of two streams, but one that has nothing after its keys and values; forward twice.
+    assert products.count(torch.float8_e4m3fn) == 2 * products.count(torch.float8_e5m2) / 2 == 4 * 2 * 13
+    for file in newest_checkpoint(run).glob("*.safetensors"):
+        assert {v.dtype for v in load_file(file).values()} == {torch.float32}
+
+
 # ----------------------------------------------------------------------------------------------------------- small parts
 
 

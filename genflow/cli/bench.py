@@ -39,7 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         of.add_argument("--text", type=_count, default=16, metavar="N", help="tokens of text (16)")
         batch = 32 if what == "train" else 8
         of.add_argument("--batch", type=_count, default=batch, metavar="N", help=f"pictures at once ({batch})")
-        of.add_argument("--precision", choices=["bf16", "fp32"], default="bf16", help="(bf16)")
+        kinds = {"train": ["bf16", "fp8", "fp32"], "sample": ["bf16", "fp32"]}[what]
+        of.add_argument("--precision", choices=kinds, default="bf16", help="(bf16)")
         of.add_argument("--compile", action="store_true", help="torch.compile each block, on both sides; a minute more")
         if what == "train":
             of.add_argument(

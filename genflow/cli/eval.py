@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from genflow.cli.options import add_solving, open_model, real_data, writable
+from genflow.cli.options import add_dtype, add_solving, open_model, real_data, refuse_dtype, writable
 from genflow.errors import UserError
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     likely.add_argument("--divergence", help="exact, hutchinson, hutchinson_gaussian, hutch++ (exact to 16 numbers)")
     likely.add_argument("--draws", type=int, metavar="N", help="of the divergence's estimator, for each sample (1)")
     likely.add_argument("--tolerance", type=float, metavar="T", help="of the ODE solve, relative and absolute (1e-4)")
-    add_solving(parser)
+    add_dtype(add_solving(parser))
     parser.add_argument("--out", metavar="FOLDER", help=f"where {FIGURES} and nearest.png go (RUN/eval)")
 
 
@@ -70,6 +70,7 @@ def run(args: argparse.Namespace) -> int:
     asked = {"divergence": args.divergence, "draws": args.draws, "rtol": args.tolerance, "atol": args.tolerance}
     out = writable(args.out or str(Path(args.run) / "eval"))
     flow, settings = open_model(args)
+    refuse_dtype(args, flow)
     plan = Plan(
         metrics=tuple(args.metrics),
         split=args.split,
@@ -77,6 +78,7 @@ def run(args: argparse.Namespace) -> int:
         k=args.k,
         seed=args.seed,
         batch=args.batch,
+        dtype=args.dtype,
         sampling=settings,
         likelihood={key: value for key, value in asked.items() if value is not None},
     )

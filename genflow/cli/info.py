@@ -126,7 +126,7 @@ def _precision() -> None:
         for precision, told in precision_report(device).items():
             print(f"  {precision:22}{told}")
         print()
-    print("weights, optimiser and averages are float32 in all of them; there is no fp8 training")
+    print("weights, optimiser and averages are float32 in all of them")
 
 
 def _training_call() -> Call:

@@ -47,6 +47,25 @@ def add_solving(
     return how
 
 
+def add_dtype(group: argparse._ArgumentGroup) -> None:
+    """--dtype, which `refuse_dtype` checks."""
+    group.add_argument(
+        "--dtype", choices=["fp32", "bf16"], default="fp32", help="of the network in sampling; the solve is in fp32"
+    )
+
+
+def refuse_dtype(args: argparse.Namespace, flow: Any) -> None:
+    """Raises UserError where the model of args.run cannot draw in args.dtype."""
+    from genflow.training.precision import refusal
+
+    if args.dtype == "fp32":
+        return
+    if not hasattr(flow, "guided"):
+        raise UserError(f"--dtype is for models of a velocity; {args.run} is a {type(flow).__name__}")
+    if reason := refusal(args.dtype, flow.device):
+        raise UserError(f"--dtype {args.dtype}: {reason}")
+
+
 def add_decoding(how: argparse._ArgumentGroup) -> None:
     """The options of models of noise without a velocity, and of models of tokens."""
     how.add_argument(

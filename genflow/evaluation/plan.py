@@ -44,8 +44,8 @@ class Plan:
     metrics: of METRICS, none for those that the model can honestly have. split: of the data, by default `held_out` for what
     is asked of held-out samples and "train" for distances, as is the custom. n: samples, by default 2000, but half of the
     split at most, so that the other half shows how far real ones are from real ones; of likelihoods, the whole split.
-    k: draws of the dequantisation. seed: of the first sample. batch: samples at once. sampling: of `flow.sample`;
-    likelihood: of a velocity's.
+    k: draws of the dequantisation. seed: of the first sample. batch: samples at once. dtype: fp32 or bf16, of the
+    network while it draws samples. sampling: of `flow.sample`; likelihood: of a velocity's.
     """
 
     metrics: Sequence[str] = ()
@@ -54,6 +54,7 @@ class Plan:
     k: int = 1
     seed: int = 0
     batch: int = 64
+    dtype: str = "fp32"
     sampling: Mapping[str, Any] = field(default_factory=dict)
     likelihood: Mapping[str, Any] = field(default_factory=dict)
 
@@ -61,6 +62,8 @@ class Plan:
         for what, least in (("n", 1), ("k", 1), ("batch", 1), ("seed", 0)):
             if (value := getattr(self, what)) is not None and value < least:
                 raise UserError(f"{what} = {value} is too few; the least is {least}")
+        if self.dtype not in ("fp32", "bf16"):
+            raise UserError(f"no dtype {self.dtype!r} to sample in; choose fp32 or bf16")
         if wrong := [name for name in self.metrics if name not in METRICS]:
             raise UserError(f"no metric {wrong[0]!r}.{nearest(wrong[0], METRICS)}")
 

@@ -214,20 +214,20 @@ class _Run:
         if len(known.get(split, ())) < min(count, len(self._real(split))):
             x = self._real(split).x[:count]
             with self.bar(f"features, {split}", len(x)) as progress:
-                how: dict[str, Any] = {"device": self.flow.device, "keep": True, "progress": progress}
-                known[split] = features_of(self.network, x, **how)
+                known[split] = features_of(self.network, x, device=self.flow.device, keep=True, progress=progress)
         return known[split][:asked]
 
     def _draw(self, prompts: Sequence[str], seed: int, what: str) -> tuple[Tensor, Tensor]:
         """Samples, pictures as the bytes that a file would hold, and their features."""
-        begun, made = time.monotonic(), []
+        begun, made, short = time.monotonic(), [], self.plan.dtype == "bf16"
         if not self.flow.text.max_tokens:
             prompts = [""] * len(prompts)
         conditions = PreparedConditions.prepare(SimpleNamespace(captions=list(prompts)), self.flow.text)
         with self.bar(f"sampling, {what}", len(prompts)) as progress:
             for part in torch.arange(len(prompts)).split(self.plan.batch):
                 seeds = (seed + part).tolist()
-                solution = self.flow.sample(conditions[part], seeds=seeds, **self.plan.sampling)
+                with torch.autocast(self.flow.device.type, torch.bfloat16, enabled=short):
+                    solution = self.flow.sample(conditions[part], seeds=seeds, **self.plan.sampling)
                 self.nfe = max(self.nfe, solution.nfe)
                 x = solution.x.float().cpu()
                 made.append(((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8) if self.pictures else x)

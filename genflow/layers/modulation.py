@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from genflow.layers import kernels
+from genflow.layers.float8 import Float8Product
 from genflow.native import library as native
 
 EPS = 1e-6  # of every norm in SD3
@@ -40,8 +41,13 @@ def _modulated_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 class Linear(nn.Linear):
     """A linear that can leave its bias to the operation after it, where a fused kernel adds it in passing."""
 
+    float8 = False  # whether it trains in 8 bits (training/apply.py)
+
     def forward(self, x: Tensor, *, bias: bool = True) -> Tensor:
         added = self.bias if bias else None
+        if self.float8 and self.training:
+            y = Float8Product.apply(x, self.weight)
+            return y if added is None else y + added.to(y.dtype)
         if added is not None or not kernels.trains_on_matrix_units(x, self.weight):
             return F.linear(x, self.weight, added)
         return kernels.Product.apply(x, self.weight, F.linear)

@@ -1,4 +1,4 @@
-"""Compilation and activation checkpointing, applied to a plain network that has `blocks`."""
+"""Compilation, activation checkpointing and products in 8 bits, applied to a plain network."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from torch.utils.checkpoint import checkpoint
 from genflow.errors import UserError
 from genflow.flows.bijections.base import Bijection
 from genflow.flows.bijections.memory import reversible
+from genflow.layers.float8 import MULTIPLE
+from genflow.layers.modulation import Linear
 
 
 def _blocks(network: nn.Module, what: str) -> Iterable[nn.Module]:
@@ -40,7 +42,25 @@ def _computed_again(forward: Callable[..., Any]) -> Callable[..., Any]:
     return checkpointed
 
 
-def compile_blocks(network: nn.Module) -> None:
-    """torch.compile each block in place: one graph serves all alike, and the state dict keeps its names."""
-    for block in _blocks(network, "train.compile"):
+def compile_blocks(network: nn.Module, asked: str = "train.compile") -> None:
+    """torch.compile each block in place: one graph serves all alike, and the state dict keeps its names.
+
+    Raises UserError, about what was asked, for a network that has no blocks.
+    """
+    for block in _blocks(network, asked):
         block.compile()
+
+
+def train_in_float8(network: nn.Module) -> None:
+    """Let the linears of a transformer's blocks train in 8 bits (layers/float8.py), those whose sizes allow it.
+
+    Embedders, modulations and the last layer keep their bf16. Raises UserError where no linear is left.
+    """
+    able = [m for m in network.modules() if isinstance(m, Linear) and not any(n % MULTIPLE for n in m.weight.shape)]
+    if not able:
+        raise UserError(
+            f"train.precision=fp8: a {type(network).__name__} has no transformer blocks of widths that are multiples of "
+            f"{MULTIPLE}; take bf16"
+        )
+    for module in able:
+        module.float8 = True

@@ -36,7 +36,7 @@ class TrainConfig:
     steps: int = 1000
     batch_size: int = 64
     accumulation: int = 1  # micro-batches per step and process
-    precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "auto"  # training/precision.py
+    precision: Literal["auto", "fp32", "tf32", "bf16", "fp16", "fp8"] = "auto"  # training/precision.py
     parallel: Literal["ddp", "fsdp"] = "ddp"  # of several processes: each holds all, or a part (training/README.md)
     optimizer: Annotated[Any, Choice("optimizer")] = field(default_factory=AdamWConfig)
     lora: LoRA | None = None  # train low-rank updates of what `init` holds, not the model (training/lora.py)

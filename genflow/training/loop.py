@@ -26,7 +26,7 @@ from genflow.flows.bijections.base import Bijection
 from genflow.flows.store import newest_checkpoint
 from genflow.flows.trained import fill_trained
 from genflow.functional import Rng
-from genflow.training.apply import checkpointed, compile_blocks
+from genflow.training.apply import checkpointed, compile_blocks, train_in_float8
 from genflow.training.checkpoint import checkpoint_tensors, load_checkpoint, save_checkpoint
 from genflow.training.config import RunConfig
 from genflow.training.ema import EMA
@@ -126,6 +126,8 @@ class Trainer:
             self.dataset.check(self.flow)
         if train.lora is not None:
             adapted(self.flow, network, train.lora)
+        if train.precision == "fp8":
+            train_in_float8(network)
         if train.compile:
             compile_blocks(network)
         self.conditions = PreparedConditions.prepare(self.dataset, self.text)

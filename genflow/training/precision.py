@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from genflow.errors import UserError
+from genflow.layers.float8 import product
 from genflow.layers.modulation import Linear
 from genflow.networks.couplers import ConvNet
 
 # What weights and pictures meet in inside of products; weights, optimiser and averages are float32 in all of them.
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES["fp8"] = torch.bfloat16  # what such products give, and the rest of the network is in
 WHAT = {
     "fp32": "float32 products, not shortened",
     "tf32": "float32 whose products take 10 bits of each factor",
     "bf16": "products in bfloat16",
     "fp16": "products in float16, with a loss scale that follows overflows",
+    "fp8": "products of transformer blocks in 8 bits, the rest in bfloat16; pays with train.compile=true",
 }
 
 
@@ -33,6 +37,10 @@ def refusal(precision: str, device: torch.device) -> str | None:
         return f"TF32 is arithmetic of NVIDIA's GPUs, and this is {device.type}; use fp32"
     if precision == "tf32" and (torch.version.hip or torch.cuda.get_device_capability(device) < (8, 0)):
         return f"{torch.cuda.get_device_name(device)} has no TF32 arithmetic; use fp32"
+    if precision == "fp8" and (not cuda or torch.version.hip):
+        return f"fp8 is arithmetic of NVIDIA's GPUs from compute capability 8.9 on, and this is {device.type}; use bf16"
+    if precision == "fp8" and torch.cuda.get_device_capability(device) < (8, 9):
+        return f"{torch.cuda.get_device_name(device)} has no fp8 arithmetic; use bf16"
     if precision == "bf16" and cuda and not torch.cuda.is_bf16_supported(including_emulation=False):
         return f"{torch.cuda.get_device_name(device)} has no bf16 arithmetic; use fp16 or fp32"
     return None
@@ -79,12 +87,16 @@ def matmul_tflops(precision: str, device: torch.device) -> float:
     """Best of a few products of square matrices on the device, in TFLOP/s."""
     size = 1024 if device.type == "cpu" else 8192
     a, b = (torch.ones(size, size, dtype=DTYPES[precision], device=device) for _ in range(2))
+    multiply: Callable[[Tensor, Tensor], Tensor] = torch.mm
+    if precision == "fp8":
+        a, b, one = a.to(torch.float8_e4m3fn), b.to(torch.float8_e4m3fn), torch.ones((), device=device)
+        multiply = partial(product, a_scale=one, b_scale=one, fast=True)
     wait = torch.cuda.synchronize if device.type == "cuda" else torch.mps.synchronize if device.type == "mps" else None
     seconds = []
     with float32_products(precision):
         for _ in range(5):
             start = time.perf_counter()
-            a @ b
+            multiply(a, b)
             if wait is not None:
                 wait()
             seconds.append(time.perf_counter() - start)

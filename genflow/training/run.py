@@ -117,7 +117,7 @@ def _make_folder(run: Path) -> None:
 def _train(asked: RunConfig, run: Path, device: torch.device, why: str) -> None:
     AcceleratorState._reset_state()  # accelerate keeps one precision for a process; the run before may have had another
     accelerator = Accelerator(
-        mixed_precision={"fp32": "no", "tf32": "no"}.get(asked.train.precision, asked.train.precision),
+        mixed_precision={"fp32": "no", "tf32": "no", "fp8": "bf16"}.get(asked.train.precision, asked.train.precision),
         cpu=device.type == "cpu",
         log_with=list(asked.train.trackers) or None,
         project_config=ProjectConfiguration(project_dir=str(run), logging_dir=str(run)),
