@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from genflow.cli import main
 from genflow.config import load as load_config
+from genflow.data.pictures import read_settings
 from genflow.errors import UserError
 from genflow.flows.store import load
 from genflow.interop.convert import convert
@@ -285,6 +286,27 @@ def test_the_command_draws_with_a_lora_run(base, tuned, tmp_path, capsys):
     assert np.array_equal(pixels(str(base), "--lora", f"{tuned}:0"), plain)
     assert np.abs(pixels(str(tuned), "--lora", f"{tuned}:-1") - plain).max() <= 1
     assert np.abs(run - plain).max() > 8
+
+
+def test_edits_inversions_and_figures_are_of_the_model_with_its_lora(base, tuned, pictures, tmp_path):
+    """As they are of the LoRA run itself, which its base with the update is."""
+    picture, seen = str(pictures / "sks dog" / "0.png"), {}
+    for name, words in {"whole": [str(tuned)], "added": [str(base), "--lora", str(tuned)]}.items():
+        seen[name] = []
+        for command in (["edit"], ["invert"]):
+            out = tmp_path / name / command[0]
+            assert main([*command, words[0], picture, "--prompt", "x", "--out", str(out), *words[1:]]) == 0
+            assert read_settings(out / "grid.png").get("lora", []) == words[2:]
+            seen[name].append(Image.open(out / "grid.png").tobytes())
+        out = tmp_path / name / "eval"
+        how = ["--metrics", "fd", "-n", "2", "--features", "pixels"]
+        assert main(["eval", *words, *how, "--out", str(out)]) == 0
+        made = json.loads((out / "figures.json").read_text())
+        seen[name].append(made["figures"][0]["value"])
+        assert made["made"].get("lora", []) == words[2:] and main(["eval", "--again", str(out / "figures.json")]) == 0
+    for whole, added in zip(seen["whole"][:2], seen["added"][:2], strict=True):
+        assert abs(np.frombuffer(whole, np.uint8).astype(int) - np.frombuffer(added, np.uint8)).max() <= 1
+    assert seen["whole"][2] == pytest.approx(seen["added"][2], rel=1e-3)
 
 
 def test_the_command_writes_the_lora_or_the_whole(sd3, tmp_path):

@@ -550,7 +550,7 @@ def test_what_cannot_be_is_refused_before_the_first_step(tiny, tmp_path, overrid
     with pytest.raises(UserError) as caught:
         train(tiny("train.validate_every=4", override))
     assert message in str(caught.value) and "\n" not in str(caught.value)
-    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json", "config.json"])

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from genflow.cli.options import (
+    add_lora,
     add_solving,
     embed,
     fit_image,
@@ -81,7 +82,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--to", metavar="TEXT", help="interpolation: frames from --prompt, what they show now, to this one"
     )
     way.add_argument("--frames", type=int, metavar="N", help="of an interpolation, both ends among them (8)")
-    add_solving(parser, guidance="1 = none; an interpolation has none unless you say so")
+    add_lora(add_solving(parser, guidance="1 = none; an interpolation has none unless you say so"))
     parser.add_argument("--out", default="edited", metavar="FOLDER", help="where PNGs and grid.png go (./edited)")
 
 
@@ -121,7 +122,7 @@ def run(args: argparse.Namespace) -> int:
         bar.reset(total=steps * (len(batches) + editor.inversions))
         solutions = [editor.draw(batch).checked() for batch in batches]
     images = torch.cat([solution.x.clamp(-1, 1).cpu() for solution in solutions])
-    named = {name: value for name in ("mask", "from", "into", "to") if (value := getattr(args, name)) is not None}
+    named = {name: value for name in ("mask", "from", "into", "to", "lora") if (value := getattr(args, name))}
     about = {"way": way, **named, **used, "model": str(args.run), "ema": not args.no_ema, **settings}
     _write(out, args.pictures, x, mask, jobs, images, {**about, "nfe": solutions[0].nfe})
     print(f"{len(jobs)} pictures and grid.png in {args.out}: {way}, {solutions[0].nfe} network evaluations each")

@@ -13,7 +13,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from genflow.cli.options import add_dtype, add_solving, open_model, real_data, refuse_dtype, writable
+from genflow.cli.options import (
+    add_dtype,
+    add_lora,
+    add_solving,
+    open_model,
+    real_data,
+    refuse_dtype,
+    take_loras,
+    writable,
+)
 from genflow.errors import UserError
 
 if TYPE_CHECKING:
@@ -33,7 +42,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     likely.add_argument("--divergence", help="exact, hutchinson, hutchinson_gaussian, hutch++ (exact to 16 numbers)")
     likely.add_argument("--draws", type=int, metavar="N", help="of the divergence's estimator, for each sample (1)")
     likely.add_argument("--tolerance", type=float, metavar="T", help="of the ODE solve, relative and absolute (1e-4)")
-    add_dtype(add_solving(parser))
+    how = add_solving(parser)
+    add_lora(how), add_dtype(how)
     parser.add_argument("--out", metavar="FOLDER", help=f"where {FIGURES} and nearest.png go (RUN/eval)")
 
 
@@ -83,6 +93,7 @@ def run(args: argparse.Namespace) -> int:
         likelihood={key: value for key, value in asked.items() if value is not None},
     )
     found, made = _measure(flow, plan, str(find_model(args.run)), not args.no_ema, args.features)
+    made |= {"lora": args.lora} if args.lora else {}
     _print(found, made)
     _write(found, made, plan, out)
     return 0
@@ -239,6 +250,7 @@ def _again(args: argparse.Namespace) -> int:
     except (ValueError, LookupError, TypeError) as error:
         raise UserError(f"--again {path}: no {FIGURES} of an evaluation ({error})") from error
     flow = load(model, ema=ema, device=args.device or device)
+    take_loras(flow, made.get("lora", ()))
     found, now = _measure(flow, plan, model, ema, features or "pixels")
     for what in ("weights", "data", "features", "versions", "device", "threads"):
         if made[what] != now[what]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from genflow.cli.options import (
+    add_lora,
     add_solving,
     embed,
     fit_image,
@@ -38,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="TEXT",
         help="what they show, one for all or one each (nothing)",
     )
-    add_solving(parser, guidance="1 = none (1)", nargs="+", help="each way; several: each in turn")
+    add_lora(add_solving(parser, guidance="1 = none (1)", nargs="+", help="each way; several: each in turn"))
     parser.add_argument(
         "--out", default="inverted", metavar="FOLDER", help="where grid.png and noise.safetensors go (./inverted)"
     )
@@ -88,6 +89,7 @@ def run(args: argparse.Namespace) -> int:
     errors = torch.stack([psnr(each, x) for each in back], 1).tolist()
     _print_table(args.pictures, [f"{steps} steps" for steps in counts], nfe, errors, noise.flatten(1).std(1).tolist())
     about = {"pictures": args.pictures, "prompts": prompts, "model": str(args.run), "ema": not args.no_ema, **settings}
+    about |= {"lora": args.lora} if args.lora else {}
     captions = [
         caption
         for path, row in zip(args.pictures, errors, strict=True)

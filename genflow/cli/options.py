@@ -47,6 +47,31 @@ def add_solving(
     return how
 
 
+def add_lora(group: argparse._ArgumentGroup) -> None:
+    """--lora, which `open_model` reads."""
+    group.add_argument(
+        "--lora",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="PATH[:WEIGHT]",
+        help="add LoRA runs, or files in diffusers' format, to the model; how strongly (1)",
+    )
+
+
+def take_loras(flow: Any, asked: Sequence[str]) -> None:
+    """Add each PATH or PATH:WEIGHT to the flow; a path that is there may hold a colon. Raises UserError."""
+    from genflow.interop.lora import load_lora
+
+    for text in asked:
+        path, weight = text, 1.0
+        before, _, number = text.rpartition(":")
+        if before and not Path(text).exists():
+            with contextlib.suppress(ValueError):
+                path, weight = before, float(number)
+        load_lora(flow, path, weight=weight)
+
+
 def add_dtype(group: argparse._ArgumentGroup) -> None:
     """--dtype, which `refuse_dtype` checks."""
     group.add_argument(
@@ -99,6 +124,7 @@ def open_model(args: argparse.Namespace, *, unguided: bool = False) -> tuple[Any
         raise UserError(f"--batch must be 1 or more, not {args.batch}")
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     flow: Any = _load(args.run, ema=not args.no_ema, device=device)
+    take_loras(flow, getattr(args, "lora", ()))
     return flow, sampling_of(args, flow, unguided=unguided)
 
 

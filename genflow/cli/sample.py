@@ -7,12 +7,11 @@ import csv
 import inspect
 import io
 import re
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from genflow.cli.options import add_dtype, add_solving, open_model, real_data, refuse_dtype, writable
+from genflow.cli.options import add_dtype, add_lora, add_solving, open_model, real_data, refuse_dtype, writable
 from genflow.errors import UserError
 
 if TYPE_CHECKING:
@@ -31,14 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--seed", type=int, default=0, help="of the first picture; the next have the next seeds (0)")
     what.add_argument("--size", type=int, nargs="+", metavar="PX", help="height and width (default: as trained)")
     how = add_solving(parser)
-    how.add_argument(
-        "--lora",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="PATH[:WEIGHT]",
-        help="add LoRA runs, or files in diffusers' format, to the model; how strongly (1)",
-    )
+    add_lora(how)
     how.add_argument("--weak", metavar="RUN", help="guide away from this weaker model, not from the empty prompt")
     speed = parser.add_argument_group("how fast, and in how much memory")
     add_dtype(speed)
@@ -70,7 +62,6 @@ def run(args: argparse.Namespace) -> int:
 
     from genflow.data.pictures import caption_grid, to_picture
     from genflow.flows.store import load
-    from genflow.interop.lora import load_lora
     from genflow.training.apply import compile_blocks
 
     out = writable(args.out)
@@ -90,9 +81,6 @@ def run(args: argparse.Namespace) -> int:
             raise UserError(f"--{name} is for models of {what}; {args.run} is a {type(flow).__name__}")
     if args.tile is not None:
         more["tile"] = args.tile
-    for text in args.lora:
-        path, weight = _lora(text)
-        load_lora(flow, path, weight=weight)
     if args.weak and settings.get("guidance", 1) == 1:
         raise UserError("--weak does nothing without guidance; add --guidance 2, or any number but 1")
     if args.weak:
@@ -141,15 +129,6 @@ def run(args: argparse.Namespace) -> int:
     lossy = f"; LOSSY cache: {skipped:.0%} of the blocks skipped" if settings.get("cache") else ""
     print(f"{len(wanted)} pictures and grid.png in {out} ({nfe} network evaluations each{exact}{lossy})")
     return 0
-
-
-def _lora(text: str) -> tuple[str, float]:
-    """PATH or PATH:WEIGHT; a path that is there may hold a colon."""
-    path, _, weight = text.rpartition(":")
-    if path and not Path(text).exists():
-        with suppress(ValueError):
-            return path, float(weight)
-    return text, 1.0
 
 
 def _passes(solutions: list[Any]) -> str:

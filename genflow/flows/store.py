@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,13 +59,20 @@ def is_whole(folder: Path) -> bool:
 
 def checkpoints(run: str | Path) -> list[Path]:
     """The whole checkpoints of a run, oldest first."""
-    found = [p for p in Path(run, "checkpoints").glob("step-*") if _STEP.fullmatch(p.name) and is_whole(p)]
-    return sorted(found, key=_step)
+    return sorted(filter(is_whole, _steps(run)), key=_step)
 
 
 def newest_checkpoint(run: str | Path) -> Path | None:
-    """The newest whole checkpoint of a run; half-written and damaged ones are passed over."""
-    return max(checkpoints(run), key=_step, default=None)
+    """The newest whole checkpoint of a run; warns of damaged ones that are newer."""
+    for folder in sorted(_steps(run), key=_step, reverse=True):
+        if (fault := _fault(folder)) is None:
+            return folder
+        warnings.warn(f"checkpoint {folder} is passed over: {fault}", stacklevel=2)
+    return None
+
+
+def _steps(run: str | Path) -> list[Path]:
+    return [p for p in Path(run, "checkpoints").glob("step-*") if _STEP.fullmatch(p.name)]
 
 
 def _step(checkpoint: Path) -> int:

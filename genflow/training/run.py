@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -160,7 +161,11 @@ def _alone(run: Path) -> Iterator[None]:
             ) from error
         except OSError:  # a file system without locks
             pass
-        yield
+        try:
+            yield
+        finally:
+            if [p.name for p in run.iterdir()] == [".lock"]:  # refused before there was anything to keep
+                shutil.rmtree(run, ignore_errors=True)
 
 
 def _check_trackers(trackers: Sequence[str]) -> None:
