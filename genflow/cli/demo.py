@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from genflow.cli.canvas import Canvas
 from genflow.cli.demo_actions import Choice, Player, draw, edit, invert, open_player, strip
 from genflow.errors import UserError
 
@@ -51,11 +52,12 @@ def build_page(players: Sequence[Player]) -> Any:
         if moving:
             with gradio.Tab("Step by step"):
                 _tab(gradio, moving, "Show the steps", [], controls, strip, told=False)
+        if editable := [player for player in pictured if Canvas.of(player.flow)]:
             with gradio.Tab("Edit"):
                 image = gradio.Image(type="pil", label="picture", height=220)
                 strength = gradio.Slider(0.05, 1, 0.6, label="strength: the more, the freer")
                 before = gradio.Textbox(label="what it shows now (then by FlowEdit; empty: image-to-image)")
-                _tab(gradio, moving, "Edit", [image, strength, before], controls, edit)
+                _tab(gradio, editable, "Edit", [image, strength, before], controls, edit)
         if pictured:
             with gradio.Tab("Invert"):
                 image = gradio.Image(type="pil", label="picture", height=220)

@@ -6,6 +6,7 @@ import argparse
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
+from genflow.cli.canvas import Canvas
 from genflow.cli.compare import own_way
 from genflow.cli.options import (
     embed,
@@ -113,27 +114,32 @@ def edit(player: Player, choice: Choice, image: Image | None, strength: float, b
     from genflow.functional import noise_from_seeds
     from genflow.samplers import editing
 
-    _velocity(player, "edits follow it")
+    canvas = Canvas.of(player.flow) if len(player.flow.shape) == 3 else None
+    if canvas is None:
+        raise UserError(
+            f"{player.args.run} is a {type(player.flow).__name__}, no velocity of pictures; edits follow it"
+        )
     refuse_unheard(player.args, player.flow, choice.prompt, before)
     settings = settings_of(player, choice)
     if before and is_stochastic(settings):
         raise UserError(
             f"sampler {settings['sampler']!r} draws noise, which has no place here; take one such as 'heun'"
         )
-    x = _fitted(player, image).expand(choice.count, -1, -1, -1)
+    given = _fitted(player, image)[None]
+    x = canvas.lay(given).expand(choice.count, -1, -1, -1)
     seeds = list(range(choice.seed, choice.seed + choice.count))
-    grid = time_grid(player.flow, settings, settings["steps"])
-    velocity = guided(player.flow, embed(player.flow, [choice.prompt] * len(seeds)), settings)
+    grid = time_grid(canvas.flow, settings, settings["steps"])
+    velocity = guided(canvas.flow, embed(canvas.flow, [choice.prompt] * len(seeds)), settings)
     with torch.no_grad():
         if before:
-            now = guided(player.flow, embed(player.flow, [before] * len(seeds)), settings, guidance=1.0)
+            now = guided(canvas.flow, embed(canvas.flow, [before] * len(seeds)), settings, guidance=1.0)
             how: dict[str, Any] = {"seeds": seeds, "strength": strength, "sampler": solver(settings, seeds)}
             solution = editing.flowedit(now, velocity, x, grid, **how).checked()
         else:
             noise = noise_from_seeds(seeds, x.shape[1:]).to(x)
             drawn = editing.image_to_image(velocity, x, noise, grid, strength, sampler=solver(settings, seeds))
             solution = drawn.checked()
-    sheet = torch.cat([x[:1], solution.x.clamp(-1, 1)]).cpu()
+    sheet = torch.cat([given, canvas.show(solution.x)]).cpu()
     captions = ["given", *(f"seed {seed}" for seed in seeds)]
     way = "FlowEdit" if before else "image-to-image"
     return caption_grid(sheet, captions, cell=160).image, f"{way}, {solution.nfe} evaluations: {_told(settings)}"
@@ -147,26 +153,26 @@ def invert(player: Player, choice: Choice, image: Image | None) -> tuple[Image, 
     from genflow.samplers.editing import psnr, round_trip
 
     refuse_unheard(player.args, player.flow, choice.prompt)
-    x, flow = _fitted(player, image)[None], player.flow
+    x, canvas = _fitted(player, image)[None], Canvas.of(player.flow)
     with torch.no_grad():
-        if hasattr(flow, "guided"):
+        if canvas is not None:
             settings = settings_of(player, choice)
             if is_stochastic(settings):
                 raise UserError(
                     f"sampler {settings['sampler']!r} draws noise, and has no inverse; take one such as 'heun'"
                 )
-            velocity = guided(flow, embed(flow, [choice.prompt]), settings)
-            grid = time_grid(flow, settings, settings["steps"])
-            trip = round_trip(velocity, x, grid, sampler=solver(settings))
-            noise, back, cost = trip.noise, trip.x, f"{trip.nfe} evaluations there and back"
+            velocity = guided(canvas.flow, embed(canvas.flow, [choice.prompt]), settings)
+            grid = time_grid(canvas.flow, settings, settings["steps"])
+            trip = round_trip(velocity, canvas.lay(x), grid, sampler=solver(settings))
+            noise, back, cost = trip.noise, canvas.show(trip.x), f"{trip.nfe} evaluations there and back"
         else:
-            condition = flow.text.encode([choice.prompt])
-            noise = flow.encode(x, condition)
-            back, cost = flow.decode(noise, condition), "one pass each way"
-    noise = noise.reshape(x.shape) if noise.numel() == x.numel() else x.new_zeros(x.shape)
-    sheet = torch.cat([x, noise / 3, back.clamp(-1, 1)]).cpu()
+            condition = player.flow.text.encode([choice.prompt])
+            noise = player.flow.encode(x, condition)
+            back, cost = player.flow.decode(noise, condition), "one pass each way"
+    sheet = {"given": x, "noise / 3": noise.reshape(x.shape) / 3} if noise.numel() == x.numel() else {"given": x}
+    sheet["back"] = back.clamp(-1, 1)
     told = f"{float(psnr(back, x)):.1f} dB, {cost}; the noise has a standard deviation of {float(noise.std()):.2f}"
-    return caption_grid(sheet, ["given", "noise / 3", "back"], columns=3, cell=160).image, told
+    return caption_grid(torch.cat([*sheet.values()]).cpu(), [*sheet], columns=3, cell=160).image, told
 
 
 def _velocity(player: Player, why: str) -> None:

@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from genflow.cli.canvas import Canvas
 from genflow.cli.options import (
     add_lora,
     add_solving,
@@ -96,13 +97,14 @@ def run(args: argparse.Namespace) -> int:
     files = [read_image(path) for path in (*args.pictures, *([args.into] if args.into else []))]
     flow, settings = open_model(args, unguided=way == "interpolation")
     refuse_unheard(args, flow, *args.prompt, *filter(None, (getattr(args, "from"), args.to)))
-    if not hasattr(flow, "guided"):
+    canvas = Canvas.of(flow)
+    if canvas is None:
         return _between(args, way, used, flow, files, out)
     if is_stochastic(settings) and (way not in ("image-to-image", "inpainting") or used.get("repeats", 1) > 1):
         raise UserError(
             f"sampler {settings['sampler']!r} draws noise, which has no place here; take one such as 'heun'"
         )
-    grid = time_grid(flow, settings, settings.get("steps", 20))
+    grid = time_grid(canvas.flow, settings, settings.get("steps", 20))
     x = torch.stack([fit_image(file, flow) for file in files])
     mask = _read_mask(args, files, flow) if args.mask else None
     if way == "interpolation":
@@ -117,11 +119,14 @@ def run(args: argparse.Namespace) -> int:
         def progress(*_: int) -> None:
             bar.update(1)
 
-        editor = Editor(args, way, used, flow, settings, grid, x, mask, progress)
+        where = None if mask is None else canvas.lay_mask(mask)
+        editor = Editor(args, way, used, canvas.flow, settings, grid, canvas.lay(x), where, progress)
         steps = sum(t < used.get("strength", 1) for t in grid) * (2 if way == "RF-inversion" else 1)
         bar.reset(total=steps * (len(batches) + editor.inversions))
         solutions = [editor.draw(batch).checked() for batch in batches]
-    images = torch.cat([solution.x.clamp(-1, 1).cpu() for solution in solutions])
+    images = torch.cat([canvas.show(solution.x).cpu() for solution in solutions])
+    if mask is not None:  # an autoencoder changes a little what it is given to keep
+        images = torch.where(mask.cpu(), images, x[[i for i, _ in jobs]].cpu())
     named = {name: value for name in ("mask", "from", "into", "to", "lora") if (value := getattr(args, name))}
     about = {"way": way, **named, **used, "model": str(args.run), "ema": not args.no_ema, **settings}
     _write(out, args.pictures, x, mask, jobs, images, {**about, "nfe": solutions[0].nfe})

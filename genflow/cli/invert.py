@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from genflow.cli.canvas import Canvas
 from genflow.cli.options import (
     add_lora,
     add_solving,
@@ -60,14 +61,16 @@ def run(args: argparse.Namespace) -> int:
     files = [read_image(path) for path in args.pictures]
     flow, settings = open_model(args, unguided=True)
     refuse_unheard(args, flow, *prompts)
-    if not hasattr(flow, "guided"):
+    canvas = Canvas.of(flow)
+    if canvas is None:
         return _by_bijection(args, prompts, flow, torch.stack([fit_image(file, flow) for file in files]), out)
     if is_stochastic(settings):
         raise UserError(f"sampler {settings['sampler']!r} draws noise, so it has no inverse; choose one such as 'heun'")
     counts = args.steps or [settings.get("steps", 20)]
     settings.pop("steps", None)
-    grids = [time_grid(flow, settings, steps) for steps in counts]
-    x = torch.stack([fit_image(file, flow) for file in files])
+    grids = [time_grid(canvas.flow, settings, steps) for steps in counts]
+    pictures = torch.stack([fit_image(file, flow) for file in files])
+    x = canvas.lay(pictures)
     chunks = torch.arange(len(x)).split(args.batch)
 
     back, noise, nfe = [], torch.empty_like(x), []
@@ -76,18 +79,22 @@ def run(args: argparse.Namespace) -> int:
         def progress(*_: int) -> None:
             bar.update(1)
 
-        condition = embed(flow, prompts)
+        condition = embed(canvas.flow, prompts)
         condition = condition.expand(len(x)) if len(prompts) == 1 else condition
         for grid in grids:
-            back.append(torch.empty_like(x))
+            back.append(torch.empty_like(pictures))
             for rows in chunks:
-                velocity = guided(flow, condition[rows], settings)
+                velocity = guided(canvas.flow, condition[rows], settings)
                 trip = round_trip(velocity, x[rows], grid, sampler=solver(settings), progress=progress)
-                back[-1][rows], noise[rows] = trip.x.clamp(-1, 1), trip.noise
+                back[-1][rows], noise[rows] = canvas.show(trip.x), trip.noise
             nfe.append(trip.nfe)
 
-    errors = torch.stack([psnr(each, x) for each in back], 1).tolist()
+    seen = canvas.show(x)  # of latents, the pictures that the autoencoder makes of them
+    errors = torch.stack([psnr(each, seen) for each in back], 1).tolist()
     _print_table(args.pictures, [f"{steps} steps" for steps in counts], nfe, errors, noise.flatten(1).std(1).tolist())
+    if canvas.latent:
+        lost = ", ".join(f"{db:.1f} dB" for db in psnr(seen, pictures).tolist())
+        print(f"beside what the autoencoder alone gives back of them, at {lost}")
     about = {"pictures": args.pictures, "prompts": prompts, "model": str(args.run), "ema": not args.no_ema, **settings}
     about |= {"lora": args.lora} if args.lora else {}
     captions = [
@@ -98,7 +105,7 @@ def run(args: argparse.Namespace) -> int:
             *(f"{steps} steps: {db:.1f} dB" for steps, db in zip(counts, row, strict=True)),
         )
     ]
-    sheet = torch.stack([x, *back], 1).flatten(0, 1)
+    sheet = torch.stack([pictures, *back], 1).flatten(0, 1)
     grid_settings = {**about, "steps": counts, "nfe": nfe, "psnr": errors}
     caption_grid(sheet, captions, columns=1 + len(counts), settings=grid_settings).save_atomic(out / "grid.png")
     _save_noise(out / "noise.safetensors", noise, {**about, "steps": counts[-1], "nfe": nfe[-1]})
