@@ -43,7 +43,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     likely.add_argument("--draws", type=int, metavar="N", help="of the divergence's estimator, for each sample (1)")
     likely.add_argument("--tolerance", type=float, metavar="T", help="of the ODE solve, relative and absolute (1e-4)")
     how = add_solving(parser)
-    add_lora(how), add_dtype(how)
+    add_lora(how)
+    add_dtype(how)
     parser.add_argument("--out", metavar="FOLDER", help=f"where {FIGURES} and nearest.png go (RUN/eval)")
 
 
