@@ -220,6 +220,12 @@ def test_samples_alone_are_drawn_in_the_dtype_asked_for(where, monkeypatch, caps
         assert json.loads(Path(dtype, "figures.json").read_text())["plan"]["dtype"] == dtype
         assert set(seen) == {("sample", dtype == "bf16"), ("validate", False)}
         seen.clear()
+    seen.clear()
+    few = ["-n", "4", "--metrics", "fd", "--features", "pixels", "--steps", "2", "--dtype", "bf16", "--out", "short"]
+    assert main(["compare", "unet", "tarflow", *few]) == 0
+    assert ("sample", True) in seen
+    rows = [run["figures"]["seconds"]["on"] for run in json.loads(Path("short/compare.json").read_text())["runs"]]
+    assert " in bf16, " in rows[0] and " in fp32, " in rows[1]
     with pytest.raises(UserError, match="no dtype 'half' to sample in; choose fp32 or bf16"):
         Plan(dtype="half")
     assert main(["eval", "--again", "bf16/figures.json"]) == 0 and ("sample", True) in seen

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from genflow.cli.eval import add_measuring, bar, data_of, made_by, network_for
-from genflow.cli.options import add_solving, open_model, sampling_of, writable
+from genflow.cli.options import add_dtype, add_solving, open_model, sampling_of, writable
 from genflow.errors import UserError
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--steps", type=int, nargs="+", default=list(STEPS), metavar="N", help="of the distances' curve")
     how = parser.add_argument_group("how (each run samples in its own way)")
     how.add_argument("--batch", type=int, default=64, help="samples at once; does not change them (64)")
+    add_dtype(how, "of models of a velocity while they draw samples to be measured (fp32)")
     how.add_argument("--no-ema", action="store_true", help="the last weights instead of their average")
     how.add_argument("--device", help="cpu, cuda, mps (default: the best there is)")
     parser.add_argument(
@@ -38,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
     from genflow.evaluation.page import to_html, to_markdown
     from genflow.evaluation.plan import Plan
 
-    plan = Plan(tuple(args.metrics), split=args.split, n=args.n, seed=args.seed, batch=args.batch)
+    plan = Plan(tuple(args.metrics), split=args.split, n=args.n, seed=args.seed, batch=args.batch, dtype=args.dtype)
     if wrong := [n for n in args.steps if n < 1]:
         raise UserError(f"--steps {wrong[0]} is too few; the least is 1")
     if len(args.runs) < 2:

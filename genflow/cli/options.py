@@ -72,11 +72,11 @@ def take_loras(flow: Any, asked: Sequence[str]) -> None:
         load_lora(flow, path, weight=weight)
 
 
-def add_dtype(group: argparse._ArgumentGroup) -> None:
+def add_dtype(
+    group: argparse._ArgumentGroup, of: str = "of the network in sampling; the solve is in fp32 (fp32)"
+) -> None:
     """--dtype, which `refuse_dtype` checks."""
-    group.add_argument(
-        "--dtype", choices=["fp32", "bf16"], default="fp32", help="of the network in sampling; the solve is in fp32"
-    )
+    group.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help=of)
 
 
 def refuse_dtype(args: argparse.Namespace, flow: Any) -> None:

@@ -136,9 +136,9 @@ def compare(
 ) -> Comparison:
     """Measure each as `genflow eval` does, then its distance in every number of steps, and draw the same prompts and seeds.
 
-    plan.sampling is left out: each samples in its own way. A metric that a model cannot honestly have is left out of its
-    row, with the reason. prompts: to draw; by default the first held-out captions. Raises UserError for fewer than two
-    models, and for names that are not distinct.
+    plan.sampling is left out: each samples in its own way, models of a velocity in plan.dtype. A metric that a model cannot
+    honestly have is left out of its row, with the reason. prompts: to draw; by default the first held-out captions. Raises
+    UserError for fewer than two models, and for names that are not distinct.
     """
     names = [each.name for each in contestants]
     if len(contestants) < 2 or len(set(names)) < len(names):
@@ -160,9 +160,10 @@ def _entry(who: Contestant, plan: Plan, prompts: Sequence[str], reals: Reals, ba
     count = min(plan.batch, plan.n or plan.batch)
     draw = partial(_drawing, who.model, who.ema, who.flow.device, dict(who.sampling), count, plan.seed)
     memory = peak_memory(draw, who.name, "sample", who.flow.device)
+    dtype = plan.dtype if hasattr(who.flow, "guided") else "fp32"
 
     def measured(sampling: Mapping[str, Any], metrics: Sequence[str]) -> Evaluation:
-        asked = replace(plan, sampling=dict(sampling), metrics=tuple(metrics))
+        asked = replace(plan, sampling=dict(sampling), metrics=tuple(metrics), dtype=dtype)
         about: dict[str, Any] = {"name": who.section["name"], "features": who.features, "bar": bar}
         return evaluate(who.flow, who.data, asked, **about, reals=reals, strict=False)
 
@@ -174,7 +175,7 @@ def _entry(who: Contestant, plan: Plan, prompts: Sequence[str], reals: Reals, ba
             curve += [again] if again else []
     row = {each.name: Cell(each.value, each.error, each.real, each.on) for each in found.figures}
     if found.counts.get("samples"):
-        batch = f"{found.counts['samples']} samples, {plan.batch} at once, the captions' embedding included"
+        batch = f"{found.counts['samples']} samples in {dtype}, {plan.batch} at once, the captions' embedding included"
         row["seconds"] = Cell(_seconds(found), on=f"for a sample: {batch}; {who.flow.device}, {_threads()}")
         row["NFE"] = Cell(found.nfe, on="evaluations of the network for a sample; guidance doubles their cost")
     row["parameters"] = Cell(sum(p.numel() for p in who.flow.parameters() if p.requires_grad), on="that are trained")
