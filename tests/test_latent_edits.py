@@ -112,6 +112,13 @@ def lora(folder: Path, out: Path) -> Path:
     return out
 
 
+def test_pictures_are_drawn_in_bf16(folder, tmp_path):
+    how = ["sample", str(folder / "pipe"), "--prompt", PROMPT, "--steps", "3", "--device", "cpu", "--out"]
+    assert main([*how, str(tmp_path / "fp32")]) == 0 and main([*how, str(tmp_path / "bf16"), "--dtype", "bf16"]) == 0
+    wide, short = (next((tmp_path / name).glob("0000-*.png")) for name in ("fp32", "bf16"))
+    assert read_settings(short)["dtype"] == "bf16" and 0 < np.abs(pixels(wide) - pixels(short)).max() < 12
+
+
 def test_an_inversion_is_measured_beside_the_autoencoder_alone(folder, tmp_path, capsys):
     words = [str(folder / "pipe"), str(folder / "picture.png"), "--steps", "4", "40", "--out", str(tmp_path)]
     assert main(["invert", *words, "--sampler", "heun", "--device", "cpu"]) == 0

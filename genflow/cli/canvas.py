@@ -19,8 +19,9 @@ class Canvas:
     @staticmethod
     def of(model: Any) -> Canvas | None:
         """None for a model without a velocity."""
-        flow = model if hasattr(model, "guided") else getattr(model, "flow", None)
-        return Canvas(model, flow) if hasattr(flow, "guided") else None
+        from genflow.flows.latent import velocity_flow
+
+        return Canvas(model, flow) if (flow := velocity_flow(model)) is not None else None
 
     @property
     def latent(self) -> bool:

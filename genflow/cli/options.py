@@ -81,11 +81,12 @@ def add_dtype(
 
 def refuse_dtype(args: argparse.Namespace, flow: Any) -> None:
     """Raises UserError where the model of args.run cannot draw in args.dtype."""
+    from genflow.flows.latent import velocity_flow
     from genflow.training.precision import refusal
 
     if args.dtype == "fp32":
         return
-    if not hasattr(flow, "guided"):
+    if velocity_flow(flow) is None:
         raise UserError(f"--dtype is for models of a velocity; {args.run} is a {type(flow).__name__}")
     if reason := refusal(args.dtype, flow.device):
         raise UserError(f"--dtype {args.dtype}: {reason}")

@@ -22,6 +22,7 @@ from genflow.evaluation.features import FeatureNetwork, as_samples
 from genflow.evaluation.plan import Bar, Evaluation, Plan, no_bar
 from genflow.evaluation.report import Reals, evaluate
 from genflow.flows.base import Flow
+from genflow.flows.latent import velocity_flow
 from genflow.flows.store import load
 from genflow.registry import api_export
 
@@ -160,7 +161,7 @@ def _entry(who: Contestant, plan: Plan, prompts: Sequence[str], reals: Reals, ba
     count = min(plan.batch, plan.n or plan.batch)
     draw = partial(_drawing, who.model, who.ema, who.flow.device, dict(who.sampling), count, plan.seed)
     memory = peak_memory(draw, who.name, "sample", who.flow.device)
-    dtype = plan.dtype if hasattr(who.flow, "guided") else "fp32"
+    dtype = "fp32" if velocity_flow(who.flow) is None else plan.dtype
 
     def measured(sampling: Mapping[str, Any], metrics: Sequence[str]) -> Evaluation:
         asked = replace(plan, sampling=dict(sampling), metrics=tuple(metrics), dtype=dtype)

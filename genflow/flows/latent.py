@@ -193,6 +193,12 @@ class LatentFlow(Flow):
         return self.to_pictures(self.flow.decode(z, condition))
 
 
+def velocity_flow(model: Flow) -> Any:
+    """The flow that has the velocity of a model: itself, or a latent flow's flow of latents. None where there is none."""
+    flow = model.flow if isinstance(model, LatentFlow) else model
+    return flow if hasattr(flow, "guided") else None
+
+
 @dataclass
 class _Latents:
     """A batch of pictures as the flow of latents sees it."""
