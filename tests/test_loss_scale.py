@@ -29,6 +29,11 @@ MADE = {
         **{"preview_every": 0, "trackers": []},
     },
 }
+CODES = {  # whose codebook moves in every forward
+    **{key: MADE[key] for key in ("data", "train")},
+    "model": {"name": "tiny_autoencoder", "factor": 4, "width": 8, "blocks": 1},
+    "flow": {"name": "autoencoder", "bottleneck": {"name": "vq", "vocabulary": 8, "channels": 4}},
+}
 FIRST = 2.0**14  # loss scale: within fp16 for these gradients, and so are its eighths
 
 
@@ -60,10 +65,10 @@ class Scaled(Accelerator):
 def run(tmp_path, monkeypatch):
     monkeypatch.setattr(genflow.training.precision, "refusal", lambda precision, device: None)
 
-    def go(*bad: int, name: str = "run", scales: Mapping[int, float] = {}, **options):
+    def go(*bad: int, name: str = "run", scales: Mapping[int, float] = {}, base: Mapping = MADE, **options):
         here = type("Here", (Scaled,), {"bad": bad, "scales": scales})
         monkeypatch.setattr(genflow.training.run, "Accelerator", here)
-        made = {**MADE, "train": {**MADE["train"], **options}, "out": str(tmp_path / name)}
+        made = {**base, "train": {**base["train"], **options}, "out": str(tmp_path / name)}
         AcceleratorState._reset_state(reset_partial_state=True)  # another test's is of another precision
         try:
             return train(from_dict(RunConfig, made))
@@ -79,12 +84,13 @@ def lines(run):
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
-def test_an_overflow_moves_neither_weights_average_schedule_nor_count(run, accumulation):
+@pytest.mark.parametrize("base", [MADE, CODES], ids=["velocity", "codebook"])
+def test_an_overflow_moves_neither_weights_average_schedule_nor_count(run, base, accumulation):
     """The step is done again at half the scale: to the bit the run that has these scales and no overflow."""
     a = accumulation
-    smooth = run(name="smooth", accumulation=a, scales={2 * a + 1: FIRST / 2, 3 * a + 1: FIRST / 8})
+    smooth = run(name="smooth", base=base, accumulation=a, scales={2 * a + 1: FIRST / 2, 3 * a + 1: FIRST / 8})
     # The first try of step 3, and two of step 4.
-    struck = run(3 * a, 5 * a, 6 * a, accumulation=a)
+    struck = run(3 * a, 5 * a, 6 * a, base=base, accumulation=a)
     assert [line["loss_scale"] for line in lines(struck)] == [FIRST] * 2 + [FIRST / 2] + [FIRST / 8] * 3
     assert len({line["lr"] for line in lines(struck)}) == 6  # the schedule moves at every step
     assert lines(struck) == lines(smooth)

@@ -212,6 +212,7 @@ class Trainer:
         for group, lr in zip(self.optimizer.param_groups, self.base_lr, strict=True):
             group["lr"] = lr * factor
         rng = Rng(self.config.seed, self.step)
+        kept = [b.clone() for b in self.flow.buffers()] if accelerator.scaler is not None else []
         for _ in range(MAX_HALVINGS):
             loss = torch.zeros((), device=accelerator.device)
             parts = []
@@ -237,6 +238,8 @@ class Trainer:
                     if t is not None:
                         self.by_time.add(per_sample, t)
                 return loss, norm, stop
+            for buffer, old in zip(self.flow.buffers(), kept, strict=True):  # what a forward counts, as a codebook does
+                buffer.copy_(old)
         raise UserError(f"step {self.step}: gradients overflow fp16 at every loss scale; train with bf16 or fp32")
 
     def _outcome(self, loss: Tensor, norm: Tensor) -> list[bool]:
