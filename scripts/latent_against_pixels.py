@@ -83,7 +83,8 @@ def main() -> None:
         call("eval", str(run), *measured)
         found = {each["name"]: each for each in json.loads((out / "figures.json").read_text())["figures"]}
         figures[name] = {**{key: each["value"] for key, each in found.items()}, "steps": steps}
-        figures["real"] = {key: each["real"] for key, each in found.items()}
+        real = {key: each["real"] for key, each in found.items()}
+    figures["real"] = real
     print(f"{args.minutes:g} minutes each\n| | {' | '.join(figures)} |\n|---|{'---|' * len(figures)}")
     for key in figures["pixels"]:
         print(f"| {key} | " + " | ".join(f"{side[key]:.4g}" if key in side else "" for side in figures.values()) + " |")
