@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-from genflow.cli import main
+from genflow.cli import demo_actions, main
 from genflow.cli.canvas import Canvas
+from genflow.cli.demo_actions import Choice, open_player
 from genflow.cli.options import embed, guided, time_grid
 from genflow.data.pictures import read_settings
 from genflow.interop.pipelines import open_pipeline
@@ -117,6 +119,28 @@ def test_pictures_are_drawn_in_bf16(folder, tmp_path):
     assert main([*how, str(tmp_path / "fp32")]) == 0 and main([*how, str(tmp_path / "bf16"), "--dtype", "bf16"]) == 0
     wide, short = (next((tmp_path / name).glob("0000-*.png")) for name in ("fp32", "bf16"))
     assert read_settings(short)["dtype"] == "bf16" and 0 < np.abs(pixels(wide) - pixels(short)).max() < 12
+
+
+def test_pictures_are_decoded_in_float32_under_any_autocast(folder):
+    flow = open_pipeline(folder / "pipe")
+    z = torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(0))
+    expected = flow.to_pictures(z)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(flow.to_pictures(z), expected)
+
+
+def test_the_page_edits_and_inverts_latent_flows(folder):
+    args = Namespace(batch=4, no_ema=False, device="cpu")
+    player = open_player(str(folder / "pipe"), args)
+    choice = Choice(PROMPT, count=2, sampler="heun", steps=4, guidance=2.0)
+    image = Image.open(folder / "picture.png")
+    near, told = demo_actions.edit(player, choice, image, 0.3)
+    far, _ = demo_actions.edit(player, choice, image, 1.0)
+    assert told.startswith("image-to-image") and near.size == far.size and near.tobytes() != far.tobytes()
+    assert demo_actions.edit(player, choice, image, 0.8, "a cat")[1].startswith("FlowEdit")
+    sheet, told = demo_actions.invert(player, choice, image)
+    assert "evaluations there and back" in told and "standard deviation of 0.00" not in told
+    assert sheet.size[0] == 338  # two cells of 160 pixels: its noise is no picture
 
 
 def test_an_inversion_is_measured_beside_the_autoencoder_alone(folder, tmp_path, capsys):

@@ -172,7 +172,7 @@ def invert(player: Player, choice: Choice, image: Image | None) -> tuple[Image, 
     sheet = {"given": x, "noise / 3": noise.reshape(x.shape) / 3} if noise.numel() == x.numel() else {"given": x}
     sheet["back"] = back.clamp(-1, 1)
     told = f"{float(psnr(back, x)):.1f} dB, {cost}; the noise has a standard deviation of {float(noise.std()):.2f}"
-    return caption_grid(torch.cat([*sheet.values()]).cpu(), [*sheet], columns=3, cell=160).image, told
+    return caption_grid(torch.cat([*sheet.values()]).cpu(), [*sheet], columns=len(sheet), cell=160).image, told
 
 
 def _velocity(player: Player, why: str) -> None:

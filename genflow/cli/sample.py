@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     speed = parser.add_argument_group("how fast, and in how much memory")
     add_dtype(speed)
     speed.add_argument(
-        "--compile", action="store_true", help="torch.compile the blocks: a minute more, which pays with many on a GPU"
+        "--compile", action="store_true", help="torch.compile the blocks: the first step waits for the compiler"
     )
     speed.add_argument(
         "--cache",

@@ -126,9 +126,13 @@ class LatentFlow(Flow):
 
     @torch.no_grad()
     def to_pictures(self, z: Tensor, *, tile: int | None = None) -> Tensor:
-        """Pictures of latents as the flow makes them, B x C x H x W float32 in [-1, 1]. tile: see `sample`."""
+        """Pictures of latents as the flow makes them, B x C x H x W float32 in [-1, 1], whatever the autocast around it.
+
+        tile: see `sample`.
+        """
         decode = self.autoencoder.decode if tile is None else self.autoencoder.tiled(tile)
-        return decode(z.float() / self.autoencoder.scale + self.autoencoder.shift).clamp(-1, 1)
+        with torch.autocast(z.device.type, enabled=False):
+            return decode(z.float() / self.autoencoder.scale + self.autoencoder.shift).clamp(-1, 1)
 
     def reconstruct(self, x: Tensor) -> Tensor:
         """Pictures there and back through the autoencoder: no sample can be truer."""

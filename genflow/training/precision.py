@@ -24,7 +24,7 @@ WHAT = {
     "tf32": "float32 whose products take 10 bits of each factor",
     "bf16": "products in bfloat16",
     "fp16": "products in float16, with a loss scale that follows overflows",
-    "fp8": "products of transformer blocks in 8 bits, the rest in bfloat16; pays with train.compile=true",
+    "fp8": "products of transformer blocks in 8 bits, the rest in bfloat16",
 }
 
 
