@@ -77,7 +77,7 @@ def main() -> None:
             steps = max(int(rate * 60 * args.minutes / batch), 2)
         else:
             steps = load(run).recipe["train"]["steps"]
-        call("train", CONFIG, *words, f"out={run}", f"train.steps={steps}")
+        call("train", CONFIG, *words, f"out={run}", f"train.steps={steps}", "train.validate_every=0")
         out = run / "eval"
         measured = ["--metrics", "fd", "alignment", "-n", str(args.n), "--features", args.features, "--out", str(out)]
         call("eval", str(run), *measured)

@@ -14,6 +14,7 @@ from typing import NoReturn
 
 from genflow import __version__
 from genflow.errors import UserError, nearest
+from genflow.native.allocator import keep_freed_memory
 
 COMMANDS = {
     "train": "train a model from a config, or go on with a run",
@@ -37,6 +38,8 @@ OUTSIDE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}  
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, 2 for a person's mistake, 130 when interrupted."""
+    if arguments is None:  # the process is ours
+        keep_freed_memory()
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     warnings.showwarning = _one_line  # type: ignore[assignment]
     try:

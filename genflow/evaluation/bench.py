@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from genflow.errors import UserError
+from genflow.native.allocator import keep_freed_memory
 
 MIB = 2**20
 
@@ -207,6 +208,7 @@ def peak_memory(build: Callable[[str], Side], name: str, task: str, device: torc
 
 
 def _peak_memory(build: Callable[[str], Side], name: str, task: str, device: torch.device) -> float:
+    keep_freed_memory()
     side = build(name)
     run = side.tasks[task]
     if device.type == "cuda":
