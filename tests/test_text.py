@@ -7,11 +7,14 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from genflow.conditions import Condition
+from genflow.data import prepared
+from genflow.data.prepared import PreparedConditions
 from genflow.errors import UserError
 from genflow.layers.whitening import Whitening
 from genflow.text import pretrained
@@ -110,6 +113,14 @@ def test_an_embedding_does_not_depend_on_its_mates(cache):
     for caption, row in zip(captions, together, strict=True):
         (alone,) = text._compute([caption])
         assert all(torch.allclose(alone[key], row[key], atol=1e-5) for key in row)
+
+
+def test_what_is_cut_of_a_whole_data_set_is_told_in_one_line(monkeypatch):
+    monkeypatch.setattr(prepared, "CHUNK", 2)
+    captions = ["short", "much too long", "far too long", "tiny", "longer than all"]
+    with pytest.warns(UserWarning, match="3 prompts cut to 7 bytes, the first: 'much too long'") as caught:
+        PreparedConditions.prepare(SimpleNamespace(captions=captions), LearnedTextConfig(dim=8, max_tokens=8).build())
+    assert len(caught) == 1
 
 
 def test_what_is_cut_is_told_in_one_line_even_from_the_cache(cache):

@@ -25,7 +25,7 @@ from genflow.data.sources import Pictures
 from genflow.errors import UserError
 from genflow.networks.identity import identity
 from genflow.registry import api_export
-from genflow.text import TextEncoder
+from genflow.text import TextEncoder, cuts_told_at_once
 
 try:
     import fcntl
@@ -101,7 +101,7 @@ def cache_latents(
         folder.mkdir(parents=True, exist_ok=True)
         _write_head(folder, json.loads(json.dumps(head)))
         files = [*names("latents", len(parts)), *names("text", len(pieces))]
-        with tqdm(total=len(dataset), desc="latents", unit=" pictures", disable=None) as bar:
+        with cuts_told_at_once(), tqdm(total=len(dataset), desc="latents", unit=" pictures", disable=None) as bar:
             for i, name in enumerate(files):
                 with _ours(folder / name) as ours:
                     if not ours:

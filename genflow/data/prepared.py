@@ -17,7 +17,7 @@ from genflow.conditions import Condition
 from genflow.data.latents import LatentDataset, Texts
 from genflow.errors import UserError
 from genflow.registry import api_export
-from genflow.text import TextEncoder
+from genflow.text import TextEncoder, cuts_told_at_once
 
 
 class Captioned(Protocol):
@@ -48,7 +48,9 @@ class PreparedConditions:
             return PreparedConditions(*cached)
         distinct = list(dict.fromkeys(dataset.captions))
         where = {caption: i for i, caption in enumerate(distinct)}
-        return PreparedConditions(_encode(distinct, text), torch.tensor([where[c] for c in dataset.captions]))
+        with cuts_told_at_once():
+            table = _encode(distinct, text)
+        return PreparedConditions(table, torch.tensor([where[c] for c in dataset.captions]))
 
     def __getitem__(self, index: Tensor) -> Condition:
         """The conditions of the samples of those numbers."""

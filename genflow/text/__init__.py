@@ -1,5 +1,5 @@
 """Text encoders behind one interface."""
 
-from genflow.text.base import TextEncoder
+from genflow.text.base import TextEncoder, cuts_told_at_once
 
-__all__ = ["TextEncoder"]
+__all__ = ["TextEncoder", "cuts_told_at_once"]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 from torch import Tensor, nn
 
@@ -50,11 +52,29 @@ class TextEncoder(nn.Module, ABC):
         return condition
 
 
+_CUT: ContextVar[dict[str, list[str]] | None] = ContextVar("cut", default=None)  # prompts by their limit
+
+
 def warn_cut(cut: Sequence[str], limit: str) -> None:
-    """One line for all the prompts of a call that were too long."""
-    if cut:
+    """One line for all the prompts of a call that were too long, or of all calls within `cuts_told_at_once`."""
+    if (gathered := _CUT.get()) is not None:
+        gathered.setdefault(limit, []).extend(cut)
+    elif cut:
         which = f"prompt cut to {limit}" if len(cut) == 1 else f"{len(cut)} prompts cut to {limit}, the first"
         warnings.warn(f"{which}: {cut[0][:40]!r}...", stacklevel=3)
+
+
+@contextmanager
+def cuts_told_at_once() -> Iterator[None]:
+    """Prompts that are encoded piece by piece are one call for what is said of those that were too long."""
+    token = _CUT.set({})
+    try:
+        yield
+    finally:
+        gathered = _CUT.get() or {}
+        _CUT.reset(token)
+        for limit, cut in gathered.items():
+            warn_cut(cut, limit)
 
 
 def same_text(a: nn.Module, b: nn.Module) -> bool:
