@@ -79,8 +79,8 @@ def main() -> None:
             steps = load(run).recipe["train"]["steps"]
         call("train", CONFIG, *words, f"out={run}", f"train.steps={steps}", "train.validate_every=0")
         out = run / "eval"
-        measured = ["--metrics", "fd", "alignment", "-n", str(args.n), "--features", args.features, "--out", str(out)]
-        call("eval", str(run), *measured)
+        measured = ["--metrics", "fd", "alignment", "-n", str(args.n), "--features", args.features]
+        call("eval", str(run), *measured, "--dtype", "bf16", "--out", str(out))
         found = {each["name"]: each for each in json.loads((out / "figures.json").read_text())["figures"]}
         figures[name] = {**{key: each["value"] for key, each in found.items()}, "steps": steps}
         real = {key: each["real"] for key, each in found.items()}
