@@ -46,13 +46,19 @@ class LossOutput:
 class Flow(nn.Module, ABC):
     """A transport between noise and data: the one interface that training, sampling and evaluation know.
 
-    shape: of the samples it was made for, (C, H, W) or (D,); recipe: the config it was loaded with, if it was.
+    shape: of the samples it was made for, (C, H, W) or (D,); recipe: the config it was loaded with, if it was; bounded:
+    whether its samples of shape (C, H, W) are pictures in [-1, 1], and not latents.
     """
 
     shape: tuple[int, ...]
+    bounded: bool = True
     recipe: dict[str, Any] | None = None
     no_density: ClassVar[str] = "this flow offers no likelihood"
     no_inverse: ClassVar[str] = "this flow has no inverse"
+
+    def take_latents(self) -> None:
+        """From now on its samples are latents. Raises UserError for what in it is of pictures alone."""
+        self.bounded = False
 
     @property
     def unit(self) -> str:

@@ -242,6 +242,21 @@ class GaussianNoise(Dequantizer):
         return 0.5 + self.levels / 2 * self.sigma * n, k.new_zeros(len(k))
 
 
+class LatentNoise(nn.Module):
+    """y = x + sigma n, of latents, which lie on no levels."""
+
+    levels: int | None = None
+    honest = False
+
+    def __init__(self, sigma: float) -> None:
+        super().__init__()
+        self.sigma = sigma
+
+    def forward(self, x: Tensor, rng: Rng, position: Tensor) -> tuple[Tensor, Tensor]:
+        """As `Dequantizer.forward`: the same noise."""
+        return x + self.sigma * rng.normal("dequantize", position, x.shape[1:]).to(x.device), x.new_zeros(len(x))
+
+
 def _log_logistic(v: Tensor) -> Tensor:
     """The log density of the standard logistic distribution, which is log of sigmoid's slope."""
     return F.logsigmoid(v) + F.logsigmoid(-v)

@@ -98,7 +98,7 @@ class LatentFlow(Flow):
         super().__init__()
         self.config = config
         self.flow = flow
-        flow.bounded = False  # type: ignore[assignment]
+        flow.take_latents()
         self.autoencoder = autoencoder.requires_grad_(False)
         channels, height, width = flow.shape
         if channels != autoencoder.channels:
@@ -120,8 +120,12 @@ class LatentFlow(Flow):
 
     @torch.no_grad()
     def to_latents(self, x: Tensor, noise: Tensor | float = 0.0) -> Tensor:
-        """Latents as the flow sees them: the posterior's mean, and noise times its standard deviation. x: B x C x H x W."""
-        mean, std = self.autoencoder.posterior(x.float())
+        """Latents as the flow sees them, float32: the posterior's mean, and noise times its standard deviation.
+
+        x: B x C x H x W.
+        """
+        with torch.autocast(x.device.type, enabled=False):
+            mean, std = self.autoencoder.posterior(x.float())
         return (mean + std * noise - self.autoencoder.shift) * self.autoencoder.scale
 
     @torch.no_grad()

@@ -22,8 +22,9 @@ from genflow.flows.bijections.marginals import Marginals
 from genflow.flows.bijections.transformer import tweedie
 from genflow.flows.conditioned import ConditionedFlow
 from genflow.flows.dequantization import (
+    Dequantizer,
     GaussianDequantization,
-    GaussianNoise,
+    LatentNoise,
     UniformDequantization,
     bits_per_dim,
     importance_weighted,
@@ -41,7 +42,8 @@ from genflow.samplers import Progress, Solution
 class NormalizingFlowConfig:
     """How a normalizing flow is trained.
 
-    dequantization: how pictures of whole grey levels become continuous; none is uniform noise, and nothing for vectors.
+    dequantization: how pictures of whole grey levels become continuous; none is uniform noise, and nothing for vectors and
+    latents, of which latents can take gaussian.
     drop_condition: part of the samples trained without their condition, for guidance. whiten: the ridge of a whitening of
     the pooled text vectors, fitted to the training captions (layers/whitening.py); none leaves them.
     """
@@ -97,7 +99,26 @@ class NormalizingFlow(ConditionedFlow):
                 "dequantization gaussian needs a density that can be denoised, and that of marginals is in steps; "
                 "take marginals: false, or another dequantization"
             )
-        self.dequantize = None if len(self.shape) == 1 else (asked or UniformDequantization()).build(self.shape)
+        self.dequantize: Dequantizer | LatentNoise | None = None
+        if len(self.shape) > 1:
+            self.dequantize = (asked or UniformDequantization()).build(self.shape)
+
+    def take_latents(self) -> None:
+        super().take_latents()
+        asked = self.config.dequantization
+        if asked is not None and not isinstance(asked, GaussianDequantization):
+            name = tag_of(type(asked)).names[0]  # type: ignore[union-attr]
+            raise UserError(
+                f"dequantization {name} is for pictures of grey levels; latents are continuous: leave it out, or take gaussian"
+            )
+        if any(isinstance(m, Marginals) for m in self.network.modules()):
+            raise UserError("marginals are counted over grey levels, which latents have not; take marginals: false")
+        self.dequantize = None if asked is None else LatentNoise(asked.sigma)
+
+    @property
+    def _levels(self) -> int | None:
+        """Grey levels of pictures; none of vectors and latents."""
+        return None if self.dequantize is None else self.dequantize.levels
 
     @property
     def dims(self) -> int:
@@ -106,7 +127,7 @@ class NormalizingFlow(ConditionedFlow):
     @property
     def _cell(self) -> float:
         """y / x: how much room the cells of the outermost levels need."""
-        return 1.0 if self.dequantize is None else (self.dequantize.levels - 1) / self.dequantize.levels
+        return 1.0 if self._levels is None else (self._levels - 1) / self._levels
 
     @torch.no_grad()
     def initialise(self, table: Condition, first: Callable[[], Batch]) -> None:
@@ -128,7 +149,7 @@ class NormalizingFlow(ConditionedFlow):
         return standard_normal(z) + ladj
 
     def loss(self, batch: Batch, rng: Rng) -> LossOutput:
-        """-log p: bits per dimension of pictures (an upper bound of the true ones), nats of vectors; and penalties.
+        """-log p: bits per dimension of pictures (an upper bound of the true ones), nats of others; and penalties.
 
         Penalties are those that continuous flows ask for (bijections/continuous.py). Draws by batch.position: stream "drop",
         and those of the dequantisation and of the divergences of continuous flows.
@@ -139,7 +160,7 @@ class NormalizingFlow(ConditionedFlow):
             condition = condition.where(keep.to(batch.x.device), self.text.null().to(batch.x.device))
         with probing(rng, batch.position) as penalties:
             per_sample = self._nll(batch.x, self._pooled(self.embed(condition)), rng, batch.position)
-        name = "nll" if self.dequantize is None else "bits_per_dim"
+        name = "nll" if self._levels is None else "bits_per_dim"
         parts = {name: per_sample.mean(), **{each: penalty.mean() for each, penalty in penalties.items()}}
         loss = torch.stack(list(parts.values())).sum()
         return LossOutput(loss, {each: part.detach() for each, part in parts.items()}, per_sample.detach())
@@ -147,7 +168,7 @@ class NormalizingFlow(ConditionedFlow):
     def _nll(self, x: Tensor, condition: Tensor | None, rng: Rng, position: Tensor) -> Tensor:
         y, log_q = self._continuous(x, rng, position)
         log_prob = self._log_prob(y, condition) - log_q
-        return -log_prob if self.dequantize is None else bits_per_dim(log_prob, self.dims, self.dequantize.levels)
+        return -log_prob if self._levels is None else bits_per_dim(log_prob, self.dims, self._levels)
 
     @torch.no_grad()
     def validate(self, batch: Batch) -> dict[str, Tensor]:
@@ -184,7 +205,7 @@ class NormalizingFlow(ConditionedFlow):
         their levels, and for a flow of noise-augmented pictures.
         """
         self._honest("bits_per_dim")
-        if self.dequantize is None:
+        if not isinstance(self.dequantize, Dequantizer):
             raise UserError("bits_per_dim is of pictures of grey levels; vectors have a density: log_prob")
         if k < 1:
             raise UserError(f"k = {k} draws are too few; the least is 1")
@@ -208,10 +229,10 @@ class NormalizingFlow(ConditionedFlow):
         estimated = [type(m).__name__ for m in self.network.modules() if not getattr(m, "exact", True)]
         solves = list(dict.fromkeys(str(m.note) for m in self.network.modules() if hasattr(m, "note")))
         kind = ", ".join([f"estimated ({estimated[0]})" if estimated else "exact", *solves])
-        if self.dequantize is None:
+        if self._levels is None:
             return f"{kind}, {dtype}"
         name = tag_of(type(self.config.dequantization or UniformDequantization())).names[0]  # type: ignore[union-attr]
-        return f"{name} dequantisation, K = {k}, {self.dequantize.levels} levels, volumes {kind}, {dtype}"
+        return f"{name} dequantisation, K = {k}, {self._levels} levels, volumes {kind}, {dtype}"
 
     @torch.no_grad()
     def encode(self, x: Tensor, condition: Condition | None = None) -> Tensor:
@@ -263,12 +284,13 @@ class NormalizingFlow(ConditionedFlow):
             y = self._guided(noise, pooled, guidance)
             if isinstance(self.network, TarFlow) and guidance == 1:
                 certificate = float((self.network(y, pooled)[0] - noise).abs().max())
-            if isinstance(self.dequantize, GaussianNoise):
-                y = tweedie(lambda a: self._log_prob(a, pooled), y, self.dequantize.sigma)
+            if isinstance(self.config.dequantization, GaussianDequantization):
+                y = tweedie(lambda a: self._log_prob(a, pooled), y, self.config.dequantization.sigma)
         if progress is not None:
             progress(1, 1)
         x = y.float() / self._cell
-        solution = InverseSolution(x.clamp(-1, 1) if x.dim() == 4 else x, 1, certificate=certificate)
+        x = x.clamp(-1, 1) if x.dim() == 4 and self.bounded else x
+        solution = InverseSolution(x, 1, certificate=certificate)
         solution.checked()
         return solution
 

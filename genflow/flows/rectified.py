@@ -84,8 +84,6 @@ class RectifiedFlowConfig:
 class RectifiedFlow(ConditionedFlow):
     """A velocity network under the verbs of a flow. network: called as network(z, t, tokens, pooled, context_mask=...)."""
 
-    bounded = True  # pictures lie in [-1, 1]; latents, of a LatentFlow, do not
-
     def __init__(
         self, config: RectifiedFlowConfig, network: nn.Module, text: nn.Module, *, shape: Sequence[int]
     ) -> None:
