@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from genflow.data.emoji import EmojiConfig
 from genflow.errors import UserError
-from genflow.evaluation.features import PixelFeatures, as_samples
+from genflow.evaluation.features import PixelFeatures, as_samples, graph_features
 from genflow.evaluation.frechet import frechet_distance
 from genflow.evaluation.plan import Plan
 from genflow.evaluation.reals import read_real
@@ -429,6 +429,17 @@ def test_evaluation_measures_what_is_lost_on_the_way_there_and_back(run):
     assert values["PSNR, dB"] == pytest.approx(float(psnr(y, x).mean()), rel=1e-4)
     assert values["SSIM"] == pytest.approx(float(ssim(y, x).mean()), rel=1e-3)
     assert values["FD to reconstructions"] == pytest.approx(frechet_distance(x.flatten(1), y.flatten(1)), rel=1e-3)
+
+
+def test_features_with_stages_also_tell_the_perceptual_distance(run, graph):
+    flow, network = load(run), graph_features(graph)
+    data = EmojiConfig(size=16, limit=24)
+    found = evaluate(flow, data, Plan(("reconstruction",), n=6), name="emoji", features=network)
+    values = {figure.name: figure.value for figure in found.figures}
+    x = as_samples(read_real(data.build("test"), flow.shape, most=6, hashed=0).x[:6])
+    y = ((flow.reconstruct(x) + 1) * 127.5).round() / 127.5 - 1
+    wanted = PerceptualDistance(network.graph, 128)(y, x).mean()
+    assert values["perceptual distance"] == pytest.approx(float(wanted), rel=1e-3)
 
 
 def test_an_autoencoder_is_measured_by_what_it_can_honestly_have(run):

@@ -129,6 +129,13 @@ def test_the_script_of_a_caption(text, script):
     assert script_of(text) == script
 
 
+def test_a_stride_is_no_depth(tmp_path):
+    Image.new("RGB", (53, 20)).save(tmp_path / "a.bmp")  # rows of 160 bytes
+    Image.new("I;16", (20, 20)).save(tmp_path / "b.png")
+    found, _ = inspect_data(FolderConfig(str(tmp_path)).build())
+    assert found.traits["16-bit"] == 1
+
+
 def test_the_command_prints_and_writes(folder, tmp_path, capsys):
     assert main(["data", "inspect", str(folder), "--out", str(tmp_path / "out")]) == 0
     printed = capsys.readouterr().out

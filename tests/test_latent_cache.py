@@ -253,6 +253,32 @@ def test_a_shard_that_another_process_is_at_is_left_to_it(tmp_path, pictures, sm
     assert report.samples == 3 and report.bad[0][0] == "5.png"
 
 
+def test_a_file_system_without_locks_is_written_to_all_the_same(tmp_path, pictures, small, monkeypatch):
+    import errno
+
+    def refused(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(latents_cache.fcntl, "flock", refused)
+    flow, data = flow_of(), FolderConfig(str(pictures), size=16).build()
+    report = cache_latents(tmp_path / "train", data, flow.autoencoder, flow.text, shape=(3, 16, 16))
+    assert report.written == 4 and report.elsewhere == 0
+
+
+def test_names_and_captions_that_are_no_text_are_kept(tmp_path):
+    folder, caption = tmp_path / "pictures", "broken \ud83d half"
+    folder.mkdir()
+    for name in (b"caf\xe9.png", b"plain.png"):
+        Image.new("RGB", (16, 16)).save(folder / "new.png")
+        os.rename(folder / "new.png", os.fsencode(folder) + b"/" + name)
+    (folder / "metadata.jsonl").write_text(json.dumps({"file_name": "plain.png", "caption": caption}) + "\n")
+    held = cached(tmp_path / "cache", folder, flow_of())
+    assert held.captions == [caption]
+    (folder / "metadata.jsonl").unlink()
+    held = cached(tmp_path / "other", folder, flow_of())
+    assert held.identifiers == [os.fsdecode(b"caf\xe9.png"), "plain.png"]
+
+
 # --------------------------------------------------------------------------------------------------- what is refused
 
 
@@ -338,7 +364,7 @@ def test_a_text_encoder_is_the_same_wherever_it_lies(tmp_path):
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda f: (f / "latents-00001.safetensors").unlink(), "latents-00001.safetensors is missing, and 0 more"),
+        (lambda f: (f / "latents-00001.safetensors").unlink(), "latents-00001.safetensors is missing; the caching"),
         (lambda f: (f / "text-00000.safetensors").write_bytes(b"x"), "text-00000.safetensors is damaged"),
         (lambda f: (f / "cache.json").write_text("{}"), "cache.json is damaged .it has no shape"),
         (lambda f: (f / "cache.json").write_text("{"), "cache.json is damaged"),

@@ -25,7 +25,9 @@ VAE = KLAutoencoderConfig(channels=(32, 32), latent_channels=4, layers=1, scale=
 
 def tarflow(marginals=False, **config):
     torch.manual_seed(0)
-    network = TarFlowConfig(patch=2, blocks=2, layers=1, width=32, shape=(4, 8, 8), condition_dim=0, marginals=marginals)
+    network = TarFlowConfig(
+        patch=2, blocks=2, layers=1, width=32, shape=(4, 8, 8), condition_dim=0, marginals=marginals
+    )
     flow = LatentFlowConfig(VAE, NormalizingFlowConfig(**config)).build(
         network.build(), NoTextConfig().build(), shape=(3, 16, 16)
     )
@@ -78,7 +80,9 @@ def test_noise_that_is_added_to_latents_is_taken_off_by_tweedies_formula():
 
 
 def test_what_is_of_grey_levels_is_refused_in_latents():
-    with pytest.raises(UserError, match="dequantization uniform is for pictures of grey levels; latents are continuous"):
+    with pytest.raises(
+        UserError, match="dequantization uniform is for pictures of grey levels; latents are continuous"
+    ):
         tarflow(dequantization=UniformDequantization())
     with pytest.raises(UserError, match="take marginals: false"):
         tarflow(marginals=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import errno
 import importlib
+import io
 import os
 import re
 import sys
@@ -40,6 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, 2 for a person's mistake, 130 when interrupted."""
     if arguments is None:  # the process is ours
         keep_freed_memory()
+        if isinstance(sys.stdout, io.TextIOWrapper):  # a file's name may be no text
+            sys.stdout.reconfigure(errors="backslashreplace")
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     warnings.showwarning = _one_line  # type: ignore[assignment]
     try:

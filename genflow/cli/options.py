@@ -73,10 +73,12 @@ def take_loras(flow: Any, asked: Sequence[str]) -> None:
 
 
 def add_dtype(
-    group: argparse._ArgumentGroup, of: str = "of the network in sampling; the solve is in fp32 (fp32)"
+    group: argparse._ArgumentGroup,
+    of: str = "of the network in sampling; the solve is in fp32 (fp32)",
+    default: str | None = "fp32",
 ) -> None:
     """--dtype, which `refuse_dtype` checks."""
-    group.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help=of)
+    group.add_argument("--dtype", choices=["fp32", "bf16"], default=default, help=of)
 
 
 def refuse_dtype(args: argparse.Namespace, flow: Any) -> None:
@@ -182,6 +184,8 @@ def _load(run: str, *, ema: bool, device: str) -> Any:
     if (Path(run) / "model_index.json").is_file():
         from genflow.interop.pipelines import open_pipeline
 
+        if not ema:
+            raise UserError(f"{run} is a pipeline, which has no averaged weights; leave --no-ema out")
         return open_pipeline(run, device=device)
     from genflow.flows.store import load
 

@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_lora(how)
     how.add_argument("--weak", metavar="RUN", help="guide away from this weaker model, not from the empty prompt")
     speed = parser.add_argument_group("how fast, and in how much memory")
-    add_dtype(speed)
+    add_dtype(speed, "of the network; the solve is in fp32 (as the weights are)", None)
     speed.add_argument(
         "--compile", action="store_true", help="torch.compile the blocks: the first step waits for the compiler"
     )
@@ -147,7 +147,7 @@ def _in_dtype(args: argparse.Namespace, flows: list[Any]) -> dict[str, object]:
     """Bring the networks into the dtype asked for, and say what was asked."""
     from genflow.training.precision import DTYPES
 
-    if args.dtype == "fp32":
+    if args.dtype is None:
         return {}
     for flow in flows:
         refuse_dtype(args, flow)

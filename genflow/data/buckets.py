@@ -23,7 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from genflow.cachedir import cache_folder
-from genflow.data.images import ImageDataset
+from genflow.data.images import BadImage, ImageDataset
 from genflow.data.pictures import write_atomic
 from genflow.errors import UserError
 
@@ -104,13 +104,26 @@ def bucketed(dataset: ImageDataset, buckets: Buckets | None, size: int) -> Image
     return dataset.select(kept, shapes=shapes[kept])
 
 
+def _stamps(dataset: ImageDataset) -> list[tuple[int, int]]:
+    """Length and time of change of every picture that is a file of its own."""
+    if not len(dataset) or not isinstance(dataset.read(0), Path):
+        return []
+    stamps = []
+    for i in range(len(dataset)):
+        with contextlib.suppress(OSError, BadImage):
+            about = Path(dataset.read(i)).stat()  # type: ignore[arg-type]
+            stamps.append((about.st_size, about.st_mtime_ns))
+    return stamps
+
+
 def _sizes(dataset: ImageDataset, size: int) -> Tensor:
     """Height and width of each picture as it is shown, N x 2; size x size where its head cannot be read.
 
-    They are kept in the cache folder, by identifiers and captions, and taken from there where a few of them still hold.
+    They are kept in the cache folder, by identifiers, captions and, of files, length and time of change, and taken from
+    there where a few of them still hold.
     """
     n = len(dataset)
-    listing = json.dumps([dataset.identifiers, dataset.captions]).encode()
+    listing = json.dumps([dataset.identifiers, dataset.captions, _stamps(dataset)]).encode()
     file = cache_folder() / "sizes" / f"{hashlib.sha256(listing).hexdigest()[:24]}.json"
     kept: list[tuple[int, int]] | None
     try:

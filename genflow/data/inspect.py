@@ -172,7 +172,7 @@ def _traits(header: Any) -> Iterator[str]:
         yield "animated"
     if header.mode == "CMYK":
         yield "CMYK"
-    if header.mode.startswith(("I", "F")) or any("16" in str(tile[3]) for tile in getattr(header, "tile", ())):
+    if header.mode.startswith(("I", "F")) or any(";16" in str(tile[3]) for tile in getattr(header, "tile", ())):
         yield "16-bit"
     if header.getexif().get(ORIENTATION, 1) != 1:
         yield "rotated by EXIF"

@@ -168,9 +168,8 @@ class LatentsConfig:
         about = read_head(folder)
         files = [folder / name for name in (*names("latents", about["latents"]), *names("text", about["texts"]))]
         if missing := [file for file in files if not file.is_file()]:
-            raise UserError(
-                f"data latents: {missing[0]} is missing, and {len(missing) - 1} more; the caching was cut short: {AGAIN}"
-            )
+            more = f", and {len(missing) - 1} more" if len(missing) > 1 else ""
+            raise UserError(f"data latents: {missing[0]} is missing{more}; the caching was cut short: {AGAIN}")
         latents = [_read(file, DTYPES[about["dtype"]]) for file in files[: about["latents"]]]
         texts = [_read(file, None) for file in files[about["latents"] :]]
         found = sorted(

@@ -242,7 +242,7 @@ def _write(path: Path, tensors: Mapping[str, Tensor], **told: Any) -> None:
     for leftover in path.parent.glob(f".{path.name}.*.partial"):  # of a process that was killed: the shard is ours
         leftover.unlink(missing_ok=True)
     whole = {key: tensor.contiguous() for key, tensor in tensors.items()}
-    metadata = {"about": json.dumps(told, ensure_ascii=False)}  # one entry: of several, safetensors shuffles the order
+    metadata = {"about": json.dumps(told)}  # one entry: of several, safetensors shuffles the order
     _replace(path, lambda temporary: save_file(whole, temporary, metadata=metadata))
 
 
@@ -271,9 +271,11 @@ def _ours(path: Path) -> Iterator[bool]:
     with lock.open("a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             yield False
             return
+        except OSError:  # a file system without locks
+            pass
         try:
             yield not path.is_file()
         finally:

@@ -31,6 +31,9 @@ INCEPTION = (
 )
 
 
+SEEN = 128  # pixels of a side, to which a graph's pictures are resized
+
+
 class FeatureNetwork(nn.Module, ABC):
     """Features that say what they are. name, digest: of the network with its weights; channels: that it reads, 0 for any.
 
@@ -78,7 +81,7 @@ def pixel_features(images: Tensor) -> Tensor:
 
 
 class GraphFeatures(FeatureNetwork):
-    """A graph of convolutions and pools on pictures of 128 x 128 (bilinear), and the spatial mean of its last layer."""
+    """A graph of convolutions and pools on pictures of SEEN x SEEN (bilinear), and the spatial mean of its last layer."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
@@ -86,7 +89,7 @@ class GraphFeatures(FeatureNetwork):
         self.name, self.digest, self.channels = path.stem, self.graph.digest, self.graph.channels
 
     def features(self, images: Tensor) -> Tensor:
-        return self.graph(images, 128)[self.graph.graph[-1]["name"]].mean(dim=(2, 3))
+        return self.graph(images, SEEN)[self.graph.graph[-1]["name"]].mean(dim=(2, 3))
 
 
 @api_export("graph_features")

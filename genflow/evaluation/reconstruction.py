@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from genflow.evaluation.features import FeatureNetwork, as_samples, features_of
+from genflow.evaluation.features import SEEN, FeatureNetwork, GraphFeatures, as_samples, features_of
 from genflow.evaluation.frechet import frechet_distance
 from genflow.evaluation.plan import Figure
 from genflow.flows.fidelity import SIDE, ssim
+from genflow.networks.feature_graph import PerceptualDistance
 from genflow.networks.quantizers import perplexity
 from genflow.registry import api_export
 from genflow.samplers import psnr
@@ -21,11 +22,13 @@ from genflow.samplers import psnr
 @api_export("Reconstruction")
 @dataclass(frozen=True)
 class Reconstruction:
-    """psnr (dB), ssim: of each picture, N, no ssim of those below 11 pixels; distance: Frechet, of originals and
-    reconstructions. vocabulary, used, perplexity: of the codes of all pictures, where there are codes."""
+    """psnr (dB), ssim, perceptual (`PerceptualDistance`): of each picture, N; no ssim of those below 11 pixels, and no
+    perceptual distance by features without stages. distance: Frechet, of originals and reconstructions. vocabulary, used,
+    perplexity: of the codes of all pictures, where there are codes."""
 
     psnr: Tensor
     ssim: Tensor | None
+    perceptual: Tensor | None
     distance: float
     vocabulary: int = 0
     used: int = 0
@@ -33,8 +36,9 @@ class Reconstruction:
 
     def figures(self, on: str) -> list[Figure]:
         """For a report; on: which pictures they were."""
-        each = {"PSNR, dB": self.psnr} | ({} if self.ssim is None else {"SSIM": self.ssim})
-        found = [Figure(key, float(v.mean()), on, float(v.std() / len(v) ** 0.5)) for key, v in each.items()]
+        each = {"PSNR, dB": self.psnr, "SSIM": self.ssim, "perceptual distance": self.perceptual}
+        there = {key: v for key, v in each.items() if v is not None}
+        found = [Figure(key, float(v.mean()), on, float(v.std() / len(v) ** 0.5)) for key, v in there.items()]
         found.append(Figure("FD to reconstructions", self.distance, on))
         if self.vocabulary:
             used = f"{self.used} of {self.vocabulary} codes are in use"
@@ -57,7 +61,8 @@ def reconstruction(
     flow: with `reconstruct`; pictures: N x C x H x W, uint8, or float32 in [-1, 1]; network: features of the distance.
     progress: told how many are done since. Raises UserError for features that are not of such pictures, or too few pictures.
     """
-    made, noise, likeness = [], [], []
+    made, noise, likeness, apart = [], [], [], []
+    perceptual = PerceptualDistance(network.graph, SEEN).to(flow.device) if isinstance(network, GraphFeatures) else None
     counts = torch.zeros(getattr(flow, "vocabulary", None) or 0, dtype=torch.int64)
     for part in pictures.split(batch):
         x = as_samples(part).to(flow.device)
@@ -66,6 +71,8 @@ def reconstruction(
         noise.append(psnr(y, x).cpu())
         if min(x.shape[-2:]) >= SIDE:
             likeness.append(ssim(y, x).cpu())
+        if perceptual is not None:
+            apart.append(perceptual(y, x).cpu())
         if len(counts):
             counts += torch.bincount(flow.codes(x).flatten().cpu(), minlength=len(counts))
         progress(len(part))
@@ -73,6 +80,7 @@ def reconstruction(
     return Reconstruction(
         torch.cat(noise),
         torch.cat(likeness) if likeness else None,
+        torch.cat(apart) if apart else None,
         frechet_distance(real, fake),
         vocabulary=len(counts),
         used=int((counts > 0).sum()),

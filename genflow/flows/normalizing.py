@@ -109,7 +109,8 @@ class NormalizingFlow(ConditionedFlow):
         if asked is not None and not isinstance(asked, GaussianDequantization):
             name = tag_of(type(asked)).names[0]  # type: ignore[union-attr]
             raise UserError(
-                f"dequantization {name} is for pictures of grey levels; latents are continuous: leave it out, or take gaussian"
+                f"dequantization {name} is for pictures of grey levels; latents are continuous: leave it out, or take "
+                "gaussian"
             )
         if any(isinstance(m, Marginals) for m in self.network.modules()):
             raise UserError("marginals are counted over grey levels, which latents have not; take marginals: false")

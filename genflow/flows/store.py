@@ -225,7 +225,10 @@ def find_model(path: str | Path) -> Path:
     folder = Path(path)
     if not folder.is_dir():
         if folder.exists():
-            raise UserError(f"{folder} is a file, not a folder of a run, a checkpoint or a model; try {folder.parent}")
+            what = "the folder of a run, a checkpoint or a model"
+            if folder.suffix == ".safetensors" and not (folder.parent / CONFIG).exists():
+                raise UserError(f"{folder} is a file, not {what}; genflow convert {folder} FOLDER makes one of it")
+            raise UserError(f"{folder} is a file, not {what}; try {folder.parent}")
         around = [str(p) for p in folder.parent.glob("*") if p.is_dir()]
         near = nearest(str(folder), around) if around else ""
         raise UserError(f"{folder} does not exist; give the folder of a run, a checkpoint or a model.{near}")
@@ -249,12 +252,16 @@ def read_config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text())
     except FileNotFoundError:
+        if (folder / "model_index.json").exists():
+            raise UserError(f"{folder} is a pipeline of diffusers; genflow convert it first") from None
         raise UserError(f"{folder} has no {CONFIG}: it is no run or model, or its saving was cut short") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is damaged ({error}); copy it again or save the model again") from error
     wanted = ("model", "flow", "text", "shape")
     missing = [name for name in wanted if name not in config] if isinstance(config, dict) else list(wanted)
     if missing:
+        if isinstance(config, dict) and "_class_name" in config:
+            raise UserError(f"{folder} holds a {config['_class_name']} of diffusers; genflow convert it first")
         raise UserError(f"{path} has no {missing[0]!r}: it is not a genflow model's; save the model again")
     shape = config["shape"]
     if not (isinstance(shape, list) and len(shape) in (1, 3) and all(isinstance(n, int) and n > 0 for n in shape)):

@@ -106,6 +106,20 @@ class KLNetworkConfig:
         """The network, freshly initialised. Raises UserError where the numbers do not fit each other."""
         return KLNetwork(self)
 
+    def autoencoder(self, scale: float = 1.0, shift: float = 0.0) -> KLAutoencoderConfig:
+        """The same network as an autoencoder that is not trained."""
+        assert self.in_channels is not None and self.latent_channels is not None
+        return KLAutoencoderConfig(
+            self.channels,
+            self.latent_channels,
+            self.layers,
+            self.groups,
+            self.in_channels,
+            middle_attention=self.middle_attention,
+            scale=scale,
+            shift=shift,
+        )
+
 
 class KLNetwork(EncoderDecoder):
     """An AutoencoderKL, `module`; what `encode` gives are means and log-variances."""
@@ -126,16 +140,7 @@ class KLNetwork(EncoderDecoder):
                 f"kl_autoencoder: it gives means and variances, {self.encoder_channels} channels, and the bottleneck reads "
                 f"{config.encoder_channels}; take bottleneck gaussian, or model tiny_autoencoder"
             )
-        self.module: Any = KLAutoencoder(
-            KLAutoencoderConfig(
-                config.channels,
-                config.latent_channels,
-                config.layers,
-                config.groups,
-                config.in_channels,
-                middle_attention=config.middle_attention,
-            )
-        ).module
+        self.module: Any = KLAutoencoder(config.autoencoder()).module
         self.factor = 2 ** (len(config.channels) - 1)
 
     @property

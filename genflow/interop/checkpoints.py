@@ -22,11 +22,19 @@ from genflow.flows.latent import LatentFlowConfig
 from genflow.flows.lora import factors_of, is_factor, lora_scale
 from genflow.flows.rectified import RectifiedFlowConfig
 from genflow.flows.store import CONFIG, EMA, MODEL, Recipe, _plain, find_model, read_config
-from genflow.interop.autoencoder import KLAutoencoderConfig, vae_from_diffusers, vae_from_shapes, vae_from_stability
+from genflow.flows.trained import Parts, TrainedAutoencoderConfig
+from genflow.interop.autoencoder import (
+    KLAutoencoderConfig,
+    KLNetworkConfig,
+    vae_from_diffusers,
+    vae_from_shapes,
+    vae_from_stability,
+)
 from genflow.interop.diffusers import config_from_diffusers
 from genflow.interop.families import looks_like
 from genflow.interop.layouts import DIFFUSERS, STABILITY, config_from_shapes, to_genflow
 from genflow.interop.tensors import Lazy, read_file, read_folder, strip
+from genflow.networks.bottlenecks import GaussianConfig
 from genflow.networks.mmdit import MMDiTConfig
 
 INDEX = "model_index.json"
@@ -47,7 +55,7 @@ class Checkpoint:
     transformer: under genflow's names; vae: under diffusers', with its configuration, where there is one; encoders: under
     transformers', by their folder in a pipeline; pipeline: the folder in which configurations, tokenizers and scheduler lie.
     carried: whether the encoders lie in a file of Stability's and not in the pipeline. config: of a genflow model folder,
-    its own.
+    its own. foreign: what the autoencoder of a genflow model is, where the other layouts have none such.
     """
 
     model: MMDiTConfig
@@ -58,6 +66,7 @@ class Checkpoint:
     pipeline: Path | None = None
     carried: bool = False
     config: Mapping[str, Any] | None = None
+    foreign: str | None = None
 
 
 def open_checkpoint(path: str | Path, *, ema: bool = True) -> Checkpoint:
@@ -157,22 +166,42 @@ def _open_genflow(path: Path, ema: bool) -> Checkpoint:
     config = read_config(folder)
     recipe = from_dict(Recipe, {name: config[name] for name in ("model", "flow", "text")}, where=str(folder / CONFIG))
     if not isinstance(recipe.model, MMDiTConfig):
-        raise UserError(f"{folder} holds a {config['model'].get('name')}; only an mmdit has SD3's layout")
+        more = ", and genflow.autoencoder_to_diffusers makes an autoencoder diffusers'"
+        more *= isinstance(recipe.model, KLNetworkConfig)
+        raise UserError(f"{folder} holds a {config['model'].get('name')}; only an mmdit has SD3's layout{more}")
     tensors = _genflow_weights(folder, config, ema)
     latent = isinstance(recipe.flow, LatentFlowConfig)
     _check_velocity(recipe.flow.flow if latent else recipe.flow, folder)
-    autoencoder = recipe.flow.autoencoder if latent else None
+    autoencoder, vae, foreign = _autoencoder(recipe.flow.autoencoder, tensors) if latent else (None, {}, None)
     pipeline = getattr(recipe.text, "folder", None)
     there = [] if pipeline is None else [name for name in ENCODERS if (Path(pipeline) / name).is_dir()]
     return Checkpoint(
         recipe.model,
         strip(tensors, "flow.network." if latent else "network."),
-        vae=strip(tensors, "autoencoder.module."),
-        autoencoder=autoencoder if isinstance(autoencoder, KLAutoencoderConfig) else None,
+        vae=vae,
+        autoencoder=autoencoder,
         encoders={name: read_folder(Path(pipeline) / name) for name in there} if pipeline else {},
         pipeline=Path(pipeline) if pipeline else None,
         config=config,
+        foreign=foreign,
     )
+
+
+def _autoencoder(
+    config: Any, tensors: Mapping[str, Lazy]
+) -> tuple[KLAutoencoderConfig | None, dict[str, Lazy], str | None]:
+    """A latent flow's autoencoder under diffusers' names; or, where diffusers has none such, what it is."""
+    if isinstance(config, KLAutoencoderConfig):
+        return config, strip(tensors, "autoencoder.module."), None
+    if not isinstance(config, TrainedAutoencoderConfig):
+        return None, {}, type(config).__name__
+    parts = from_dict(Parts, config.resolved().recipe, where=f"recipe of {config.run}")
+    if not (isinstance(parts.model, KLNetworkConfig) and isinstance(parts.bottleneck, GaussianConfig)):
+        return None, {}, config.resolved().recipe["model"]["name"]
+    bottleneck = parts.bottleneck.build()
+    bottleneck.running.copy_(tensors["autoencoder.bottleneck.running"].read())
+    kl = parts.model.autoencoder(scale=float(bottleneck.scale), shift=float(bottleneck.shift))
+    return kl, strip(tensors, "autoencoder.network.module."), None
 
 
 def _genflow_weights(folder: Path, config: Mapping[str, Any], ema: bool) -> dict[str, Lazy]:
@@ -208,6 +237,11 @@ def completed(checkpoint: Checkpoint, like: Checkpoint) -> Checkpoint:
     """A checkpoint with what it lacks from another. Raises UserError where their channels or widths differ."""
     if like.pipeline is None:
         raise UserError("--like must be the folder of a diffusers pipeline, which has text encoders and tokenizers")
+    if checkpoint.foreign:
+        raise UserError(
+            f"its latents are those of its own {checkpoint.foreign}, which no pipeline of diffusers has, and another "
+            "autoencoder would not read them; leave --like out, and the transformer alone is written"
+        )
     if like.model.context_dim != checkpoint.model.context_dim or like.model.pooled_dim != checkpoint.model.pooled_dim:
         raise UserError(f"the text encoders of {like.pipeline} are of other widths than this transformer hears")
     vae = checkpoint if checkpoint.autoencoder else like

@@ -30,9 +30,9 @@ from genflow.interop.checkpoints import (
 from genflow.interop.diffusers import config_to_diffusers
 from genflow.interop.layouts import DIFFUSERS, STABILITY, from_genflow
 from genflow.interop.lora import save_lora
-from genflow.interop.tensors import write_file
+from genflow.interop.tensors import refuse_full, write_file
 from genflow.registry import api_export
-from genflow.text.sd3 import SD3TextConfig
+from genflow.text.sd3 import FOLDERS, SD3TextConfig
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 # The parts of a pipeline: library and class, as model_index.json names them.
@@ -74,6 +74,8 @@ def convert(
     """
     source, out = Path(source), Path(out)
     if to == "lora":
+        if like is not None:
+            raise UserError("--like lends what a model lacks, and updates alone lack nothing; leave it out")
         save_lora(source, out, ema=ema)
         return []
     checkpoint = open_checkpoint(source, ema=ema)
@@ -82,8 +84,7 @@ def convert(
     if to is None:
         to = "genflow" if checkpoint.config is None else "diffusers"
         to = "stability" if out.suffix == ".safetensors" else to
-    if out.is_file() or (out.is_dir() and any(out.iterdir())):
-        raise UserError(f"{out} is there already; choose another place, so that nothing is lost")
+    refuse_full(out)
     if to == "stability" and out.suffix != ".safetensors":
         raise UserError(f"{out}: Stability's layout is one file; name it {out.with_suffix('.safetensors')}")
     write = {"genflow": _write_genflow, "diffusers": _write_diffusers, "stability": _write_stability}
@@ -105,8 +106,11 @@ def recipe_of(checkpoint: Checkpoint) -> dict[str, Any]:
         factor = 2 ** (len(autoencoder.channels) - 1)
         flow, shape = LatentFlowConfig(autoencoder), [autoencoder.picture_channels, side * factor, side * factor]
     folder = checkpoint.pipeline
+    there = None if folder is None else [name for name, (part, _) in FOLDERS.items() if (folder / part).is_dir()]
+    used = [name for name, (part, _) in FOLDERS.items() if part in checkpoint.encoders]
     text = SD3TextConfig(
         folder=None if folder is None else str(folder.resolve()),
+        encoders=None if there is None or used == there else tuple(used),  # an index may leave out what lies there
         width=model.context_dim or 0,
         pooled=model.pooled_dim or 0,
     )
@@ -144,7 +148,10 @@ def _write_genflow(checkpoint: Checkpoint, out: Path) -> list[str]:
         raise UserError("that is a genflow model already; copy its folder, or choose --to diffusers or stability")
     notes = []
     if checkpoint.carried and checkpoint.pipeline is not None:
+        _check_encoders(checkpoint)
         _write_encoders(checkpoint, out / "text")
+        if (checkpoint.pipeline / "scheduler").is_dir():
+            shutil.copytree(checkpoint.pipeline / "scheduler", out / "text" / "scheduler")
         checkpoint = replace(checkpoint, pipeline=out / "text")
     inner = "flow.network." if checkpoint.autoencoder else "network."
     tensors = {f"{inner}{name}": tensor for name, tensor in checkpoint.transformer.items()}
@@ -162,6 +169,8 @@ def _write_genflow(checkpoint: Checkpoint, out: Path) -> list[str]:
 
 def _write_diffusers(checkpoint: Checkpoint, out: Path) -> list[str]:
     whole = checkpoint.autoencoder is not None
+    if whole and checkpoint.pipeline is not None:
+        _check_encoders(checkpoint)  # before anything is written
     transformer = out / "transformer" if whole else out
     write_file(
         transformer / WEIGHTS, from_genflow(checkpoint.transformer, checkpoint.model, DIFFUSERS), {"format": "pt"}
@@ -169,7 +178,7 @@ def _write_diffusers(checkpoint: Checkpoint, out: Path) -> list[str]:
     config = config_to_diffusers(checkpoint.model)
     _write_json(transformer / CONFIG, {"_class_name": "SD3Transformer2DModel", **config})
     if checkpoint.autoencoder is None:
-        return ["it holds no autoencoder, so that this is the folder of a transformer, not of a pipeline"]
+        return [f"{_without_autoencoder(checkpoint)}, so that this is the folder of a transformer, not of a pipeline"]
     write_file(out / "vae" / WEIGHTS, checkpoint.vae, {"format": "pt"})
     _write_json(out / "vae" / CONFIG, {"_class_name": "AutoencoderKL", **vae_to_diffusers(checkpoint.autoencoder)})
     if checkpoint.pipeline is None:
@@ -187,15 +196,32 @@ def _write_diffusers(checkpoint: Checkpoint, out: Path) -> list[str]:
     return []
 
 
+def _without_autoencoder(checkpoint: Checkpoint) -> str:
+    if checkpoint.foreign:
+        return f"its autoencoder, a {checkpoint.foreign}, has no place in this layout"
+    return "it holds no autoencoder"
+
+
+def _tokenizer(name: str) -> str:
+    """The folder beside a text encoder's."""
+    return name.replace("text_encoder", "tokenizer")
+
+
+def _check_encoders(checkpoint: Checkpoint) -> None:
+    """Raises UserError where a text encoder's configuration or tokenizer is not there."""
+    assert checkpoint.pipeline is not None
+    for name in checkpoint.encoders:
+        if not (checkpoint.pipeline / name / CONFIG).is_file() or not (checkpoint.pipeline / _tokenizer(name)).is_dir():
+            raise UserError(
+                f"{checkpoint.pipeline} has no {name} with a {_tokenizer(name)}; give --like a pipeline that has them"
+            )
+
+
 def _write_encoders(checkpoint: Checkpoint, out: Path) -> None:
     """The text encoders as folders of a pipeline, with the configurations and tokenizers of the one that is known."""
     assert checkpoint.pipeline is not None
     for name, tensors in checkpoint.encoders.items():
-        known, tokenizer = checkpoint.pipeline / name, name.replace("text_encoder", "tokenizer")
-        if not (known / CONFIG).is_file() or not (checkpoint.pipeline / tokenizer).is_dir():
-            raise UserError(
-                f"{checkpoint.pipeline} has no {name} with a {tokenizer}; give --like a pipeline that has them"
-            )
+        known, tokenizer = checkpoint.pipeline / name, _tokenizer(name)
         write_file(out / name / MODEL, tensors, {"format": "pt"})
         shutil.copyfile(known / CONFIG, out / name / CONFIG)
         shutil.copytree(checkpoint.pipeline / tokenizer, out / tokenizer, dirs_exist_ok=True)
@@ -214,4 +240,4 @@ def _write_stability(checkpoint: Checkpoint, out: Path) -> list[str]:
     if identity in tensors and torch.equal(w := tensors[identity].read(), torch.eye(len(w), dtype=w.dtype)):
         del tensors[identity]
     write_file(out, tensors, {"format": "pt"})
-    return []
+    return [] if checkpoint.autoencoder else [f"{_without_autoencoder(checkpoint)}: the file makes latents"]

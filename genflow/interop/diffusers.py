@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -44,7 +44,12 @@ def config_from_diffusers(source: Mapping[str, object]) -> MMDiTConfig:
     later = ("dual_attention_layers", "qk_norm", "out_channels")  # not yet in the files of 2024
     if missing := [key for key in config_to_diffusers(_ANY) if key not in source and key not in later]:
         raise UserError(f"not the config of an SD3Transformer2DModel: it has no {missing[0]}")
-    get: Callable[[str], int] = lambda key: int(source[key])  # type: ignore[call-overload]
+
+    def get(key: str) -> int:
+        if not isinstance(value := source[key], int):
+            raise UserError(f"the config of the transformer has {key} = {value!r}, not a whole number; copy it again")
+        return value
+
     heads, head_dim = get("num_attention_heads"), get("attention_head_dim")
     if (qk_norm := source.get("qk_norm")) not in (None, "rms_norm"):
         raise UserError(f"qk_norm = {qk_norm!r} in the diffusers model; only rms_norm or none is known here")

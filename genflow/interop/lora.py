@@ -18,7 +18,7 @@ from genflow.flows.lora import Factors, factors_of, is_factor, lora_scale, merge
 from genflow.flows.store import CONFIG, EMA, MODEL, _read_tensors, find_model, read_config
 from genflow.interop.families import looks_like
 from genflow.interop.layouts import DIFFUSERS
-from genflow.interop.tensors import PICKLES, Lazy, read_file, write_file
+from genflow.interop.tensors import PICKLES, Lazy, read_file, refuse_full, write_file
 from genflow.networks.mmdit import MMDiT, MMDiTConfig
 from genflow.registry import api_export
 
@@ -60,6 +60,7 @@ def save_lora(run: str | Path, out: str | Path, *, ema: bool = True) -> None:
             stem = PREFIX + part.removesuffix(".weight")
             tensors |= {stem + A: a, stem + B: rows}
     file = out if out.suffix == ".safetensors" else out / FILE
+    refuse_full(file)
     write_file(file, {name: Lazy.of(tensor) for name, tensor in tensors.items()}, {"format": "pt"})
 
 

@@ -110,6 +110,8 @@ def read_folder(folder: Path) -> dict[str, Lazy]:
     Of variants (`model.fp16.safetensors`) the plain file is taken where there is one. Raises UserError where there is no
     such file, where a shard is missing or lacks what the index says, and for several files of which none is plain.
     """
+    if not folder.is_dir():
+        raise UserError(f"{folder} is missing; copy the whole folder")
     indices = sorted(folder.glob(f"*{INDEX}"), key=lambda p: len(p.name))
     shards = {p.name for index in indices for p in folder.glob("*-of-*.safetensors")}
     files = sorted((p for p in folder.glob("*.safetensors") if p.name not in shards), key=lambda p: len(p.name))
@@ -142,6 +144,12 @@ def _read_shards(index: Path) -> dict[str, Lazy]:
             f"{index.parent / where[lost[0]]} lacks {lost[0]}, which {index.name} says is there; copy it again"
         )
     return {key: files[name][key] for key, name in where.items()}
+
+
+def refuse_full(out: Path) -> None:
+    """Raises UserError for a place that holds something."""
+    if out.is_file() or (out.is_dir() and any(out.iterdir())):
+        raise UserError(f"{out} is there already; choose another place, so that nothing is lost")
 
 
 def write_file(path: Path, tensors: Mapping[str, Lazy], metadata: Mapping[str, str] | None = None) -> None:

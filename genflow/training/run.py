@@ -164,7 +164,8 @@ def _alone(run: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            if run.is_dir() and [p.name for p in run.iterdir()] == [".lock"]:  # refused before there was anything to keep
+            # refused before there was anything to keep
+            if run.is_dir() and [p.name for p in run.iterdir()] == [".lock"]:
                 shutil.rmtree(run, ignore_errors=True)
 
 

@@ -9,8 +9,8 @@ import torch
 from genflow.config import to_dict
 from genflow.errors import UserError
 from genflow.flows.base import Flow
-from genflow.flows.latent import Autoencoder, LatentFlowConfig
-from genflow.flows.store import MODEL, _read_tensors, fill_from, find_model, newest_checkpoint
+from genflow.flows.latent import Autoencoder, LatentFlow, LatentFlowConfig
+from genflow.flows.store import MODEL, _read_tensors, fill_from, find_model, newest_checkpoint, read_config
 from genflow.training.checkpoint import checkpoint_tensors, save_checkpoint
 from genflow.training.config import RunConfig
 from genflow.training.ema import EMA
@@ -39,7 +39,21 @@ def begin_with(flow: Flow, path: str) -> None:
 
     Raises UserError for one that does not fit.
     """
+    if isinstance(flow, LatentFlow):
+        _check_scale(flow.config, path)
     fill_from(flow, find_model(path), ema=True)
+
+
+def _check_scale(config: LatentFlowConfig, path: str) -> None:
+    """Raises UserError where the latents of a model are scaled or shifted otherwise: its weights do not tell."""
+    theirs = read_config(find_model(path))["flow"].get("autoencoder", {})
+    for name in ("scale", "shift"):
+        own = getattr(config.autoencoder, name, None)
+        if own is not None and theirs.get(name, own) != own:
+            raise UserError(
+                f"init {path}: its latents have {name} {theirs[name]}, those of the config {own}; set "
+                f"flow.autoencoder.{name}={theirs[name]}"
+            )
 
 
 def autoencoder_of(config: RunConfig) -> Autoencoder:
@@ -50,6 +64,7 @@ def autoencoder_of(config: RunConfig) -> Autoencoder:
     if not isinstance(config.flow, LatentFlowConfig):
         raise UserError("the config's flow has no autoencoder; take flow: {name: latent, autoencoder: ..., flow: ...}")
     if config.init is not None:
+        _check_scale(config.flow, config.init)
         autoencoder = config.flow.autoencoder.build()
         state, prefix = _read_tensors(find_model(config.init) / MODEL, skip={}), "autoencoder."
         held = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}

@@ -1,0 +1,154 @@
+"""Conversion of models whose parts are of several origins, or lack one: nothing is swapped, lost or half written."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from genflow.cli import main
+from genflow.config import to_dict
+from genflow.errors import UserError
+from genflow.flows.autoencoder import AutoencoderFlowConfig
+from genflow.flows.latent import LatentFlowConfig
+from genflow.flows.store import load, save_model
+from genflow.flows.trained import TrainedAutoencoderConfig
+from genflow.interop.autoencoder import KLAutoencoderConfig, KLNetworkConfig
+from genflow.interop.checkpoints import open_checkpoint
+from genflow.interop.convert import convert
+from genflow.interop.pipelines import open_pipeline
+from genflow.networks.autoencoders import TinyAutoencoderConfig
+from genflow.networks.bottlenecks import GaussianConfig
+from genflow.text.none import NoTextConfig
+from genflow.text.sd3 import SD3TextConfig
+from genflow.training.warm import begin_with
+from tests import tiny_sd3
+
+
+@pytest.fixture(scope="module")
+def pipe(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pipe") / "pipe"
+    tiny_sd3.pipeline().save_pretrained(folder)
+    return folder
+
+
+def saved(path, model, flow, text, module):
+    about = {"model": to_dict(model), "flow": to_dict(flow), "text": to_dict(text), "shape": [3, 16, 16]}
+    save_model(path, config=about, state=module.state_dict())
+    return path
+
+
+def latent_model(root, pipe, network):
+    """A latent MM-DiT as wide as the pipeline's, on an autoencoder trained by genflow."""
+    model = open_checkpoint(pipe).model
+    parts = AutoencoderFlowConfig(GaussianConfig(model.in_channels))
+    flow = parts.build(network.build(), NoTextConfig().build(), shape=(3, 16, 16))
+    flow.bottleneck.running.copy_(torch.tensor([0.5, 4.25]))
+    saved(root / "vae", network, parts, NoTextConfig(), flow)
+    text = SD3TextConfig(folder=str(pipe))
+    config = LatentFlowConfig(TrainedAutoencoderConfig(str(root / "vae")).resolved())
+    whole = config.build(model.build(), text.build(), shape=(3, 16, 16))
+    whole.autoencoder.network.load_state_dict(flow.network.state_dict())
+    whole.autoencoder.bottleneck.load_state_dict(flow.bottleneck.state_dict())
+    return saved(root / "model", model, config, text, whole)
+
+
+def test_an_autoencoder_of_its_own_goes_along(tmp_path, pipe):
+    channels = open_checkpoint(pipe).model.in_channels
+    network = KLNetworkConfig((32, 64), in_channels=3, encoder_channels=2 * channels, latent_channels=channels)
+    model = latent_model(tmp_path, pipe, network)
+    for name, like in (("plain", None), ("like", pipe)):
+        assert convert(model, tmp_path / name, like=like) == []
+        made = load_file(tmp_path / name / "vae" / "diffusion_pytorch_model.safetensors")
+        own = load(tmp_path / "vae").network.module.state_dict()
+        assert made.keys() == own.keys() and all(torch.equal(made[key], own[key]) for key in own)
+        config = json.loads((tmp_path / name / "vae" / "config.json").read_text())
+        assert config["scaling_factor"] == pytest.approx(0.5) and config["shift_factor"] == pytest.approx(0.5)
+    ours, theirs = load(model), open_pipeline(tmp_path / "plain")
+    pictures = [flow.sample(["a cat"], seeds=[1], steps=2, guidance=1.0).x for flow in (ours, theirs)]
+    torch.testing.assert_close(*pictures, rtol=1e-4, atol=1e-4)
+
+
+def test_no_other_autoencoder_takes_the_place_of_one_that_diffusers_has_not(tmp_path, pipe):
+    channels = open_checkpoint(pipe).model.in_channels
+    network = TinyAutoencoderConfig(
+        width=8, blocks=1, factor=2, in_channels=3, encoder_channels=2 * channels, latent_channels=channels
+    )
+    model = latent_model(tmp_path, pipe, network)
+    with pytest.raises(UserError, match="its latents are those of its own tiny_autoencoder"):
+        convert(model, tmp_path / "like", like=pipe)
+    (note,) = convert(model, tmp_path / "plain")
+    assert note.startswith("its autoencoder, a tiny_autoencoder, has no place") and not (tmp_path / "like").exists()
+    (note,) = convert(model, tmp_path / "one.safetensors")
+    assert note.endswith("the file makes latents")
+
+
+def test_nothing_is_written_where_something_is_or_where_a_part_is_missing(tmp_path, pipe, capsys):
+    taken = tmp_path / "taken.safetensors"
+    taken.write_bytes(b"precious")
+    for words in (["--to", "lora"], ["--to", "stability"]):
+        assert main(["convert", str(pipe), str(taken), *words]) == 2
+    assert taken.read_bytes() == b"precious"
+    assert main(["convert", str(pipe), str(tmp_path / "x"), "--to", "lora", "--like", str(pipe)]) == 2
+    assert "updates alone lack nothing" in capsys.readouterr().err
+    for part in ("text_encoder_3", "transformer", "vae"):
+        lacking = tmp_path / f"no-{part}"
+        shutil.copytree(pipe, lacking)
+        shutil.rmtree(lacking / part)
+        assert main(["sample", str(lacking), "--prompt", "a", "--out", str(tmp_path / "o")]) == 2
+        assert main(["convert", str(lacking), str(tmp_path / "o")]) == 2
+        told = capsys.readouterr().err.splitlines()
+        assert len(told) == 2 and all(part in line and "is missing" in line for line in told)
+    lacking = tmp_path / "no-tokenizer"
+    shutil.copytree(pipe, lacking)
+    shutil.rmtree(lacking / "tokenizer_3")
+    with pytest.raises(UserError, match="has no text_encoder_3 with a tokenizer_3"):
+        convert(lacking, tmp_path / "out", to="diffusers")
+    assert not (tmp_path / "out").exists()
+    config = json.loads((lacking / "transformer" / "config.json").read_text())
+    (lacking / "transformer" / "config.json").write_text(json.dumps({**config, "num_layers": "x"}))
+    with pytest.raises(UserError, match="num_layers = 'x', not a whole number"):
+        open_checkpoint(lacking)
+
+
+def test_a_scheduler_comes_along_with_encoders_from_a_file(tmp_path, pipe):
+    like = tmp_path / "like"
+    shutil.copytree(pipe, like)
+    path = like / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "shift": 5.0}))
+    file = tiny_sd3.stability_file(tiny_sd3.pipeline(), tmp_path / "sd3.safetensors")
+    convert(file, tmp_path / "model", to="genflow", like=like)
+    assert json.loads((tmp_path / "model" / "config.json").read_text())["sample"]["shift"] == 5.0
+
+
+def test_an_encoder_that_the_index_leaves_out_is_not_used(tmp_path, pipe):
+    folder = tmp_path / "pipe"
+    shutil.copytree(pipe, folder)
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps({**index, "text_encoder_3": [None, None]}))
+    assert list(open_pipeline(folder).text.parts) == ["clip_l", "clip_g"] and "t5" in open_pipeline(pipe).text.parts
+
+
+def test_weights_of_latents_that_are_scaled_otherwise_are_refused(tmp_path, pipe):
+    model, text = open_checkpoint(pipe).model, SD3TextConfig(folder=str(pipe))
+    vae = {"channels": (32, 64), "latent_channels": model.in_channels}
+    flux, sd3 = (
+        LatentFlowConfig(KLAutoencoderConfig(**vae, **how)) for how in ({"scale": 0.3611, "shift": 0.1159}, {})
+    )
+    flows = [each.build(model.build(), text.build(), shape=(3, 16, 16)) for each in (flux, sd3)]
+    saved(tmp_path / "flux", model, flux, text, flows[0])
+    with pytest.raises(UserError, match=r"its latents have scale 0.3611, those of the config 1.5305; set"):
+        begin_with(flows[1], str(tmp_path / "flux"))
+    begin_with(flows[0], str(tmp_path / "flux"))
+    with pytest.raises(UserError, match="is a pipeline of diffusers; genflow convert it first"):
+        begin_with(flows[0], str(pipe))
+
+
+def test_options_that_a_pipeline_cannot_heed(tmp_path, pipe, capsys):
+    assert main(["sample", str(pipe), "--prompt", "a", "--no-ema", "--out", str(tmp_path / "o")]) == 2
+    assert "has no averaged weights" in capsys.readouterr().err
+    assert main(["sample", str(pipe / "transformer"), "--out", str(tmp_path / "o")]) == 2
+    assert "holds a SD3Transformer2DModel of diffusers; genflow convert it first" in capsys.readouterr().err
