@@ -29,7 +29,7 @@ def environment(monkeypatch):
         forget()
 
     def forget() -> None:
-        dispatch._environment.cache_clear()
+        dispatch.environment.cache_clear()
         dispatch._chosen.cache_clear()
 
     forget()
@@ -225,7 +225,10 @@ def test_cuda_backends_say_on_this_machine_what_they_lack(monkeypatch):
     assert any("not dense" in reason for reason in report["sdpa_flash"])
     causal = attention_report(call._replace(mask="causal"))["sdpa_flash"]
     assert any("as many queries as keys only, not 4 and 5" in reason for reason in causal)
-    assert not attention_report(call)["sdpa_efficient"]
+    assert attention_report(call)["sdpa_efficient"] == ["takes head_dim in multiples of 8 in bfloat16, not 300"]
+    assert not attention_report(call._replace(head_dim=304))["sdpa_efficient"]
+    assert attention_report(call._replace(lk=1))["sdpa_cudnn"][-1] == "needs a card of compute capability 8.0, not 7.5"
+    assert "takes two keys or more, not 1" in attention_report(call._replace(lk=1))["sdpa_cudnn"]
 
 
 def test_rows_without_a_live_key_are_set_aside_where_kernels_differ():
@@ -306,3 +309,43 @@ def test_info_attention_says_what_is_chosen_and_why_not_the_others(capsys):
     assert "backward, double backward, forward ad" in text
     assert main(["info", "system"]) == 0
     assert "attention: sdpa (" in capsys.readouterr().out
+
+
+def test_info_attention_heeds_the_environment(capsys, environment):
+    environment("math")
+    assert main(["info", "attention"]) == 0
+    out = capsys.readouterr().out
+    assert "as the environment says: GENFLOW_ATTENTION=math" in out and "math                  chosen" in out
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        [(2, 3, 6, 32), (2, 1, 6, 32), (2, 1, 6, 32)],
+        [(2, 3, 6, 32), (1, 3, 6, 32), (1, 3, 6, 32)],
+        [(2, 3, 6, 32), (2, 3, 9, 32), (2, 3, 5, 32)],
+        [(2, 3, 6, 32), (2, 3, 6, 16), (2, 3, 6, 16)],
+        [(3, 6, 32), (3, 6, 32), (3, 6, 32)],
+    ],
+)
+def test_tensors_that_do_not_fit_each_other_are_refused(shapes, dtype):
+    with pytest.raises(UserError, match="all are B x heads x L x head_dim"):
+        attention(*(torch.randn(shape, dtype=dtype) for shape in shapes))
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "sdpa_flash", "math", "tiled", "flex"])
+@pytest.mark.parametrize(("lq", "lk"), [(0, 0), (0, 3), (3, 0)])
+@pytest.mark.parametrize("causal", [False, True])
+def test_no_queries_or_no_keys_give_zeros(backend, lq, lk, causal):
+    q, k, v = (torch.randn(2, 2, n, 8) for n in (lq, lk, lk))
+    out = attention(q, k, v, Mask(causal=causal), backend=backend)
+    assert out.shape == q.shape and not out.any()
+    (grad,) = torch.autograd.grad(attention(q.requires_grad_(), k, v, Mask(causal=causal)).sum(), q)
+    assert grad.shape == q.shape and not grad.any()
+
+
+def test_a_mask_serves_several_devices():
+    mask = Mask(causal=True)
+    for device in ("cpu", "meta", "cpu"):
+        assert mask.full(torch.empty(1, 1, 4, 8, device=device), 4, 6).device.type == device

@@ -135,6 +135,22 @@ def test_micro_batches_of_several_processes_are_the_same_step(configs, alone, tm
         assert_same_run(tmp_path / parallel, alone["mmdit"])
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [2, 4])
+def test_short_products_and_checkpointed_blocks_are_the_same_run_near_enough(configs, tmp_path, world):
+    config, how = configs["mmdit"], ["train.precision=bf16", "train.checkpointing=true"]
+    plain = tmp_path / "alone"
+    go_on_alone(config, "train.precision=bf16", f"out={plain}")
+    runs = {p: tmp_path / p for p in ("ddp", "fsdp")}
+    succeed(world, *([config, *how, f"train.parallel={p}", f"out={run}"] for p, run in runs.items()))
+    expected = logged(plain)
+    for run in runs.values():
+        found = logged(run)
+        assert found.keys() == expected.keys()
+        for key in [key for key in expected if "loss" in key[1]]:
+            assert math.isclose(found[key], expected[key], rel_tol=2e-2), (key, found[key], expected[key])
+
+
 def test_one_process_takes_any_batch(configs, tmp_path):
     """What is refused of several is not refused of one, and the nearest batch is told."""
     with pytest.raises(

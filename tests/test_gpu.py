@@ -29,7 +29,9 @@ def test_cpu_and_cuda_agree():
     inputs = [x.double() for x in inputs]
     expected = model(*inputs)
     got = model.cuda()(*(x.cuda() for x in inputs)).cpu()
-    assert (got - expected).abs().max() <= 1e-6 * expected.abs().max()  # time features are float32
+    assert (
+        got - expected
+    ).abs().max() <= 1e-4 * expected.abs().max()  # times' features are float32, of up to 1000 radians
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "fp8"])
@@ -40,7 +42,8 @@ def test_training_in_short_precision(tmp_path, precision):
         "data: {name: emoji, size: 16, limit: 30}\n"
         "text: {name: learned, dim: 16, heads: 2, layers: 1, max_tokens: 24}\n"
         "model: {name: mmdit, depth: 2, hidden: 64, heads: 2, patch_size: 8}\n"
-        f"train: {{steps: 30, batch_size: 8, precision: {precision}, preview_every: 0, trackers: [], log_every: 5}}\n"
+        "train: {steps: 30, batch_size: 8, warmup: 1, optimizer: {name: adamw, lr: 3e-3}, "
+        f"precision: {precision}, preview_every: 0, trackers: [], log_every: 5}}\n"
     )
     (tmp_path / "c.yaml").write_text(text)
     run = train(load(tmp_path / "c.yaml", [f"out={tmp_path / 'run'}"], schema=RunConfig))

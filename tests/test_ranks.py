@@ -6,6 +6,7 @@ import signal
 import socket
 
 import pytest
+import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
@@ -13,7 +14,7 @@ from genflow.config import load
 from genflow.errors import UserError
 from genflow.flows.store import newest_checkpoint
 from genflow.training.config import RunConfig
-from genflow.training.ranks import join_processes
+from genflow.training.ranks import LOST, join_processes
 from genflow.training.run import train
 from tests.processes import Ended, together
 
@@ -108,6 +109,27 @@ def test_an_address_in_use_is_told(monkeypatch):
         told = f"cannot meet at 127.0.0.1:{port}: another program listens there, perhaps a run that has not ended; set"
         with pytest.raises(UserError, match=told):
             join_processes()
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(UserError, match="3 processes on a machine of 2 GPUs; start one for each, 2"):
+        join_processes()
+
+
+@pytest.mark.parametrize(
+    ("words", "lost"),
+    [
+        ("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:1", True),
+        ("[/pytorch/third_party/gloo/gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 1800000ms", True),
+        ("NCCL communicator was aborted on rank 1", True),
+        ("DataLoader worker (pid 1) is killed by signal: Aborted.", False),
+        ("CUDA error: the launch timed out and was terminated", False),
+    ],
+)
+def test_only_what_is_said_of_messages_means_a_lost_rank(words, lost):
+    assert bool(LOST.search(words)) is lost
 
 
 @pytest.mark.slow

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib
 import math
+import warnings
 from collections.abc import Iterable
+from contextlib import suppress
 from functools import cache
 from typing import Any
 
@@ -22,6 +24,7 @@ from genflow.errors import UserError
 from genflow.native.library import run
 from genflow.registry import attention_export
 
+GRAPHS = 1024  # of flex, one for each shape, kind of mask and dtype
 CPU, CUDA = frozenset({"cpu"}), frozenset({"cuda"})
 PACKED = ("none", "causal", "keys", "segments", "causal+segments", "keys+segments")  # what masks.packed can lower
 
@@ -68,10 +71,19 @@ def _one_kernel(kernel: SDPBackend, what: str) -> Any:
                 return _sdpa(q, k, v, mask, scale)
         except RuntimeError as error:
             if "No viable backend" in str(error) or "No available kernel" in str(error):
-                raise UserError(f"attention backend {what!r}: torch has no such kernel for these tensors") from error
+                why = "; ".join(_warned(kernel, q, k, v, mask, scale)) or "torch has no such kernel for these tensors"
+                raise UserError(f"attention backend {what!r}: {why}") from error
             raise
 
     return fn
+
+
+def _warned(kernel: SDPBackend, *call: Any) -> list[str]:
+    """What torch warns of when a kernel cannot serve a call: the reasons."""
+    with warnings.catch_warnings(record=True) as told, suppress(RuntimeError), sdpa_kernel(kernel):
+        warnings.simplefilter("always")
+        _sdpa(*call)
+    return [" ".join(str(warning.message).split(" (Triggered")[0].split()) for warning in told]
 
 
 @attention_export("sdpa_flash")
@@ -98,13 +110,26 @@ def sdpa_flash() -> Attention:
 @attention_export("sdpa_efficient")
 def sdpa_efficient() -> Attention:
     """The memory-efficient kernel of torch: CUDA, all masks, also float32."""
+
+    def limits(call: Call) -> Iterable[str]:
+        aligned = 8 if call.dtype in HALF else 4
+        if call.device == "cuda" and call.head_dim % aligned:
+            yield f"takes head_dim in multiples of {aligned} in {str(call.dtype)[6:]}, not {call.head_dim}"
+
     fn = _one_kernel(SDPBackend.EFFICIENT_ATTENTION, "sdpa_efficient")
-    return Attention("sdpa_efficient", fn, devices=CUDA, dtypes=HALF | {torch.float32})
+    return Attention("sdpa_efficient", fn, devices=CUDA, dtypes=HALF | {torch.float32}, limits=limits)
 
 
 @attention_export("sdpa_cudnn")
 def sdpa_cudnn() -> Attention:
     """cuDNN's attention as torch has it: CUDA, half precision, all masks; not under deterministic algorithms."""
+
+    def limits(call: Call) -> Iterable[str]:
+        if call.device == "cuda":
+            if call.lk == 1:
+                yield "takes two keys or more, not 1"
+            yield from _too_old(8)
+
     return Attention(
         "sdpa_cudnn",
         _one_kernel(SDPBackend.CUDNN_ATTENTION, "sdpa_cudnn"),
@@ -112,7 +137,7 @@ def sdpa_cudnn() -> Attention:
         dtypes=HALF,
         max_head_dim=128,
         head_dim_multiple=8,
-        limits=lambda call: _too_old(8) if call.device == "cuda" else (),
+        limits=limits,
     )
 
 
@@ -148,8 +173,12 @@ def flex() -> Attention:
     def kernel() -> Any:
         from torch.nn.attention.flex_attention import flex_attention
 
+        if not torch.cuda.is_available():
+            return flex_attention
         # A graph for each shape: one for all shapes has given NaN under masks that differ by sample (pytorch#186775).
-        return torch.compile(flex_attention, dynamic=False) if torch.cuda.is_available() else flex_attention
+        # Beyond torch's usual eight it would go on in silence without the fused kernel.
+        many: dict[str, Any] = {"recompile_limit": GRAPHS} if _has(torch.compile, "recompile_limit") else {}
+        return torch.compile(flex_attention, dynamic=False, **many)
 
     def fn(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float | None) -> Tensor:
         if q.device.type != "cuda":  # torch asks whether they could have a gradient, not whether one is wanted
@@ -175,8 +204,8 @@ def _block_mask(mask: Mask, q: Tensor, lk: int) -> Any:
     batch, heads, lq, _ = q.shape
     b = None if mask.kind == "causal" else batch
     h = None if mask.dense is None else heads
-    make = lambda: create_block_mask(mask.live(lq, lk), b, h, lq, lk, device=q.device.type)
-    return mask.kept(("flex", batch, heads, lq, lk), make)
+    make = lambda: create_block_mask(mask.live(lq, lk), b, h, lq, lk, device=str(q.device))
+    return mask.kept(("flex", batch, heads, lq, lk, q.device), make)
 
 
 @attention_export("varlen")

@@ -138,6 +138,9 @@ def attention(
     needs: "double_backward" or "forward_ad", which fused kernels lack; "backward" is seen from the tensors.
     Returns B x heads x Lq x head_dim. Raises UserError where a named backend cannot serve, or the tensors do not fit.
     """
+    if not (q.dim() == 4 and k.shape == v.shape == (*q.shape[:2], *k.shape[2:3], q.shape[-1])):
+        shapes = ", ".join(f"{name} {' x '.join(map(str, x.shape))}" for name, x in (("q", q), ("k", k), ("v", v)))
+        raise UserError(f"attention: {shapes}; all are B x heads x L x head_dim, of which L of q may differ")
     batch, heads, lq, head_dim = q.shape
     lk, device, dtype = k.shape[2], q.device.type, q.dtype
     if device != "meta" and torch.is_autocast_enabled(device) and dtype != torch.float64:
@@ -151,6 +154,8 @@ def attention(
         mask = NONE
     else:
         mask.check(batch, heads, lq, lk)
+    if lq == 0 or lk == 0:
+        return q.masked_fill(torch.ones((), dtype=torch.bool, device=q.device), 0)
     scope, needed = _scope.get()
     if needed:
         needs = needs | needed
@@ -172,7 +177,7 @@ def attention_report(call: Call) -> dict[str, list[str]]:
 
 @lru_cache(maxsize=1024)
 def _chosen(name: str, *call: Any) -> Attention:
-    return choose(_environment() if name == "auto" else name, Call(*call))
+    return choose(environment() if name == "auto" else name, Call(*call))
 
 
 @torch.compiler.assume_constant_result
@@ -181,8 +186,8 @@ def _constant(name: str, device: str, dtype: torch.dtype, head_dim: int, mask: s
 
 
 @cache
-def _environment() -> str:
-    """What the environment says, as it was at the first call."""
+def environment() -> str:
+    """What the environment says, as it was at the first call. Raises UserError for an unknown name."""
     name = os.environ.get(VARIABLE) or "auto"
     try:
         return name if name == "auto" else _checked(name)

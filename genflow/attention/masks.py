@@ -132,11 +132,11 @@ class Mask:
             return self.dense[(None,) * (4 - self.dense.ndim)]
         if torch.compiler.is_compiling():
             return self.block(like, range(lq), range(lk), lq, lk)
-        return self.kept(("full", lq, lk), lambda: self.block(like, range(lq), range(lk), lq, lk))
+        return self.kept(("full", lq, lk, like.device), lambda: self.block(like, range(lq), range(lk), lq, lk))
 
     def packing(self, batch: int, lq: int, lk: int, device: torch.device) -> Packing:
         """The same as sequences of their own, end to end. For the parts keys and segments (causal is the kernel's)."""
-        return self.kept(("packing", batch, lq, lk), lambda: _packing(self, batch, lq, lk, device))
+        return self.kept(("packing", batch, lq, lk, device), lambda: _packing(self, batch, lq, lk, device))
 
     def kept(self, what: Hashable, make: Callable[[], T]) -> T:
         """What a backend made of this mask, made once."""

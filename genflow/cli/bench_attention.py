@@ -29,7 +29,9 @@ def attending(args: argparse.Namespace) -> tuple[list[Contest], dict[str, str]]:
     refused |= {
         f"{name}, backward": "; ".join(refused_backward[name]) for name, backward in able.items() if not backward
     }
-    live = make_mask(args, args.batch).full(torch.empty(args.batch, 1, args.lq, 1), args.lq, args.lk)
+    live = make_mask(args, args.batch).full(
+        torch.empty(args.batch, 1, args.lq, 1, device=args.device), args.lq, args.lk
+    )
     whole = (args.batch, 1, args.lq, args.lk)
     pairs = math.prod(whole) if live is None else int(live.expand(whole).sum())
     flops = [attention_flops(pairs, args.heads, args.head_dim, backward=backward) for backward in (False, True)]

@@ -102,10 +102,9 @@ def _system() -> None:
         print(f"cuda:{i}: {p.name}, {p.total_memory / 2**30:.0f} GiB, compute capability {p.major}.{p.minor}")
     if torch.backends.mps.is_available():
         print("mps: available")
-    from genflow.attention import choose
 
     call = _training_call()
-    print(f"\nattention: {choose('auto', call).name} ({_words(call)}); genflow info attention says more")
+    print(f"\nattention: {_choice(call)} ({_words(call)}); genflow info attention says more")
     print("training precision: genflow info precision")
 
 
@@ -144,16 +143,28 @@ def _words(call: Call) -> str:
     return f"{str(call.dtype)[6:]} on {call.device}, head_dim {call.head_dim}, {', '.join(call.needs)}"
 
 
+def _choice(call: Call) -> str:
+    """The backend that serves a call where nothing but the environment says which."""
+    from genflow.attention import choose
+    from genflow.attention.dispatch import environment
+
+    try:
+        return choose(environment(), call).name
+    except UserError:
+        return f"none: {environment()} cannot"
+
+
 def _attention() -> None:
     """For a typical call: what this machine would use, why not the others, and what each backend can do here."""
-    from genflow.attention import attention_report, choose
-    from genflow.attention.dispatch import NEEDS
+    from genflow.attention import attention_report
+    from genflow.attention.dispatch import NEEDS, VARIABLE, environment
     from genflow.attention.masks import KINDS
 
     call = _training_call()
     kinds = (*KINDS, "causal+keys", "causal+segments")
-    print(f"a training call on this machine: {_words(call)}\n\nthe choice, by mask")
-    chosen = [choose("auto", call._replace(mask=kind)).name for kind in kinds]
+    by = "" if environment() == "auto" else f", as the environment says: {VARIABLE}={environment()}"
+    print(f"a training call on this machine: {_words(call)}\n\nthe choice, by mask{by}")
+    chosen = [_choice(call._replace(mask=kind)) for kind in kinds]
     for backend in dict.fromkeys(chosen):
         print(f"  {backend:22}{', '.join(kind for kind, name in zip(kinds, chosen) if name == backend)}")
     print("\nthe others, without a mask")

@@ -91,7 +91,9 @@ def matmul_tflops(precision: str, device: torch.device) -> float:
     if precision == "fp8":
         a, b, one = a.to(torch.float8_e4m3fn), b.to(torch.float8_e4m3fn), torch.ones((), device=device)
         multiply = partial(product, a_scale=one, b_scale=one, fast=True)
-    wait = torch.cuda.synchronize if device.type == "cuda" else torch.mps.synchronize if device.type == "mps" else None
+    wait: Callable[[], None] | None = torch.mps.synchronize if device.type == "mps" else None
+    if device.type == "cuda":
+        wait = partial(torch.cuda.synchronize, device)
     seconds = []
     with float32_products(precision):
         for _ in range(5):

@@ -21,7 +21,7 @@ T = TypeVar("T")
 MEETING = timedelta(minutes=5)  # for all processes of a run to have come; torch's own limit, of messages, is 30
 # As gloo, NCCL and the store of addresses tell that another process is gone.
 LOST = re.compile(
-    "connection (closed|reset|refused)|broken pipe|socket (closed|timeout)|gloo|nccl|recv.* bytes|timed? ?out|aborted",
+    "connection (closed|reset|refused)|broken pipe|socket (closed|timeout)|gloo|nccl|recv.* bytes|pair closure",
     re.IGNORECASE,
 )
 
@@ -29,8 +29,12 @@ LOST = re.compile(
 def join_processes() -> torch.device:
     """Meet the other processes that the launcher started (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT); our device.
 
-    Raises UserError where they cannot meet, such as at an address in use, or have not after `MEETING`.
+    Raises UserError where they cannot meet, such as at an address in use, or have not after `MEETING`, and where a machine
+    has fewer GPUs than processes.
     """
+    here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+    if 0 < gpus < here:
+        raise UserError(f"{here} processes on a machine of {gpus} GPU{'s' * (gpus > 1)}; start one for each, {gpus}")
     try:
         return PartialState(cpu=not (torch.cuda.is_available() or torch.backends.mps.is_available()), **_meet()).device
     except (dist.DistError, ValueError) as error:
