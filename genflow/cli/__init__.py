@@ -66,6 +66,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (MemoryError, RuntimeError) as error:
         # torch's own errors, by their words: torch may not be loaded
         words = str(error).partition("\n")[0]
+        if "shared memory" in words:
+            print(f"genflow: {words}; empty or enlarge /dev/shm, or do without: train.workers=0", file=sys.stderr)
+            return 2
         if not isinstance(error, MemoryError) and not re.search("out of memory|allocate memory", words):
             raise
         print(f"genflow: out of memory: {words}; ask for less at a time", file=sys.stderr)
