@@ -13,7 +13,7 @@ import torch
 def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 def use():
-    torch.ones(2**24) + torch.ones(2**24)  # 64 MiB each
+    torch.ones(6 * 2**20) + torch.ones(6 * 2**20)  # 24 MiB each
 for _ in range(10):
     use()
 before = faults()

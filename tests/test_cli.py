@@ -84,7 +84,9 @@ def test_mistakes_cost_one_line_and_exit_code_2(arguments, message, capsys):
 
 def test_shared_memory_that_is_full_costs_one_line(capsys, monkeypatch):
     def full(arguments):
-        raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1_2_3>: No space left on device (28)")
+        raise RuntimeError(
+            "unable to allocate shared memory(shm) for file </torch_1_2_3>: No space left on device (28)"
+        )
 
     monkeypatch.setattr("genflow.cli._dispatch", full)
     assert main(["train", "x.yaml"]) == 2

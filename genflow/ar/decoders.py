@@ -112,8 +112,8 @@ def decode(
 
     draft: where guesses come from; none, for no guesses. branching: their shape; it is cut short at the end of the sequence.
     rule: of verification (rules.py). stream: of the guesses' noise. Every row goes at its own pace. Each pass waits for the
-    device once. Raises UserError for a draft of another vocabulary, or that cannot guess such a shape, and for seeds that
-    are not one for each row.
+    device once. Raises UserError for a draft of another vocabulary, or that cannot guess such a shape, for seeds that are
+    not one for each row, and for NaN.
     """
     rows, n, device = len(target.lengths), target.tokens, target.device
     _check(target, seeds, draft, branching)
@@ -122,6 +122,7 @@ def decode(
     passes = torch.zeros(rows, n, dtype=torch.int64)
     tested, held, done = (torch.zeros(rows, dtype=torch.int64) for _ in range(3))
     each, number = torch.arange(rows, device=device)[:, None], 0
+    finite = torch.ones(rows, dtype=torch.bool, device=device)
     while (left := n - done).any():
         number += 1
         # Guess ...
@@ -135,6 +136,7 @@ def decode(
         # ... verify all guesses in one pass ...
         root, at = symbols_at(symbols, done, 1), done.to(device)
         p = target.step(torch.cat([root, guess.tokens], 1), None if shape.chain else shape.parents)
+        finite &= p.flatten(1).isfinite().all(1)
         node, law = rule(guess, p, noise, at, shape)
         if int(left.min()) <= depth:  # the last token is the model's own, however far the guesses of others go
             node, law = _end(node, law, p, shape, (left - 1).clamp(min=0).to(device))
@@ -159,6 +161,9 @@ def decode(
             draft.observe(p, path, settled.to(device), done)
         if progress is not None:
             progress(int(done.min()), n)
+    if not bool(finite.all()):
+        wrong = (~finite).nonzero().flatten().tolist()
+        raise UserError(f"decoding: the model's probabilities are not finite; samples {wrong[:16]} of {rows}")
     return Decoded(symbols[:, 1 : n + 1].clone(), passes, tested, held)
 
 

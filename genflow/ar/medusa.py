@@ -5,6 +5,7 @@ Cai et al. 2024 (arXiv 2401.10774), Medusa-1.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, cast
@@ -66,6 +67,8 @@ class MedusaFlowConfig:
             raise UserError(f"flow medusa: the base {self.base} hears another text; take its own, text: {own}")
         if tuple(shape) != base.shape:
             raise UserError(f"flow medusa: pictures are {tuple(shape)}, and those of {self.base} {base.shape}")
+        if (heads := len(network.inner)) >= (tokens := math.prod(base.grid)):
+            raise UserError(f"flow medusa: {heads} heads on pictures of {tokens} tokens; the most is {tokens - 1}")
         return MedusaFlow(self, network, base)
 
 
@@ -151,6 +154,10 @@ class MedusaFlow(Flow):
     ) -> TokenSolution:
         """As the base's (`TokenFlow.sample`). draft: "medusa" is these heads, and so is none where the decoder needs one."""
         decoder = from_dict(HeadsDecodeConfig, {"decoder": how.pop("decoder", "speculative")}, where="sample").decoder
+        if decoder == Speculative() and (
+            draft is None or draft == "medusa"
+        ):  # unless told otherwise, what they can guess
+            decoder = Speculative(min(decoder.window, len(self.network.inner)))
         if draft == "medusa" or (draft is None and decoder.needs_draft):
             draft = self
         return self.base.sample(prompts, seeds=seeds, decoder=decoder, draft=draft, **how)

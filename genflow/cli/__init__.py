@@ -34,7 +34,9 @@ COMMANDS = {
     "info": "list what there is, or explain one thing",
 }
 
-OUTSIDE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}  # errors that are the machine's to solve
+# Errors that are the machine's to solve, or of a name that can be none of a file.
+OUTSIDE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
+OUTSIDE |= {errno.ENAMETOOLONG, errno.ENOTDIR, errno.ELOOP}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

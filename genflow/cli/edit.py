@@ -157,10 +157,10 @@ def _between(
     for part in (jobs[i : i + args.batch] for i in range(0, len(jobs), args.batch)):
         fractions = torch.tensor([cell["frame"] / max(frames - 1, 1) for _, cell in part])
         images.append(flow.decode(slerp(z[[i for i, _ in part]], z[-1:], fractions), condition).clamp(-1, 1).cpu())
-    _write(
-        out, args.pictures, x, None, jobs, torch.cat(images), {"way": way, "into": args.into, "model": str(args.run)}
-    )
-    print(f"{len(jobs)} pictures and grid.png in {args.out}: {way} through the flow's noise, and exactly back")
+    about = {"way": way, "into": args.into, **used, "model": str(args.run), "ema": not args.no_ema}
+    _write(out, args.pictures, x, None, jobs, torch.cat(images), about)
+    there = "its latents" if hasattr(flow, "reconstruct") else "the flow's noise, and exactly back"
+    print(f"{len(jobs)} pictures and grid.png in {args.out}: {way} through {there}")
     return 0
 
 

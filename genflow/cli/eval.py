@@ -143,6 +143,7 @@ def made_by(
     import torch
 
     from genflow import __version__
+    from genflow.evaluation.features import GraphFeatures
     from genflow.flows.store import weights_of
 
     return {
@@ -153,7 +154,7 @@ def made_by(
         "features": {
             "name": network.name,
             "sha256": network.digest,
-            "file": str(getattr(network, "path", "")) or features,
+            "file": str(network.graph.path.resolve()) if isinstance(network, GraphFeatures) else features,
         },
         "counts": found.counts,
         "nfe": found.nfe,
@@ -236,6 +237,11 @@ def _refuse_more(args: argparse.Namespace) -> None:
         )
 
 
+def _told(what: Any) -> Any:
+    """Of what made a figure, all but where it lay."""
+    return {key: value for key, value in what.items() if key != "file"} if isinstance(what, dict) else what
+
+
 def _again(args: argparse.Namespace) -> int:
     """0 where every figure holds, 1 where one does not."""
     from genflow.evaluation.plan import Plan
@@ -254,9 +260,9 @@ def _again(args: argparse.Namespace) -> int:
     take_loras(flow, made.get("lora", ()))
     found, now = _measure(flow, plan, model, ema, features or "pixels")
     for what in ("weights", "data", "features", "versions", "device", "threads"):
-        if made[what] != now[what]:
+        if _told(made[what]) != _told(now[what]):
             print(f"other {what}: {made[what]} then, {now[what]} now", file=sys.stderr)
-    width, fails = max(map(len, before)), 0
+    width, fails = max(map(len, before), default=0), 0
     for each in found.figures:
         then = before.pop(each.name, None)
         holds = then is not None and math.isclose(each.value, then, rel_tol=HOLDS, abs_tol=1e-12)

@@ -154,13 +154,13 @@ def _print_table(
     print(f"{'evaluations':{width}}" + "".join(f"  {each:9}" for each in nfe) + f"  {'1 = typical':>12}")
 
 
-def _save_noise(path: Path, noise: object, about: dict[str, object]) -> None:
+def _save_noise(path: Path, noise: Tensor, about: dict[str, object]) -> None:
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        save_file({"noise": noise}, temporary, metadata={"genflow": json.dumps(about)})  # type: ignore[dict-item]
+        save_file({"noise": noise.contiguous()}, temporary, metadata={"genflow": json.dumps(about)})
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
         temporary.unlink(missing_ok=True)

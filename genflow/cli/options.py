@@ -173,7 +173,7 @@ def sampling_of(args: argparse.Namespace, flow: Any, *, unguided: bool = False) 
     if own and isinstance(settings.get("steps"), int) and (found := tuned(args.run, settings["steps"])):
         settings.update(sampler=found["sampler"], grid=found["grid"], options=None, shift=1.0)
     if settings.get("guidance", 1) == 1:
-        for option in ("guide", "rescale"):
+        for option in ("interval", "guide", "rescale"):
             if asked[option] is not None:
                 raise UserError(f"--{option} does nothing without guidance; add --guidance 2, or any number but 1")
     return settings

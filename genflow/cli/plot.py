@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from genflow.cli.options import add_decoding, embed, guided, open_model, solver, time_grid
-from genflow.cli.tune import add_guidance, captions, last_time
+from genflow.cli.options import add_decoding, embed, guided, open_model, solver, time_grid, writable
+from genflow.cli.tune import add_guidance, heard, last_time
 from genflow.errors import UserError
 from genflow.registry import resolve
 
@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
     if args.images < 1:
         raise UserError(f"--images must be 1 or more, not {args.images}")
     metrics = Path(args.run, "metrics.jsonl")
-    out = Path(args.out)
+    out = writable(args.out)
     plotter = None if args.what == ["training"] else _plotter(args)
     about = {**TRAINING, **(plotter.what if plotter else {})}
     wanted = args.what or [name for name in about if name != "training" or metrics.exists()]
@@ -235,7 +235,7 @@ class _Plotter:
 
         from genflow.functional import noise_from_seeds
 
-        every = self.args.prompt or captions(self.flow, self.args.run)
+        every = heard(self.args, self.flow)
         apart = max(len(every) // count, 1)
         prompts = [every[i * apart % len(every)] for i in range(count)]
         with torch.no_grad():
@@ -253,7 +253,7 @@ class _TokenPlotter(_Plotter):
     def strip(self) -> Figure:
         from genflow.evaluation.plots_tokens import plot_passes
 
-        every = self.args.prompt or captions(self.flow, self.args.run)
+        every = heard(self.args, self.flow)
         count = len(self.args.prompt) or 4
         prompts = every[:: max(len(every) // count, 1)][:count]
         solution = self.flow.sample(

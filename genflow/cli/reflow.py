@@ -84,6 +84,12 @@ def _next_run(args: argparse.Namespace, flow: Any, out: Path) -> tuple[Any, Any]
         train=replace(config.train, validate_every=0),
         out=str(out),
     )
+    if args.seed < 0:
+        raise UserError(f"--seed {args.seed} is below 0")
+    if (out / "config.yaml").exists() and not (out / "reflow.yaml").exists():
+        raise UserError(f"{out} is another run's folder; choose another --out")
+    if wrong := [each for each in args.set if each.partition("=")[0].split(".")[0] in ("out", "data")]:
+        raise UserError(f"--set {wrong[0]}: the pairs and the run go to --out; leave it out")
     out.mkdir(parents=True, exist_ok=True)
     dump(config, out / "reflow.yaml")
     return load(out / "reflow.yaml", args.set, schema=RunConfig), data

@@ -8,7 +8,7 @@ import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
-from genflow.cli.options import embed, guided, open_velocity
+from genflow.cli.options import embed, guided, open_velocity, refuse_unheard
 from genflow.config import Choice, from_dict
 from genflow.errors import UserError
 
@@ -35,8 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.images < 2:
-        raise UserError(f"--images must be 2 or more, some to fit a grid to and some to check it, not {args.images}")
+    if args.images < 3:
+        raise UserError(f"--images must be 3 or more, some to fit a grid to and some to check it, not {args.images}")
 
     import torch
 
@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
 
     flow, settings = open_velocity(args)
     last = last_time(flow)
-    prompts = args.prompt or captions(flow, args.run)
+    prompts = heard(args, flow)
     rows = [i for i in range(args.images) if i % 3 != 2] + list(range(2, args.images, 3))  # the last third checks
     texts = [prompts[i * max(len(prompts) // args.images, 1) % len(prompts)] for i in rows]
     noise = noise_from_seeds([args.seed + i for i in rows], flow.shape).to(flow.device)
@@ -91,6 +91,15 @@ def add_guidance(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     how.add_argument("--no-ema", action="store_true", help="the last weights instead of their average")
     how.add_argument("--device", help="cpu, cuda, mps (default: the best there is)")
     return how
+
+
+def heard(args: argparse.Namespace, flow: Any) -> list[str]:
+    """The prompts asked for, or the training captions; the empty one for a model that hears nothing.
+
+    Raises UserError for prompts to such a model.
+    """
+    refuse_unheard(args, flow, *args.prompt)
+    return args.prompt or (captions(flow, args.run) if flow.text.max_tokens else [""])
 
 
 def captions(flow: Any, run: str) -> list[str]:

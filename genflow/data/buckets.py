@@ -104,16 +104,18 @@ def bucketed(dataset: ImageDataset, buckets: Buckets | None, size: int) -> Image
     return dataset.select(kept, shapes=shapes[kept])
 
 
-def _stamps(dataset: ImageDataset) -> list[tuple[int, int]]:
-    """Length and time of change of every picture that is a file of its own."""
-    if not len(dataset) or not isinstance(dataset.read(0), Path):
-        return []
-    stamps = []
+def stamps(dataset: ImageDataset) -> list[tuple[int, int]]:
+    """Length and time of change of every picture, where pictures are files of their own; zeros of one that is not there."""
+    found = []
     for i in range(len(dataset)):
-        with contextlib.suppress(OSError, BadImage):
-            about = Path(dataset.read(i)).stat()  # type: ignore[arg-type]
-            stamps.append((about.st_size, about.st_mtime_ns))
-    return stamps
+        try:
+            if not isinstance(path := dataset.read(i), Path):
+                return []
+            about = path.stat()
+            found.append((about.st_size, about.st_mtime_ns))
+        except (OSError, BadImage):
+            found.append((0, 0))
+    return found
 
 
 def _sizes(dataset: ImageDataset, size: int) -> Tensor:
@@ -123,7 +125,7 @@ def _sizes(dataset: ImageDataset, size: int) -> Tensor:
     there where a few of them still hold.
     """
     n = len(dataset)
-    listing = json.dumps([dataset.identifiers, dataset.captions, _stamps(dataset)]).encode()
+    listing = json.dumps([dataset.identifiers, dataset.captions, stamps(dataset)]).encode()
     file = cache_folder() / "sizes" / f"{hashlib.sha256(listing).hexdigest()[:24]}.json"
     kept: list[tuple[int, int]] | None
     try:

@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from genflow.data.buckets import stamps
 from genflow.data.images import BadImage, ImageDataset
 from genflow.data.latents import DTYPES, HEAD, Encoder, names, read_head
 from genflow.data.sources import Pictures
@@ -78,6 +79,7 @@ def cache_latents(
     if batch < 1:
         raise UserError(f"batch = {batch} is too few; the least is 1")
     parts = _parts(dataset, shape, encoder.factor)
+    lengths = [length for length, _ in stamps(dataset)]  # not the time, which a copy changes
     captions = list(dict.fromkeys(dataset.captions)) if text.fingerprint() is not None else []
     pieces = [captions[i : i + SHARD] for i in range(0, len(captions), SHARD)]
     head = {
@@ -90,11 +92,14 @@ def cache_latents(
         "data": None,
         "latents": len(parts),
         "texts": len(pieces),
-        "listing": _digest([dataset.identifiers, dataset.captions, [list(map(int, part)) for part in parts]]),
+        "listing": _digest([dataset.identifiers, dataset.captions, lengths, [list(map(int, part)) for part in parts]]),
         **(about or {}),
     }
     pictures = Pictures(dataset, size=shape[1], channels=shape[0], own_shapes=True)
-    autoencoder.to(device).eval()
+    try:
+        autoencoder.to(device).eval()
+    except (RuntimeError, AssertionError) as error:  # as torch says that there is no such device, or no room on it
+        raise UserError(f"device {str(device)!r} cannot take the autoencoder: {str(error).splitlines()[0]}") from error
     work = _Encoding(dataset, pictures, encoder, flip=flip, batch=batch, device=device, dtype=DTYPES[dtype])
     written = there = elsewhere = samples = 0
     try:

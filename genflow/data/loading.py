@@ -254,5 +254,6 @@ def _as_it_is(item: Any) -> Any:
 
 
 def _ignore_interrupts(_worker: int) -> None:
-    """Ctrl-C reaches every process of a terminal; the main one decides, finishing its step with our batches."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Ctrl-C, and a scheduler's SIGTERM, reach every process; the main one decides, finishing its step with our batches."""
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, signal.SIG_IGN)

@@ -160,7 +160,7 @@ def _of_model(bar: Bar, name: str, what: str, total: int) -> AbstractContextMana
 def _entry(who: Contestant, plan: Plan, prompts: Sequence[str], reals: Reals, bar: Bar) -> Entry:
     count = min(plan.batch, plan.n or plan.batch)
     draw = partial(_drawing, who.model, who.ema, who.flow.device, dict(who.sampling), count, plan.seed)
-    memory = peak_memory(draw, who.name, "sample", who.flow.device)
+    memory = None if hasattr(who.flow, "no_samples") else peak_memory(draw, who.name, "sample", who.flow.device)
     dtype = "fp32" if velocity_flow(who.flow) is None else plan.dtype
 
     def measured(sampling: Mapping[str, Any], metrics: Sequence[str]) -> Evaluation:

@@ -22,6 +22,11 @@ GRID = str(STYLE["grid.color"])
 COLOURS = {INK: "--ink", FAINT: "--faint", GRID: "--rule", **{c: f"--series-{i}" for i, c in enumerate(SERIES)}}
 
 
+def shown(name: str) -> str:
+    """A name as a legend takes it: matplotlib leaves out those that begin with an underscore."""
+    return f"\u200b{name}" if name.startswith("_") else name
+
+
 @styled
 def plot_quality(comparison: Comparison) -> Figure | None:
     """The Frechet distance against evaluations and against seconds, a line for each model; None where none has one."""
@@ -33,8 +38,8 @@ def plot_quality(comparison: Comparison) -> Figure | None:
     for axes, what in ((left, "nfe"), (right, "seconds")):
         for number, entry in _numbered(comparison, entries):
             x, y = [getattr(p, what) for p in entry.curve], [p.fd for p in entry.curve]
-            look: Any = {"color": SERIES[number % 8], "marker": MARKERS[number % len(MARKERS)], "label": entry.who.name}
-            axes.plot(x, y, **look)
+            look: Any = {"color": SERIES[number % 8], "marker": MARKERS[number % len(MARKERS)]}
+            axes.plot(x, y, label=shown(entry.who.name), **look)
         _real_line(axes, comparison)
         axes.set(xscale="log", yscale="log")
         axes.minorticks_off()
@@ -82,7 +87,7 @@ def plot_learning(comparison: Comparison) -> Figure | None:
             steps, loss = _smooth(*_series(entry.who.lines, "loss"))
             checks, validation = _series(entry.who.lines, "validation_loss")
             colour = SERIES[number % 8]
-            axes.plot(steps * batch, loss, color=colour, linewidth=0.9, label=entry.who.name)
+            axes.plot(steps * batch, loss, color=colour, linewidth=0.9, label=shown(entry.who.name))
             axes.plot(checks * batch, validation, "o--", color=colour, markersize=3.5)
         axes.set(xlabel="samples seen", ylabel=kind)
         if all(v > 0 for e in entries for v in _series(e.who.lines, "loss")[1]):

@@ -294,15 +294,22 @@ def _made(entry: Entry, made: Mapping[str, Any]) -> str:
 def to_markdown(comparison: Comparison) -> str:
     """The summary and the remarks."""
     common = _common_real(comparison)
-    heads = [f"{entry.who.name}: {entry.family}" for entry in comparison.entries] + ["real samples"] * bool(common)
+    heads = [f"{_plain(entry.who.name)}: {entry.family}" for entry in comparison.entries] + ["real samples"] * bool(
+        common
+    )
     lines = [*(f"> {notice}\n" for notice in comparison.notices), f"| figure | {' | '.join(heads)} |"]
     lines.append("|---" * (len(heads) + 1) + "|")
     for column in comparison.columns:
         cells = [_md(comparison, entry, column, entry.row.get(column)) for entry in comparison.entries]
         cells += [_short(column, common[column]) if column in common else ""] * bool(common)
         lines.append(f"| {column} | {' | '.join(cells)} |")
-    lines += ["", *(f"- {', '.join(names)}: {remark}" for remark, names in _remarks(comparison).items())]
+    lines += ["", *(f"- {', '.join(map(_plain, names))}: {remark}" for remark, names in _remarks(comparison).items())]
     return "\n".join(lines) + "\n"
+
+
+def _plain(text: str) -> str:
+    """A person's words within a table."""
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|").replace("\n", " ")
 
 
 def _md(comparison: Comparison, entry: Entry, column: str, cell: Cell | None) -> str:

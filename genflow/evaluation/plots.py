@@ -33,6 +33,7 @@ MARKERS = "osD^vP"
 COLUMNS = 11  # of a strip, at most
 STYLE: Any = {
     "figure.dpi": 150,
+    "text.parse_math": False,  # captions and names are a person's own
     "font.size": 9,
     "axes.titlesize": 10,
     "axes.titleweight": "bold",

@@ -141,9 +141,8 @@ class AutoencoderFlow(Flow):
         """Of its tokens, where it has such."""
         return self.bottleneck.vocabulary if isinstance(self.bottleneck, Quantizer) else None
 
-    @torch.no_grad()
-    def initialise(self, table: Condition, first: Callable[[], Batch]) -> None:
-        """Read the perceptual features; fit a codebook to the first batch. Raises UserError where there are no features."""
+    def prepare_training(self) -> None:
+        """Read the perceptual features. Raises UserError where there are none."""
         if (asked := self.config.perceptual) is not None:
             try:
                 graph = FeatureGraph(shelved_graph(asked.features))
@@ -154,6 +153,10 @@ class AutoencoderFlow(Flow):
                     f"perceptual: its features are of {graph.channels} channels, pictures have {self.shape[0]}"
                 )
             self.perceptual = PerceptualDistance(graph, asked.size).to(self.device).__call__
+
+    @torch.no_grad()
+    def initialise(self, table: Condition, first: Callable[[], Batch]) -> None:
+        """Fit a codebook to the first batch."""
         self.bottleneck.initialise(self.network.encode(first().x).float())
 
     def _squeezed(self, x: Tensor, rng: Rng | None = None, position: Tensor | None = None) -> Squeezed:

@@ -73,8 +73,11 @@ class Flow(nn.Module, ABC):
         """The loss, as a forward, so that wrappers of modules (DDP and its like) see it."""
         return self.loss(batch, rng)
 
+    def prepare_training(self) -> None:
+        """Read what only training needs. Raises UserError where it is not there."""
+
     def initialise(self, table: Condition, first: Callable[[], Batch]) -> None:
-        """Fit what depends on the training data before the first step, alike on every rank.
+        """Fit what depends on the training data before the first step of a run from nothing, alike on every rank.
 
         table: the prepared conditions of the data; first: reads the first batch of the run, of all ranks together.
         """

@@ -58,8 +58,11 @@ class LogitNormal:
         return torch.sigmoid(self.mean + self.std * torch.special.ndtri(u))
 
     def pdf(self, t: Tensor) -> Tensor:
+        inside = (t > 0) & (t < 1)
+        t = torch.where(inside, t, 0.5)
         n = (torch.logit(t) - self.mean) / self.std
-        return torch.exp(-0.5 * n**2) / (self.std * math.sqrt(2 * math.pi) * t * (1 - t))
+        density = torch.exp(-0.5 * n**2) / (self.std * math.sqrt(2 * math.pi) * t * (1 - t))
+        return torch.where(inside, density, 0.0)
 
     def cdf(self, t: Tensor) -> Tensor:
         return torch.special.ndtr((torch.logit(t) - self.mean) / self.std)

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -236,7 +236,7 @@ def modules_of(velocity: Any) -> Iterator[tuple[str, torch.nn.Module]]:
             yield from ((f"{name}.{inner}" if inner else name, m) for inner, m in each.named_modules())
         elif isinstance(each, tuple | list):
             waiting += [(name, part) for part in each]
-        elif callable(each):
+        elif callable(each) or is_dataclass(each):
             cells = [cell.cell_contents for cell in getattr(each, "__closure__", None) or ()]
             waiting += [(name, part) for part in (getattr(each, "__self__", None), *cells)]
             waiting += list(getattr(each, "__dict__", {}).items())

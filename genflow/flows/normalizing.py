@@ -178,6 +178,14 @@ class NormalizingFlow(ConditionedFlow):
             condition = self._pooled(self.embed(batch.condition))
             return {"validation_loss": self._nll(batch.x, condition, Rng(0), batch.position).mean()}
 
+    def _given(self, x: Tensor) -> Tensor:
+        """Samples where the network is, in its dtype or wider than float32. Raises UserError for those of another shape."""
+        if tuple(x.shape[1:]) != self.shape:
+            wanted, got = (" x ".join(map(str, shape)) for shape in (("B", *self.shape), x.shape))
+            raise UserError(f"the flow is of samples {wanted}, not {got}")
+        wide = torch.promote_types(next(self.network.parameters()).dtype, torch.float32)
+        return x.to(self.device, wide)
+
     def _honest(self, verb: str) -> None:
         if self.dequantize is not None and not self.dequantize.honest:
             raise UserError(
@@ -190,7 +198,7 @@ class NormalizingFlow(ConditionedFlow):
         condition: prepared; none is the empty one. Raises UserError for a flow of noise-augmented pictures.
         """
         self._honest("log_prob")
-        x = x.to(self.device)
+        x = self._given(x)
         with evaluating(self):
             log_prob = self._log_prob(x * self._cell, self._pooled(self.embed_rows(condition, len(x))))
         return log_prob + self.dims * math.log(self._cell)
@@ -211,7 +219,7 @@ class NormalizingFlow(ConditionedFlow):
         if k < 1:
             raise UserError(f"k = {k} draws are too few; the least is 1")
         self.dequantize.check(x)
-        x = x.to(self.device)
+        x = self._given(x)
         position = torch.arange(len(x)) if position is None else position
         with evaluating(self):
             pooled = self._pooled(self.embed_rows(condition, len(x)))
@@ -238,7 +246,7 @@ class NormalizingFlow(ConditionedFlow):
     @torch.no_grad()
     def encode(self, x: Tensor, condition: Condition | None = None) -> Tensor:
         """Data to noise. condition: prepared; none is the empty one."""
-        x = x.to(self.device)
+        x = self._given(x)
         with evaluating(self):
             z, _ = self.network(x * self._cell, self._pooled(self.embed_rows(condition, len(x))))
         return z
@@ -246,7 +254,7 @@ class NormalizingFlow(ConditionedFlow):
     @torch.no_grad()
     def decode(self, z: Tensor, condition: Condition | None = None) -> Tensor:
         """Noise to data, the inverse of encode. The result is not clamped."""
-        z = z.to(self.device)
+        z = self._given(z)
         with evaluating(self):
             return self.network.decode(z, self._pooled(self.embed_rows(condition, len(z)))) / self._cell
 

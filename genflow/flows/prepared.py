@@ -79,7 +79,7 @@ class CachedSolution(Solution):
 
     @classmethod
     def of(cls, solution: Solution, caches: Sequence[FirstBlockCache]) -> CachedSolution:
-        own = {field.name: getattr(solution, field.name) for field in fields(solution)}
+        own = {field.name: getattr(solution, field.name) for field in fields(Solution)}
         return cls(**own, skipped=sum(c.skipped for c in caches) / max(sum(c.blocks for c in caches), 1))
 
 
@@ -91,10 +91,15 @@ def family(sampler: str) -> Any:
 
 def check_cache(cache: float, network: nn.Module, sampler: str) -> None:
     """Raises UserError for a threshold that is none, and for networks and samplers that first-block caching is not for."""
-    if not 0 <= cache < math.inf:
-        raise UserError(f"cache = {cache} is not a threshold; 0 is no caching, 0.05 a mild one")
+    check_cached_sampler(cache, sampler)
     if cache and not hasattr(network, "denoise"):
         raise UserError(f"cache = {cache} skips blocks of an MMDiT; this network is a {type(network).__name__}")
-    if cache and family(sampler) in ("adaptive", "parallel"):
+
+
+def check_cached_sampler(cache: float, sampler: str) -> None:
+    """Raises UserError for a threshold that is none, and for samplers that first-block caching is not for."""
+    if not 0 <= cache < math.inf:
+        raise UserError(f"cache = {cache} is not a threshold; 0 is no caching, 0.05 a mild one")
+    if cache and (family(sampler) in ("adaptive", "parallel") or sampler == "speculative"):
         why = "takes steps by what the network says"
         raise UserError(f"cache = {cache}: sampler {sampler!r} {why}; choose one such as 'euler'")

@@ -90,6 +90,8 @@ class RectifiedFlow(ConditionedFlow):
         super().__init__(network, text, shape=shape, whiten=config.whiten)
         self.config = config
         self.path = config.path.build()
+        # The smallest of the path's own times that is trained.
+        self.first = float(self.path.s_of_t(torch.tensor(self.path.t_min).double())) if self.path.t_min else 0.0
         # Whether network and solve share their times.
         self.straight = config.path == LinearPath() and config.prediction != "eps"
 
@@ -137,7 +139,7 @@ class RectifiedFlow(ConditionedFlow):
         """
         config, position = self.config, batch.position
         x = batch.x.float()
-        s = config.density(rng.uniform("t", position)).float().to(x.device)
+        s = config.density(rng.uniform("t", position)).float().clamp(min=self.first).to(x.device)
         keep = (rng.uniform("drop", position) >= config.drop_condition).to(x.device)
         condition = self.text.drop(batch.condition, rng, position).where(keep, self.text.null().to(x.device))
         noise = config.coupling(x, self._noise(batch, rng), condition)
@@ -262,7 +264,10 @@ class RectifiedFlow(ConditionedFlow):
         """The shape of a picture of that size. Raises UserError for what is none."""
         if len(self.shape) != 3:
             raise UserError(f"size = {size} is for pictures; this model makes vectors of {self.shape[0]} numbers")
-        height, width = (size, size) if isinstance(size, int) else size
+        sides = (size, size) if isinstance(size, int) else size
+        if not (isinstance(sides, Sequence) and len(sides) == 2 and all(isinstance(n, int) for n in sides)):
+            raise UserError(f"size = {size!r} is neither a side nor a height and a width, in whole numbers")
+        height, width = sides
         if min(height, width) < 1:
             trained = " x ".join(map(str, self.shape[1:]))
             raise UserError(f"size = {height} x {width} is not a picture's; this model was trained at {trained}")
@@ -284,6 +289,8 @@ class RectifiedFlow(ConditionedFlow):
         if not isinstance(grid, str):
             return check_grid(grid)
         if shift == "resolution":
+            if len(self.shape) != 3:
+                raise UserError("shift = resolution is for pictures; this model makes vectors: give a number")
             pixels = math.prod(size or self.shape[1:])
             shift = resolution_shift(pixels // getattr(self.network, "patch_size", 1) ** 2)
         make, first, last = resolve("grid", grid), self.t_max, self.config.t_min
@@ -333,6 +340,7 @@ class RectifiedFlow(ConditionedFlow):
         condition: prepared; none is the empty one. divergence, draws, rtol, atol: as of `velocity_log_prob`; by default
         exact for vectors of up to 16 numbers, else hutchinson. Raises UserError as that does.
         """
+        self._check(x)
         divergence = divergence or ("exact" if math.prod(self.shape) <= 16 else "hutchinson")
         with evaluating(self):
             velocity = self.guided(self.embed_rows(condition, len(x)))
@@ -378,7 +386,16 @@ class RectifiedFlow(ConditionedFlow):
         """Noise to pictures, along the unguided ODE by Heun's method. The result is not clamped."""
         return self._solve(z, condition, uniform(steps))
 
+    def _check(self, x: Tensor) -> None:
+        """Raises UserError for samples of another kind; pictures of other sizes are welcome."""
+        if x.dim() != len(self.shape) + 1 or x.shape[1] != self.shape[0]:
+            wanted = ("B", self.shape[0], *("H", "W")[: len(self.shape) - 1])
+            raise UserError(
+                f"the flow is of samples {' x '.join(map(str, wanted))}, not {' x '.join(map(str, x.shape))}"
+            )
+
     def _solve(self, x: Tensor, condition: Condition | None, times: Sequence[float]) -> Tensor:
+        self._check(x)
         with evaluating(self):
             embedded = self.embed_rows(condition, len(x))
             return heun(lambda z, t: self.velocity(z, t, embedded), x.to(self.device), times).x

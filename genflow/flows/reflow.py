@@ -54,11 +54,12 @@ def draw_pairs(
     a sampler that draws noise of its own, whose samples do not belong to their noise.
     """
     check_pairing(settings.get("sampler", "heun"))
+    prompts = list(prompts) * (len(seeds) if len(prompts) == 1 else 1)
     made = [
         flow.sample(prompts[i : i + batch], seeds=seeds[i : i + batch], progress=progress, **settings).x.cpu()
         for i in range(0, len(seeds), batch)
     ]
-    return noise_from_seeds(seeds, flow.shape), torch.cat(made)
+    return noise_from_seeds(seeds, made[0].shape[1:]), torch.cat(made)
 
 
 def check_pairing(sampler: str) -> None:

@@ -8,9 +8,12 @@ from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 from genflow.config import Choice, Named
 from genflow.errors import UserError, nearest
+from genflow.flows.prepared import check_cached_sampler
 from genflow.registry import resolve
 from genflow.samplers import bound_sampler, cfg
 from genflow.samplers.guides import CFG
+
+SOME_SHIFT = 1.5  # for a picture of some size: whether a grid can be shifted at all
 
 
 @dataclass(frozen=True)
@@ -30,12 +33,11 @@ class SolveConfig:
 
     def __post_init__(self) -> None:
         """Refuse now what the sampler, the grid and the guide would refuse at the first preview."""
-        resolve("grid", self.grid)(self.steps, 1.0 if self.shift == "resolution" else self.shift)
+        resolve("grid", self.grid)(self.steps, SOME_SHIFT if self.shift == "resolution" else self.shift)
         if self.options is not None and not isinstance(self.options, dict):
             raise UserError(f"options = {self.options!r} must be a section of keys, such as {{rtol: 1e-3}}")
         bound_sampler(self.sampler, self.options or {}, ())
-        if not 0 <= self.cache < math.inf:
-            raise UserError(f"cache = {self.cache} is not a threshold; 0 is no caching, 0.05 a mild one")
+        check_cached_sampler(self.cache, self.sampler)
         cfg(lambda x, t: x, (), (), self.guidance, interval=self.interval, guide=self.guide, rescale=self.rescale)
 
 

@@ -205,8 +205,19 @@ def fill_from(flow: nn.Module, folder: Path, *, ema: bool) -> None:
     if (scale := lora_scale(config)) is None:
         _fill(flow, files)
     else:
+        check_base(folder)
         fill_from(flow, find_model(config["init"]), ema=True)
         merge(flow, factors_of(_read_tensors(files[0], skip={}), scale, files[0]), files[0])
+
+
+def check_base(folder: Path) -> None:
+    """Raises UserError where the model that a LoRA's checkpoint is an update of has other weights by now."""
+    config = read_config(folder)
+    if (told := config.get("base")) is not None and weights_of(config["init"], ema=True) != told:
+        raise UserError(
+            f"{folder} is an update of other weights of {config['init']} than those that are there now "
+            f"({told['file']}, SHA-256 {told['sha256'][:12]}); put those back, or train the update anew"
+        )
 
 
 def weights_of(path: str | Path, *, ema: bool) -> dict[str, str]:
@@ -225,7 +236,7 @@ def find_model(path: str | Path) -> Path:
     folder = Path(path)
     if not folder.is_dir():
         if folder.exists():
-            what = "the folder of a run, a checkpoint or a model"
+            what = "a folder of a run, a checkpoint or a model"
             if folder.suffix == ".safetensors" and not (folder.parent / CONFIG).exists():
                 raise UserError(f"{folder} is a file, not {what}; genflow convert {folder} FOLDER makes one of it")
             raise UserError(f"{folder} is a file, not {what}; try {folder.parent}")

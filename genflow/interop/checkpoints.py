@@ -21,7 +21,7 @@ from genflow.errors import UserError
 from genflow.flows.latent import LatentFlowConfig
 from genflow.flows.lora import factors_of, is_factor, lora_scale
 from genflow.flows.rectified import RectifiedFlowConfig
-from genflow.flows.store import CONFIG, EMA, MODEL, Recipe, _plain, find_model, read_config
+from genflow.flows.store import CONFIG, EMA, MODEL, Recipe, _plain, check_base, find_model, read_config
 from genflow.flows.trained import Parts, TrainedAutoencoderConfig
 from genflow.interop.autoencoder import (
     KLAutoencoderConfig,
@@ -211,6 +211,7 @@ def _genflow_weights(folder: Path, config: Mapping[str, Any], ema: bool) -> dict
         tensors |= {_plain(key): tensor for key, tensor in read_file(folder / EMA).items()}
     if (scale := lora_scale(config)) is None:
         return tensors
+    check_base(folder)
     base = find_model(config["init"])
     weights = _genflow_weights(base, read_config(base), True)
     factors = factors_of({name: tensor.read() for name, tensor in tensors.items() if is_factor(name)}, scale, folder)

@@ -6,11 +6,14 @@ import ctypes
 import platform
 from contextlib import suppress
 
-TRIM_THRESHOLD, MMAP_MAX = -1, -4  # numbers of glibc's mallopt(3)
+TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # numbers of glibc's mallopt(3)
+LARGEST = 2**25  # bytes of a block that is kept, the most that can be asked for
 
 
 def keep_freed_memory() -> None:
-    """Let this process keep the memory that it frees, for the next tensor, until it ends. Elsewhere than on glibc: nothing.
+    """Let this process keep the memory that it frees, for the next tensor, until it ends; but for blocks beyond LARGEST.
+
+    Elsewhere than on glibc it does nothing.
 
     glibc gives large blocks back to the system at once, which hands them out again page by page, zeroed: a tenth of a
     training step on a CPU.
@@ -18,5 +21,5 @@ def keep_freed_memory() -> None:
     if platform.system() == "Linux":
         with suppress(AttributeError):  # another C library
             mallopt = ctypes.CDLL(None).mallopt
-            mallopt(MMAP_MAX, 0)
+            mallopt(MMAP_THRESHOLD, LARGEST)
             mallopt(TRIM_THRESHOLD, -1)

@@ -45,6 +45,8 @@ class UNetConfig:
         for name, least in (("channels", 1), ("blocks", 1), ("attention_size", 0)):
             if (value := getattr(self, name)) < least:
                 raise UserError(f"{name} = {value} is too few; the least is {least}")
+        if self.channels % 2:
+            raise UserError(f"channels = {self.channels} must be even; try {self.channels + 1}")
         if not self.channel_mult or min(self.channel_mult) < 1:
             raise UserError(f"channel_mult = {list(self.channel_mult)} must be one whole number or more, from 1 on")
         if not 0 <= self.dropout < 1:

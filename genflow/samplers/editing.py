@@ -75,7 +75,7 @@ def psnr(a: Tensor, b: Tensor, *, peak: float = 2.0) -> Tensor:
 
     a, b: B x ...; peak: the width of their range, 2 for [-1, 1]. Returns B.
     """
-    return 10 * torch.log10(peak**2 / (state(a) - state(b)).flatten(1).square().mean(1))
+    return 10 * torch.log10(peak**2 / (state(a) - state(b)).unsqueeze(-1).flatten(1).square().mean(1))
 
 
 # ------------------------------------------------------------------------------------------ image-to-image and inpainting

@@ -95,6 +95,8 @@ def log_snr_uniform(steps: int, shift: float = 1.0, *, t_min: float = 0.002, t_m
     The first time becomes 1. In sigma = t / (1 - t) this is k-diffusion's exponential grid.
     """
     _check(steps, shift)
+    if not 0 < t_min < t_max < 1:
+        raise UserError(f"t_min = {t_min}, t_max = {t_max}: not 0 < t_min < t_max < 1")
     top, bottom = math.log(t_max / (1 - t_max)), math.log(t_min / (1 - t_min))
     logits = [top + (bottom - top) * i / max(steps - 1, 1) for i in range(steps)]
     return _then_zero([1 / (1 + math.exp(-logit)) for logit in logits], shift)

@@ -47,7 +47,8 @@ class Trajectory:
     @property
     def speed(self) -> Tensor:
         steps = zip(pairwise(self.times), pairwise(self.states), strict=True)
-        return torch.stack([((b - a) / (t - s)).flatten(1).square().mean(1).sqrt() for (s, t), (a, b) in steps])
+        each = [((b - a) / (t - s)).unsqueeze(-1).flatten(1) for (s, t), (a, b) in steps]
+        return torch.stack([speed.square().mean(1).sqrt() for speed in each])
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ class Solution:
     @cached_property
     def status(self) -> list[str]:
         """One word or line per row: "ok", or why the row is not what was asked. Waits for the device."""
-        finite = self.x.detach().flatten(1).isfinite().all(1).tolist()
+        finite = self.x.detach().unsqueeze(-1).flatten(1).isfinite().all(1).tolist()
         where = ""
         if not all(finite) and self._sums:
             steps, sums = [0, *self._sums], torch.stack([*self._sums.values()])
@@ -190,9 +191,13 @@ def bound_sampler(name: str, options: Mapping[str, Any], seeds: Sequence[int]) -
     Raises UserError for an unknown name or option.
     """
     sampler = resolve("sampler", name)
-    own = {p.name for p in signature(sampler).parameters.values() if p.kind is p.KEYWORD_ONLY} - {"progress", "record"}
+    kinds = {p.name: str(p.annotation) for p in signature(sampler).parameters.values() if p.kind is p.KEYWORD_ONLY}
+    own = kinds.keys() - {"progress", "record"}
     if unknown := [option for option in options if option not in own - {"seeds"}]:
         raise UserError(f"sampler {name} has no option {unknown[0]!r}.{nearest(unknown[0], own - {'seeds'})}")
+    for option, value in options.items():
+        if kinds[option] in ("float", "int") and (isinstance(value, bool) or not isinstance(value, int | float)):
+            raise UserError(f"sampler {name}: {option} = {value!r} is not a number")
     return partial(sampler, **options, **({"seeds": seeds} if "seeds" in own else {}))
 
 

@@ -69,6 +69,7 @@ class PretrainedText(TextEncoder):
     def __init__(self, model: str, *, max_tokens: int, scale: float | None, identity: str | None = None) -> None:
         super().__init__()
         self.model, self.max_tokens, self.scale = model, max_tokens, scale
+        self._asked_scale = scale
         self.folder = _folder(model)
         config = self._config()
         width = next((config[key] for key in ("hidden_size", "d_model", "n_embd") if key in config), None)
@@ -174,7 +175,7 @@ class PretrainedText(TextEncoder):
         return Condition(states * self.scale, mask, pooled)
 
     def fingerprint(self) -> str:
-        settings = ["transformers", self.max_tokens, self.scale]
+        settings = ["transformers", self.max_tokens, self._asked_scale]
         return fingerprint(settings, [self.folder]) if self.folder else fingerprint([*settings, self.identity], [])
 
     def null(self) -> Condition:

@@ -32,6 +32,9 @@ class LearnedTextConfig:
         """Raises UserError for sizes that do not fit together."""
         if self.max_tokens < 2:
             raise UserError(f"text learned: max_tokens={self.max_tokens} must be 2 or more: a start and a byte")
+        for name in ("dim", "heads", "layers"):
+            if (value := getattr(self, name)) < 1:
+                raise UserError(f"text learned: {name} = {value} is too few; the least is 1")
         if self.dim % self.heads:
             raise UserError(f"text learned: dim={self.dim} must be a multiple of heads={self.heads}")
         return LearnedText(self)
@@ -97,6 +100,8 @@ class LabelsConfig:
 
     def build(self) -> Labels:
         """Raises UserError where classes are no distinct names."""
+        if self.dim < 1:
+            raise UserError(f"text labels: dim = {self.dim} is too few; the least is 1")
         if len(set(self.classes)) != len(self.classes) or not self.classes or "" in self.classes:
             raise UserError("text labels: classes must be distinct names, at least one")
         return Labels(self)

@@ -93,7 +93,9 @@ def save_checkpoint(run: Path, step: int, *, config: dict, tensors: Tensors, sta
         raise UserError(
             f"could not save step {step} under {run} ({error}); {kept}. Free some space and run again"
         ) from error
-    for old in checkpoints(run)[:-keep]:
+    whole = checkpoints(run)
+    left = [p for p in final.parent.glob("step-*") if p.name < final.name and p not in whole]  # by a killed process
+    for old in (*whole[:-keep], *left, *final.parent.glob(".step-*.partial")):
         shutil.rmtree(old, ignore_errors=True)
     return final
 

@@ -74,6 +74,14 @@ class Log:
         temporary.write_text("".join(line + "\n" for line in kept))
         temporary.replace(self.path)
 
+    def tells(self, step: int, name: str) -> bool:
+        """Whether metrics.jsonl has a number of that name for a step."""
+        if not self.path.exists():
+            return False
+        return any(
+            line["step"] == step and name in line for line in map(json.loads, self.path.read_text().splitlines())
+        )
+
     def write(self, step: int, values: dict[str, Any]) -> None:
         """One line of metrics.jsonl and the trackers."""
         if not self.main:

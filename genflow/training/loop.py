@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import fields, replace
@@ -23,7 +24,7 @@ from genflow.data.pictures import Picture, caption_grid
 from genflow.data.points import point_picture
 from genflow.errors import UserError
 from genflow.flows.bijections.base import Bijection
-from genflow.flows.store import newest_checkpoint
+from genflow.flows.store import check_base, newest_checkpoint, weights_of
 from genflow.flows.trained import fill_trained
 from genflow.functional import Rng
 from genflow.training.apply import checkpointed, compile_blocks, train_in_float8
@@ -33,7 +34,7 @@ from genflow.training.ema import EMA
 from genflow.training.log import T_BINS, Log, LossByTime
 from genflow.training.lora import adapted
 from genflow.training.precision import DTYPES, verified
-from genflow.training.ranks import all_or_none, same_on_all
+from genflow.training.ranks import all_or_none, from_main, same_on_all
 from genflow.training.sharding import shard, unreduced, whole
 from genflow.training.warm import begin_with
 
@@ -57,6 +58,9 @@ def stop_signal() -> Iterator[list[int]]:
     """Collects SIGINT and SIGTERM, so that a step can finish and be saved; a second one acts at once."""
     caught: list[int] = []
     old: dict[int, Any] = {}
+    if threading.current_thread() is not threading.main_thread():  # signals are the main thread's
+        yield caught
+        return
 
     def handler(number: int, _frame: Any) -> None:
         caught.append(number)
@@ -119,12 +123,18 @@ class Trainer:
         if train.checkpointing:
             network = checkpointed(network)
         self.flow = config.flow.build(network, self.text, shape=self.shape)
-        if config.init is not None:
+        saved = newest_checkpoint(self.run_folder)
+        if config.init is not None and (saved is None or train.lora is not None):
             begin_with(self.flow, config.init)
-        fill_trained(self.flow, needed=newest_checkpoint(self.run_folder) is None)
+        if train.lora is not None and saved is not None:
+            check_base(saved)
+        fill_trained(self.flow, needed=saved is None)
         if isinstance(self.dataset, LatentDataset):
             self.dataset.check(self.flow)
+        self.base: dict[str, Any] = {}  # what a LoRA run's updates are of
         if train.lora is not None:
+            assert config.init is not None
+            self.base = {"base": weights_of(config.init, ema=True)}
             adapted(self.flow, network, train.lora)
         if train.precision == "fp8":
             train_in_float8(network)
@@ -132,7 +142,9 @@ class Trainer:
             compile_blocks(network)
         self.conditions = PreparedConditions.prepare(self.dataset, self.text)
         self.validation = self._validation_batches() if train.validate_every else []
-        self.flow.to(accelerator.device).initialise(self.conditions.table, self._first_batch)
+        self.flow.to(accelerator.device).prepare_training()
+        if config.init is None:  # else what was fitted to the data goes with the weights
+            self.flow.initialise(self.conditions.table, self._first_batch)
         return network
 
     def _resume(self) -> None:
@@ -143,6 +155,7 @@ class Trainer:
         self.step = state["step"]
         if self.accelerator.is_main_process:
             self.by_time = LossByTime(state["by_time"])
+            self.bad = dict(state.get("bad", {}))
         if self.accelerator.scaler is not None and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
 
@@ -183,6 +196,7 @@ class Trainer:
         train = self.config.train
         batches = self.batches()
         with stop_signal() as self.caught:
+            self.catch_up()
             while self.step < train.steps:
                 micro = [next(batches).to(self.accelerator.device) for _ in range(train.accumulation)]
                 self._note_bad(micro)
@@ -197,10 +211,24 @@ class Trainer:
                     self._save()
                 if stop:
                     raise Interrupted
-                if train.validate_every and (self.step % train.validate_every == 0 or self.step == train.steps):
+                if self._due(train.validate_every):
                     self._aside(self._validate)
-                if train.preview_every and (self.step % train.preview_every == 0 or self.step == train.steps):
+                if self._due(train.preview_every):
                     self._aside(self._preview)
+
+    def _due(self, every: int) -> bool:
+        """Whether what is done every so many steps, and at the last one, is to be done now."""
+        return bool(every and (self.step % every == 0 or self.step == self.config.train.steps))
+
+    def catch_up(self) -> None:
+        """Validate and draw what was to come after the checkpoint's step, where the run ended before it did."""
+        train = self.config.train
+        if not self.step:
+            return
+        if self._due(train.validate_every) and not from_main(self.log.tells(self.step, "validation_loss")):
+            self._aside(self._validate)
+        if self._due(train.preview_every) and not from_main(self._picture().exists()):
+            self._aside(self._preview)
 
     def _optimise(self, micro: list[Batch]) -> tuple[Tensor, Tensor, bool]:
         """One optimiser step over its micro-batches: the mean loss, the gradient's norm before clipping, whether to stop.
@@ -297,9 +325,13 @@ class Trainer:
             save_checkpoint(
                 self.run_folder,
                 self.step,
-                config={**to_dict(self.config), "shape": list(self.shape)},
+                config={**to_dict(self.config), "shape": list(self.shape), **self.base},
                 tensors=tensors,
-                state={"by_time": sums.tolist(), "scaler": scaler.state_dict() if scaler else None},
+                state={
+                    "by_time": sums.tolist(),
+                    "scaler": scaler.state_dict() if scaler else None,
+                    "bad": self.bad,
+                },
                 keep=self.config.train.keep,
             )
         self.accelerator.wait_for_everyone()
@@ -364,9 +396,12 @@ class Trainer:
 
     def _show(self, picture: Picture) -> None:
         if self.accelerator.is_main_process:
-            path = self.run_folder / "previews" / f"step-{self.step:08d}.png"
-            picture.save_atomic(path)
-            self.log.say(f"step {self.step}: {path}")
+            picture.save_atomic(self._picture())
+            self.log.say(f"step {self.step}: {self._picture()}")
+
+    def _picture(self) -> Path:
+        """The file of this step's preview."""
+        return self.run_folder / "previews" / f"step-{self.step:08d}.png"
 
 
 def shape_of(data: Any) -> tuple[int, ...]:

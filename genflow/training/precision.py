@@ -119,20 +119,20 @@ def verified(model: nn.Module, precision: str) -> Iterator[None]:
     seen: list[torch.dtype] = []
     # Hooks inside a compiled block would make it compile twice.
     compiled = {m for block in model.modules() if block._compiled_call_impl is not None for m in block.modules()}
-    hooks = [
-        module.register_forward_hook(lambda _m, _i, out: seen.append(out.dtype))
+    trained = [
+        module
         for module in model.modules()
-        if type(module) in (nn.Linear, Linear, nn.Conv2d, ConvNet)
-        and module not in compiled
-        and any(p.requires_grad for p in module.parameters())
+        if type(module) in (nn.Linear, Linear, nn.Conv2d, ConvNet) and any(p.requires_grad for p in module.parameters())
     ]
+    watched = [module for module in trained if module not in compiled]
+    hooks = [module.register_forward_hook(lambda _m, _i, out: seen.append(out.dtype)) for module in watched]
     try:
         yield
     finally:
         for hook in hooks:
             hook.remove()
     wrong = [dtype for dtype in seen if dtype != DTYPES[precision]]
-    if not seen and DTYPES[precision] != torch.float32:
+    if not seen and len(watched) == len(trained) and DTYPES[precision] != torch.float32:
         raise UserError(f"train.precision={precision} was asked, but nothing in this network computes in it; take fp32")
     if len(wrong) > len(seen) / 2:
         raise UserError(f"train.precision={precision} was asked, but the network's linears computed in {set(wrong)}")

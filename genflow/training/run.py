@@ -126,12 +126,14 @@ def _train(asked: RunConfig, run: Path, device: torch.device, why: str) -> None:
     )
     trainer = Trainer(asked, run, accelerator)
     if trainer.step >= asked.train.steps:
+        trainer.catch_up()
         trainer.log.say(f"{run} is already trained for {trainer.step} steps; set train.steps higher to go on")
         return
     if accelerator.is_main_process:
         _save_config(trainer.config, run)
         if asked.train.trackers:
-            accelerator.init_trackers("tensorboard")
+            again = {"purge_step": trainer.step + 1} if trainer.step else {}  # steps that a killed run had told of
+            accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": again})
     trainer.log.say(_summary(trainer, why))
     try:
         with warnings.catch_warnings():
@@ -189,7 +191,7 @@ def _as_saved(config: RunConfig, run: Path) -> RunConfig:
     for key, value in _leaves(saved).items():
         mine = asked.get(key, "nothing of the kind")
         told = mine is None and key.startswith("model.")  # what a config leaves to the data and the text
-        if key not in FREE and not key.startswith(("shape", "sample.")) and mine != value and not told:
+        if key not in FREE and not key.startswith(("shape", "sample.", "base.")) and mine != value and not told:
             raise UserError(
                 f"{run} holds a run with {key}={value}, this config says {mine}; choose another `out`, "
                 f"or remove {run} to start afresh"

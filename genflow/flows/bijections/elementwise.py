@@ -25,7 +25,7 @@ class ActNorm(Bijection):
 
     def __init__(self, shape: Sequence[int]) -> None:
         super().__init__()
-        channels, self.places = channels_and_places(shape)
+        channels, _ = channels_and_places(shape)
         self.log_scale = nn.Parameter(torch.zeros(channels))
         self.shift = nn.Parameter(torch.zeros(channels))
         self.register_buffer("initialised", torch.tensor(False))
@@ -54,7 +54,7 @@ class ActNorm(Bijection):
 
     def ladj(self, x: Tensor) -> Tensor:
         """H W sum log_scale, B."""
-        return zero_ladj(x) + self.places * self.log_scale.sum()
+        return zero_ladj(x) + math.prod(x.shape[2:]) * self.log_scale.sum()
 
 
 @bijection_export("affine")
@@ -71,7 +71,7 @@ class Affine(Bijection):
         self, shape: Sequence[int], scale: float | Sequence[float] = 1.0, shift: float | Sequence[float] = 0.0
     ) -> None:
         super().__init__()
-        channels, self.places = channels_and_places(shape)
+        channels, _ = channels_and_places(shape)
         for name, value in (("scale", scale), ("shift", shift)):
             numbers = torch.as_tensor(value, dtype=torch.float64)
             if numbers.dim() > 1 or numbers.numel() not in (1, channels):
@@ -89,7 +89,7 @@ class Affine(Bijection):
         return (z - over_channels(self.shift, z)) / over_channels(self.scale, z), -self._ladj(z)
 
     def _ladj(self, x: Tensor) -> Tensor:
-        return zero_ladj(x) + self.places * self.scale.abs().log().sum()
+        return zero_ladj(x) + math.prod(x.shape[2:]) * self.scale.abs().log().sum()
 
 
 @bijection_export("logit")

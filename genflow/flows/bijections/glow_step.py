@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Literal
@@ -58,7 +59,7 @@ class GlowStep(Bijection):
             z, ladj = affine_half(y, self._network(y, condition), self.coupling.limit)
         else:
             z, ladj = self.coupling(y, condition)
-        return z, ladj + self._linear_ladj()
+        return z, ladj + self._linear_ladj(x)
 
     def inverse(self, z: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
         z = wide(z)
@@ -68,7 +69,7 @@ class GlowStep(Bijection):
             y, ladj = self.coupling.inverse(z, condition)
         scale = (-self.actnorm.log_scale).exp()
         x = mix(y, scale.unsqueeze(1) * self.conv.inverse_weight(), -scale * self.actnorm.shift)
-        return x, ladj - self._linear_ladj()
+        return x, ladj - self._linear_ladj(z)
 
     def _network(self, x: Tensor, condition: Tensor | None) -> Tensor:
         """What the coupling's network says of the kept half."""
@@ -76,8 +77,8 @@ class GlowStep(Bijection):
         kept = x[:, : self.coupling.partition.kept]
         return self.coupling.network(kept, condition if self.condition_dim else None)
 
-    def _linear_ladj(self) -> Tensor:
-        return self.conv.places * (self.actnorm.log_scale.sum() + self.conv.log_diagonal.sum())
+    def _linear_ladj(self, x: Tensor) -> Tensor:
+        return math.prod(x.shape[2:]) * (self.actnorm.log_scale.sum() + self.conv.log_diagonal.sum())
 
     @torch.no_grad()
     def initialise(self, x: Tensor, condition: Tensor | None = None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,7 +26,7 @@ class InvertibleConv1x1(Bijection):
 
     def __init__(self, shape: Sequence[int]) -> None:
         super().__init__()
-        channels, self.places = channels_and_places(shape)
+        channels, _ = channels_and_places(shape)
         rotation = torch.linalg.qr(torch.randn(channels, channels, dtype=torch.float64))[0]
         permutation, lower, upper = torch.linalg.lu(rotation)
         diagonal = upper.diagonal()
@@ -78,7 +79,7 @@ class InvertibleConv1x1(Bijection):
 
     def ladj(self, x: Tensor) -> Tensor:
         """H W sum log_diagonal, B."""
-        return zero_ladj(x) + self.places * self.log_diagonal.sum()
+        return zero_ladj(x) + math.prod(x.shape[2:]) * self.log_diagonal.sum()
 
 
 @bijection_export("permutation")
