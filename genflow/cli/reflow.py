@@ -176,6 +176,7 @@ class _Table:
 
     def report(self, rows: dict[str, Any], out: Path) -> None:
         """Print the table, and write it as reflow.json and reflow.md, with the plot reflow.png."""
+        from genflow.data.pictures import write_atomic
         from genflow.evaluation.few_steps import plot_few_steps
         from genflow.evaluation.plots import save_plot
 
@@ -193,10 +194,11 @@ class _Table:
 
         found = {name: {"straightness": row.straightness, "distance": row.distance} for name, row in rows.items()}
         about = {"features": self.name, "samples": self.n, "real_to_real": self.floor, **found}
-        (out / "reflow.json").write_text(json.dumps(about, indent=2) + "\n")
+        write_atomic(out / "reflow.json", lambda file: file.write((json.dumps(about, indent=2) + "\n").encode()))
         table = [f"| {' | '.join(line)} |" for line in (head, ["---", *["---:"] * (len(head) - 1)], *lines)]
         legend = "Straightness: the mean square of the velocity's way off the straight path, per number; 0 is straight."
-        (out / "reflow.md").write_text("\n".join([*table, "", f"{what}. {legend}", ""]))
+        text = "\n".join([*table, "", f"{what}. {legend}", ""])
+        write_atomic(out / "reflow.md", lambda file: file.write(text.encode()))
         save_plot(plot_few_steps(rows, floor=self.floor, features=self.name), out / "reflow.png")
         print(f"the next flow, its pairs, and reflow.json, .md and .png in {out}")
 

@@ -109,7 +109,9 @@ def plot_training(lines: Sequence[Mapping[str, Any]], title: str = "") -> Figure
     checks, validation = _series(lines, "validation_loss")
     if len(checks):
         left.plot(checks, validation, "o-", color=ACCENT, label="validation")
-    what = "mean squared error of the velocity" if bins else "negative log-likelihood (bits/dim, or nats)"
+    what = "mean squared error of the prediction" if bins else "negative log-likelihood (bits/dim, or nats)"
+    if any("l1" in line for line in lines):  # an autoencoder's
+        what = "error there and back, and penalties"
     left.set(title=f"Loss {title}".strip(), xlabel="optimiser step", ylabel=what)
     left.legend()
     if not bins:
