@@ -24,7 +24,7 @@ from genflow.flows.densities import Density, LogitNormal
 from genflow.flows.dequantization import GREYS, UniformDequantization, bits_per_dim, importance_weighted
 from genflow.flows.paths import LinearPath, PathConfig, rows_like
 from genflow.flows.prepared import CachedSolution, PreparedVelocity, check_cache, family
-from genflow.flows.sampling import SolveConfig
+from genflow.flows.sampling import SolveConfig, of_size
 from genflow.flows.velocity_likelihood import velocity_log_prob
 from genflow.functional import Rng, noise_from_seeds, resolution_shift, velocity_from_x
 from genflow.networks.caching import FirstBlockCache
@@ -225,7 +225,7 @@ class RectifiedFlow(ConditionedFlow):
         UserError for what cannot be, and for NaN.
         """
         rule = from_dict(_Guidance, {"guide": guide}, where="sample").guide
-        shape = self.shape if size is None else self._of_size(size)
+        shape = self.shape if size is None else of_size(self.shape, size)
         times = self.times(steps, grid, shift, size=shape[1:])
         solve = bound_sampler(sampler, options or {}, seeds)
         if draws_noise(sampler) and not self.config.coupling.independent:
@@ -259,19 +259,6 @@ class RectifiedFlow(ConditionedFlow):
         x = solution.x.float()
         solution = replace(solution, x=x.clamp(-1, 1) if x.dim() == 4 and self.bounded else x)
         return CachedSolution.of(solution, caches) if cache else solution
-
-    def _of_size(self, size: int | tuple[int, int]) -> tuple[int, ...]:
-        """The shape of a picture of that size. Raises UserError for what is none."""
-        if len(self.shape) != 3:
-            raise UserError(f"size = {size} is for pictures; this model makes vectors of {self.shape[0]} numbers")
-        sides = (size, size) if isinstance(size, int) else size
-        if not (isinstance(sides, Sequence) and len(sides) == 2 and all(isinstance(n, int) for n in sides)):
-            raise UserError(f"size = {size!r} is neither a side nor a height and a width, in whole numbers")
-        height, width = sides
-        if min(height, width) < 1:
-            trained = " x ".join(map(str, self.shape[1:]))
-            raise UserError(f"size = {height} x {width} is not a picture's; this model was trained at {trained}")
-        return (self.shape[0], height, width)
 
     def times(
         self,

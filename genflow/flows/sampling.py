@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, get_args, get_type_hints
 
@@ -57,3 +58,17 @@ class InverseConfig:
             raise UserError(f"guidance = {self.guidance} is not finite; 1 is none")
         if self.inverse not in (ways := get_args(get_type_hints(InverseConfig)["inverse"])):
             raise UserError(f"inverse {self.inverse!r} is unknown.{nearest(self.inverse, ways)}")
+
+
+def of_size(shape: Sequence[int], size: int | tuple[int, int]) -> tuple[int, ...]:
+    """The shape of a picture of that size, for a model of this shape. Raises UserError for what is none."""
+    if len(shape) != 3:
+        raise UserError(f"size = {size} is for pictures; this model makes vectors of {shape[0]} numbers")
+    sides = (size, size) if isinstance(size, int) else size
+    if not (isinstance(sides, Sequence) and len(sides) == 2 and all(isinstance(n, int) for n in sides)):
+        raise UserError(f"size = {size!r} is neither a side nor a height and a width, in whole numbers")
+    height, width = sides
+    if min(height, width) < 1:
+        trained = " x ".join(map(str, shape[1:]))
+        raise UserError(f"size = {height} x {width} is not a picture's; this model was trained at {trained}")
+    return (shape[0], height, width)
