@@ -35,8 +35,8 @@ def run(args: argparse.Namespace) -> int:
             raise UserError(f"--{name} {value} is too few; the least is {least}")
     from genflow.flows.rectified import RectifiedFlow
     from genflow.flows.reflow import check_pairing
-    from genflow.training.loop import Interrupted
     from genflow.training.run import train
+    from genflow.training.signals import Interrupted
     from genflow.training.warm import warm_start
 
     out = writable(args.out or f"{str(args.run).rstrip('/')}-{'distilled' if args.distill else 'reflow'}")

@@ -15,8 +15,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from genflow.flows.store import find_model, read_config
-    from genflow.training.loop import Interrupted
     from genflow.training.run import train
+    from genflow.training.signals import Interrupted
 
     try:
         folder = train(args.config, args.overrides)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import signal
-import threading
 import time
 from collections.abc import Iterator
 from dataclasses import fields, replace
@@ -36,6 +34,7 @@ from genflow.training.lora import adapted
 from genflow.training.precision import DTYPES, verified
 from genflow.training.ranks import all_or_none, from_main, same_on_all
 from genflow.training.sharding import shard, unreduced, whole
+from genflow.training.signals import Interrupted, stop_signal
 from genflow.training.warm import begin_with
 
 POINTS = 4096  # of a preview of vectors
@@ -47,33 +46,6 @@ def learning_rate(step: int, *, steps: int, warmup: int, decay: float) -> float:
     up = min(1.0, (step + 1) / max(warmup, 1))
     down = 1.0 if decay == 0 else min(1.0, (1 - step / steps) / decay)
     return up * down
-
-
-class Interrupted(Exception):
-    """A signal asked the run to stop; it has been saved."""
-
-
-@contextlib.contextmanager
-def stop_signal() -> Iterator[list[int]]:
-    """Collects SIGINT and SIGTERM, so that a step can finish and be saved; a second one acts at once."""
-    caught: list[int] = []
-    old: dict[int, Any] = {}
-    if threading.current_thread() is not threading.main_thread():  # signals are the main thread's
-        yield caught
-        return
-
-    def handler(number: int, _frame: Any) -> None:
-        caught.append(number)
-        for other, previous in old.items():
-            signal.signal(other, previous)
-
-    for each in (signal.SIGINT, signal.SIGTERM):
-        old[each] = signal.signal(each, handler)
-    try:
-        yield caught
-    finally:
-        for number, previous in old.items():
-            signal.signal(number, previous)
 
 
 class Trainer:
@@ -327,11 +299,7 @@ class Trainer:
                 self.step,
                 config={**to_dict(self.config), "shape": list(self.shape), **self.base},
                 tensors=tensors,
-                state={
-                    "by_time": sums.tolist(),
-                    "scaler": scaler.state_dict() if scaler else None,
-                    "bad": self.bad,
-                },
+                state={"by_time": sums.tolist(), "scaler": scaler and scaler.state_dict(), "bad": self.bad},
                 keep=self.config.train.keep,
             )
         self.accelerator.wait_for_everyone()
