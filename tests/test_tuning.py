@@ -332,7 +332,7 @@ def test_sample_draws_with_what_was_learnt(model, tmp_path, capsys):
     ("arguments", "message"),
     [
         (["--steps", "0"], "nearest possible number is 1"),
-        (["--steps", "2", "--images", "1"], "--images must be 2 or more"),
+        (["--steps", "2", "--images", "1"], "--images must be 3 or more"),
         (["--steps", "2", "--samplers", "eulr"], "no sampler is named 'eulr'. Did you mean 'euler'?"),
         (["--steps", "2", "--samplers", "tsit5"], "not an ODE solver of fixed steps"),
     ],
@@ -347,5 +347,5 @@ def test_a_model_whose_data_are_gone_needs_prompts(model, capsys):
     config = json.loads((model / "config.json").read_text())
     config["data"] = {"name": "emoji", "styles": ["nothing"]}
     (model / "config.json").write_text(json.dumps(config))
-    assert main(["tune", str(model), "--steps", "2", "--images", "2"]) == 2
+    assert main(["tune", str(model), "--steps", "2", "--images", "3"]) == 2
     assert '--prompt "..."' in capsys.readouterr().err
