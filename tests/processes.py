@@ -24,10 +24,16 @@ torch.set_num_threads(1)
 rank = int(os.environ["RANK"])
 PartialState.destroy_process_group = lambda *_: None  # the next training needs it
 {before}
+code = 0
 for arguments in json.loads(sys.argv[1]):
-    code = main(["train", *arguments])
+    try:
+        code = main(["train", *arguments])
+    except SystemExit as end:
+        code = end.code
     if code:
-        sys.exit(code)
+        break
+sys.stdout.flush(), sys.stderr.flush()
+os._exit(code)  # a group that is still there may abort Python as it goes
 """
 
 
