@@ -98,7 +98,7 @@ def test_an_evaluation_without_figures_holds(runs, tmp_path, capsys):
     assert "other" not in capsys.readouterr().err
 
 
-# ------------------------------------------------------------------------------------- what goes with weights, and how runs end
+# ------------------------------------------------------------------------------------------------ weights, and how runs end
 
 
 def config_of(runs, name, tmp_path, *changes):
