@@ -52,6 +52,13 @@ def test_a_density_is_of_its_own_shape_alone(shape):
             verb(x)
 
 
+def test_a_bijection_without_parameters_has_a_density():
+    flow = NormalizingFlowConfig().build(Affine((3,), 2.0), NoTextConfig().build(), shape=(3,))
+    normal = torch.distributions.Normal(0.0, 0.5)
+    x = torch.randn(4, 3)
+    assert_close(flow.log_prob(x), normal.log_prob(x).sum(1))
+
+
 def test_float64_samples_meet_float32_weights():
     flow, x = glow(), torch.rand(2, 3, 8, 8) - 0.5
     assert_close(flow.log_prob(x.double()), flow.log_prob(x))

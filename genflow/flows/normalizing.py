@@ -183,8 +183,8 @@ class NormalizingFlow(ConditionedFlow):
         if tuple(x.shape[1:]) != self.shape:
             wanted, got = (" x ".join(map(str, shape)) for shape in (("B", *self.shape), x.shape))
             raise UserError(f"the flow is of samples {wanted}, not {got}")
-        wide = torch.promote_types(next(self.network.parameters()).dtype, torch.float32)
-        return x.to(self.device, wide)
+        own = next((p.dtype for p in self.network.parameters()), torch.float32)
+        return x.to(self.device, torch.promote_types(own, torch.float32))
 
     def _honest(self, verb: str) -> None:
         if self.dequantize is not None and not self.dequantize.honest:
