@@ -20,6 +20,7 @@ from genflow.flows.rectified import RectifiedFlow, RectifiedFlowConfig
 from genflow.functional import noise_from_seeds
 from genflow.interop import peers
 from genflow.layers.modulation import Modulation
+from genflow.networks.graphs import record
 from genflow.networks.mmdit import MMDiTConfig
 from genflow.samplers import uniform
 from genflow.text.base import TextEncoder
@@ -85,9 +86,10 @@ def sampling(args: argparse.Namespace) -> list[Contest]:
     flops = calls * mmdit_flops(config, args.tokens, args.text)
     how = f"{args.sampler}, {args.steps} steps, guidance {args.guidance:g}"
     what = f"{args.tokens} + {args.text} tokens, batch {args.batch}, {args.precision}"
+    way = ("compiled" if args.compile else "eager") + ", genflow's as CUDA graphs" * args.graphs
     return [
         Contest(
-            f"sampling from an MM-DiT: {_words(config)}, {what}, {'compiled' if args.compile else 'eager'}; {how}",
+            f"sampling from an MM-DiT: {_words(config)}, {what}, {way}; {how}",
             sides,
             partial(sampling_side, args),
             (Task("sampling", "images", args.batch, flops, calls),),
@@ -118,6 +120,8 @@ def sampling_side(args: argparse.Namespace, name: str) -> Side:
 
 def sampling_flow(args: argparse.Namespace) -> RectifiedFlow:
     network, _ = _velocity(args, "genflow", dtype=DTYPES[args.precision])
+    if args.graphs:
+        record(network, "--graphs")
     return RectifiedFlowConfig().build(network, Given(*_inputs(args)[1:]), shape=_shape(args))
 
 

@@ -38,6 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--compile", action="store_true", help="torch.compile the blocks: the first step waits for the compiler"
     )
     speed.add_argument(
+        "--graphs", action="store_true", help="CUDA graphs: record the network's kernels once, launch them all at once"
+    )
+    speed.add_argument(
         "--cache",
         type=float,
         metavar="THRESHOLD",
@@ -62,6 +65,7 @@ def run(args: argparse.Namespace) -> int:
 
     from genflow.data.pictures import caption_grid, to_picture
     from genflow.flows.store import load
+    from genflow.networks.graphs import record
     from genflow.training.apply import compile_blocks
 
     out = writable(args.out)
@@ -76,6 +80,10 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--size takes one or two numbers, not {len(args.size)}")
     more: dict[str, Any] = {"size": (args.size[0], args.size[-1])} if args.size else {}
     takes = inspect.signature(flow.sample).parameters
+    if args.graphs and "cache" not in takes:
+        raise UserError(f"--graphs is for models of a velocity; {args.run} is a {type(flow).__name__}")
+    if args.graphs and settings.get("cache"):
+        raise UserError("--graphs: first-block caching waits for the device at every step; leave one of the two out")
     for name, what in {"weak": "a velocity", "size": "a velocity", "tile": "an autoencoder's latents"}.items():
         if getattr(args, name) is not None and name not in takes:
             raise UserError(f"--{name} is for models of {what}; {args.run} is a {type(flow).__name__}")
@@ -90,6 +98,9 @@ def run(args: argparse.Namespace) -> int:
     if args.compile:
         for each in models:
             compile_blocks(each.network, "--compile")
+    if args.graphs:
+        for each in models:
+            record(each.network, "--graphs")
     wanted = [(prompt, args.seed + i) for i, prompt in enumerate(p for p in prompts or [""] for _ in range(args.n))]
 
     model = {"model": str(args.run), "ema": not args.no_ema, **speed, **settings}
