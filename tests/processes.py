@@ -53,7 +53,7 @@ def free_port() -> int:
 
 
 def together(
-    world: int, *trainings: Sequence[object], before: str = "", port: int | None = None, limit: float = 120
+    world: int, *trainings: Sequence[object], before: str = "", port: int | None = None, limit: float = 300
 ) -> list[Ended]:
     """Train on `world` gloo processes. trainings: arguments of `genflow train`, "{rank}" in them being each one's own.
 
