@@ -28,7 +28,7 @@ def pictures(n: int, size: int, kind: str) -> Tensor:
 def timed(work: Callable[[], object], device: str) -> float:
     start = time.perf_counter()
     work()
-    if device == "cuda":
+    if torch.device(device).type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter() - start
 
@@ -42,7 +42,7 @@ def stepper(args: argparse.Namespace) -> Callable[[], None]:
     t, none = torch.rand(args.batch, device=args.device), torch.zeros(args.batch, 0, device=args.device)
 
     def step() -> None:
-        with torch.autocast(args.device, torch.bfloat16):
+        with torch.autocast(torch.device(args.device).type, torch.bfloat16):
             v = network(x, t, none[..., None], none)
         (v.float() - x).square().mean().backward()
         optimizer.step()
@@ -62,7 +62,10 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
 
-    from torchcfm.optimal_transport import OTPlanSampler
+    try:
+        from torchcfm.optimal_transport import OTPlanSampler
+    except ImportError:
+        parser.error("torchcfm is the peer here: pip install torchcfm")
 
     torch.manual_seed(0)
     x = pictures(args.batch, args.size, args.data).to(args.device)
@@ -80,7 +83,11 @@ def main() -> None:
             elapsed = timed(way, args.device)
             if i >= 2:
                 seconds[name].append(elapsed)
-    what = torch.cuda.get_device_name() if args.device == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    what = (
+        torch.cuda.get_device_name()
+        if torch.device(args.device).type == "cuda"
+        else f"{torch.get_num_threads()} CPU threads"
+    )
     print(f"batch {args.batch} of 3 x {args.size} x {args.size}, {args.data}, {what}, torch {torch.__version__}")
     for name, each in seconds.items():
         a, b = done[name]

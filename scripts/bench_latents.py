@@ -59,6 +59,7 @@ def heard(text: PretrainedText, captions: list[str]) -> Condition:
 
 def main() -> None:
     args = parse()
+    device = torch.device(args.device)
     torch.manual_seed(0)
     text = MiniLMConfig().build()
     vae = KLAutoencoderConfig(channels=tuple(args.channels), latent_channels=16)
@@ -93,12 +94,12 @@ def main() -> None:
             return loader(data, conditions, sampler, shape=(3, args.size, args.size))  # type: ignore[arg-type]
 
         def step(batch: Batch) -> None:
-            with torch.autocast(args.device, dtype=torch.bfloat16):
+            with torch.autocast(device.type, dtype=torch.bfloat16):
                 loss = flow.loss(batch.to(args.device), Rng(0)).loss
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-            if args.device == "cuda":
+            if device.type == "cuda":
                 torch.cuda.synchronize()
 
         def uncached(batch: Batch) -> None:
@@ -108,7 +109,7 @@ def main() -> None:
             "encoders in the loop": (batches(dataset), uncached),
             "cached": (batches(latents), step),
         }
-        clock = time.perf_counter if args.device == "cuda" else time.process_time
+        clock = time.perf_counter if device.type == "cuda" else time.process_time
         seconds: dict[str, list[float]] = {name: [] for name in sides}
         for _ in range(args.rounds + 1):
             for name, (source, work) in sides.items():

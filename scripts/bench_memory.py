@@ -61,7 +61,7 @@ def step(flow: Chain, x: Tensor) -> None:
 
 def peak_bytes(work: Callable[[], object], device: str = "cpu") -> int:
     """The most that is allocated at once within work() over what there was before, as the allocator counts it."""
-    if device == "cuda":
+    if torch.device(device).type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -80,7 +80,7 @@ def peak_bytes(work: Callable[[], object], device: str = "cpu") -> int:
 def seconds(work: Callable[[], object], device: str) -> float:
     start = time.perf_counter()
     work()
-    if device == "cuda":
+    if torch.device(device).type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter() - start
 

@@ -8,7 +8,17 @@ import pytest
 import torch
 
 from genflow import registry
-from genflow.attention import Attention, Call, Mask, attention, attention_backend, attention_report, choose, dispatch
+from genflow.attention import (
+    Attention,
+    Call,
+    Mask,
+    attention,
+    attention_backend,
+    attention_report,
+    backends,
+    choose,
+    dispatch,
+)
 from genflow.attention.backends import _revived
 from genflow.attention.dispatch import ORDER
 from genflow.cli import main
@@ -349,3 +359,14 @@ def test_a_mask_serves_several_devices():
     mask = Mask(causal=True)
     for device in ("cpu", "meta", "cpu"):
         assert mask.full(torch.empty(1, 1, 4, 8, device=device), 4, 6).device.type == device
+
+
+def test_genflow_s_kernel_is_of_sdpa_alone_and_a_named_kernel_is_torch_s(monkeypatch):
+    ours = []
+    monkeypatch.setattr(backends, "serves", lambda *tensors: True)
+    monkeypatch.setattr(backends, "run", lambda function, q, k, v, *rest: ours.append(function) or q)
+    q = torch.randn(1, 2, 4, 32)
+    attention(q, q, q, backend="sdpa_flash")
+    assert not ours
+    attention(q, q, q, backend="sdpa")
+    assert ours == [backends.MatrixAttention]

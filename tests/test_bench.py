@@ -262,6 +262,37 @@ def test_attention_lists_who_served_and_why_the_others_could_not(quick, capsys):
     assert "flex, backward" in captured.out and captured.err == ""
 
 
+def test_gradients_that_are_zero_or_not_numbers_are_told_and_kept_as_json(quick, capsys, tmp_path, monkeypatch):
+    words = [
+        "bench",
+        "attention",
+        "--batch",
+        "1",
+        "--heads",
+        "1",
+        "--lq",
+        "4",
+        "--head-dim",
+        "8",
+        "--precision",
+        "fp32",
+    ]
+    kept = tmp_path / "a.json"
+
+    def errors(*more):
+        assert main([*words, "--backend", "sdpa", "--json", str(kept), *more]) == 0
+        return json.loads(kept.read_text())["contests"][0]["sides"]["sdpa"]["error"]["forward and backward"]
+
+    assert errors("--lk", "1") < 1e-6  # the true gradient of q is 0
+
+    def spoilt(q, k, v, mask, *, backend):  # the gradient of k alone is not a number
+        o = attention(q, k, v, mask, backend=backend)
+        return o if k.dtype == torch.float64 else o + (0 * k).sum().sqrt()
+
+    monkeypatch.setattr(bench_attention, "attention", spoilt)
+    assert errors() is None
+
+
 @pytest.mark.parametrize(("model", "peer"), [("glow", "normflows"), ("nsf", "zuko"), ("glow", None), ("nsf", None)])
 def test_flows_are_trained_sampled_and_asked_for_likelihoods(quick, capsys, model, peer):
     words = ["--model", model, "--batch", "2", "--steps", "1", "--hidden", "4", "--rounds", "1"]
@@ -299,10 +330,15 @@ def test_help_costs_no_torch():
         (["train", "--batch", "0"], "'0' is not a number of 1 or more"),
         (["train", "--device", "abacus"], "--device abacus"),
         (["train", "--json", "."], "name a file, such as bench.json"),
+        (["train", "--device", "meta"], "--device meta computes nothing"),
+        (["train", "--json", "/dev/null"], "--json /dev/null is no regular file"),
         (["attention", "--mask", "casual"], "Did you mean 'causal'?"),
+        (["attention", "--backend", "spda"], "--backend 'spda' is unknown. Did you mean 'sdpa'?"),
+        (["attention", "--backend", "varlen", "--device", "cpu"], "none can serve; varlen runs on cuda, not on cpu"),
         (["flows", "--steps", "3"], "--steps is of one model; add --model glow or --model nsf"),
         (["flows", "--model", "nsf", "--levels", "3"], "--levels is of glow"),
         (["sample", "--against", "diffusers", "--sampler", "heun"], "leave --sampler and --option out"),
+        (["sample", "--against", "diffusers", "--guidance", "0.9"], "diffusers guides above 1 only"),
         (["sample", *TINY, "--sampler", "huen"], "Did you mean 'heun'?"),
     ],
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import math
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from functools import cache
 from typing import Any
@@ -35,25 +35,31 @@ def sdpa() -> Attention:
     return Attention("sdpa", _sdpa)
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float | None) -> Tensor:
+def _best(q: Tensor, k: Tensor, v: Tensor, scale: float | None, causal: bool) -> Tensor:
+    """genflow's own kernel where a processor multiplies bf16, else torch's."""
+    return run(MatrixAttention, q, k, v, scale, causal) if serves(q, k, v) else _torchs(q, k, v, scale, causal)
+
+
+def _torchs(q: Tensor, k: Tensor, v: Tensor, scale: float | None, causal: bool) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale)
+
+
+def _sdpa(
+    q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float | None, fused: Callable[..., Tensor] = _best
+) -> Tensor:
+    """fused: what serves no mask and the causal one."""
     if q.is_mps:  # wrong for views that permute (pytorch/pytorch#181133)
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     lq, lk = q.shape[2], k.shape[2]
     if mask.kind == "none" or (mask.kind == "causal" and lq == 1):
-        return _fused(q, k, v, scale, False)
+        return fused(q, k, v, scale, False)
     if mask.kind == "causal" and lq == lk:  # torch aligns the first query with the first key; alike only here
-        return _fused(q, k, v, scale, True)
+        return fused(q, k, v, scale, True)
     live = mask.full(q, lq, lk)
     if q.is_cpu or live is None:  # there, rows without a live key come out as zeros
         return F.scaled_dot_product_attention(q, k, v, attn_mask=live, scale=scale)
     live, dead = _revived(live)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=live, scale=scale).masked_fill(dead, 0)
-
-
-def _fused(q: Tensor, k: Tensor, v: Tensor, scale: float | None, causal: bool) -> Tensor:
-    if serves(q, k, v):
-        return run(MatrixAttention, q, k, v, scale, causal)
-    return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale)
 
 
 def _revived(live: Tensor) -> tuple[Tensor, Tensor]:
@@ -68,7 +74,7 @@ def _one_kernel(kernel: SDPBackend, what: str) -> Any:
     def fn(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float | None) -> Tensor:
         try:
             with sdpa_kernel(kernel):
-                return _sdpa(q, k, v, mask, scale)
+                return _sdpa(q, k, v, mask, scale, fused=_torchs)
         except RuntimeError as error:
             if "No viable backend" in str(error) or "No available kernel" in str(error):
                 why = "; ".join(_warned(kernel, q, k, v, mask, scale)) or "torch has no such kernel for these tensors"
@@ -78,11 +84,11 @@ def _one_kernel(kernel: SDPBackend, what: str) -> Any:
     return fn
 
 
-def _warned(kernel: SDPBackend, *call: Any) -> list[str]:
+def _warned(kernel: SDPBackend, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float | None) -> list[str]:
     """What torch warns of when a kernel cannot serve a call: the reasons."""
     with warnings.catch_warnings(record=True) as told, suppress(RuntimeError), sdpa_kernel(kernel):
         warnings.simplefilter("always")
-        _sdpa(*call)
+        _sdpa(q, k, v, mask, scale, fused=_torchs)
     return [" ".join(str(warning.message).split(" (Triggered")[0].split()) for warning in told]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import statistics
 import sys
@@ -66,6 +67,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     call.add_argument(
         "--mask", default="none", metavar="KIND", help="see: genflow info Mask; several: causal+keys (none)"
     )
+    call.add_argument(
+        "--backend", nargs="+", metavar="NAME", help="these alone, see: genflow info attention (all that can)"
+    )
     model = parsers["flows"].add_argument_group("the model")
     model.add_argument("--model", choices=["glow", "nsf"], help="one alone (both, or those that the peer has)")
     for name, text in (
@@ -96,9 +100,11 @@ def run(args: argparse.Namespace) -> int:
 
     from genflow.cli import bench_attention, bench_flows, bench_mmdit
     from genflow.evaluation.bench import machine, matrix_peak, measure
+    from genflow.training.precision import float32_products
 
-    settings = vars(args).copy()
     args.device = _device(args)
+    about = machine(args.device, *filter(None, [getattr(args, "against", None)]))
+    print(_headline(about), flush=True)
     refused: dict[str, str] = {}
     if args.what == "attention":
         args.lk = args.lk or args.lq
@@ -106,12 +112,11 @@ def run(args: argparse.Namespace) -> int:
     else:
         make = {"train": bench_mmdit.training, "sample": bench_mmdit.sampling, "flows": bench_flows.flowing}
         contests = make[args.what](args)
-    about = machine(args.device, *filter(None, [getattr(args, "against", None)]))
-    print(_headline(about), flush=True)
+    settings = {**vars(args), "device": str(args.device)}
     kept: dict[str, Any] = {"what": args.what, "settings": settings, "machine": about, "contests": []}
     for contest in contests:
         print(f"\n{contest.title}", flush=True)
-        with _Progress(contest, args.rounds) as say:
+        with _Progress(contest, args.rounds) as say, float32_products("fp32"):
             say("matrix products")
             peak = matrix_peak(contest.dtype, args.device) if any(t.flops for t in contest.tasks) else None
             result = measure(contest, args.rounds, args.device, say=say)
@@ -145,6 +150,8 @@ def _device(args: argparse.Namespace) -> torch.device:
         raise UserError(
             f"--device {args.device}: {words.rstrip('.')}; here {best.type} is the best there is"
         ) from error
+    if device.type == "meta":
+        raise UserError(f"--device meta computes nothing; here {best.type} is the best there is")
     asked = getattr(args, "precision", "fp32")
     if args.what != "attention" and (reason := refusal(asked, device)):
         raise UserError(f"--precision {asked}: {reason}")
@@ -155,7 +162,10 @@ def _writable(path: Path) -> Path:
     """Raises UserError where the file cannot be written: said before the measuring, not after."""
     if path.is_dir():
         raise UserError(f"--json {path} is a folder; name a file, such as {path / 'bench.json'}")
-    there = next(each for each in path.absolute().parents if os.path.exists(each))
+    if path.exists() and not path.is_file():
+        raise UserError(f"--json {path} is no regular file; name another")
+    path = path.resolve()
+    there = next(each for each in path.parents if os.path.exists(each))
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         raise UserError(f"--json {path}: nothing can be written in {there}; name another file")
     return path
@@ -167,7 +177,7 @@ class _Progress:
     def __init__(self, contest: Contest, rounds: int) -> None:
         from tqdm import tqdm
 
-        runs = len(contest.tasks) * len(contest.sides) * (rounds + 2)
+        runs = len(contest.tasks) * (len(contest.sides) * (rounds + 2) + len(contest.pairs))
         pieces = 1 + runs + len(contest.sides) * (2 if contest.memory else 1) + len(contest.also)
         self.bar = tqdm(total=pieces, unit="run", dynamic_ncols=True, leave=False, disable=None, file=sys.stderr)
 
@@ -265,9 +275,18 @@ def _kept(contest: Contest, result: Result, peak: MatrixPeak | None) -> dict[str
         "title": contest.title,
         "peak": None if peak is None else {"dtype": str(contest.dtype)[6:], **peak._asdict()},
         "sides": {
-            name: {"parameters": side.parameters, "note": side.note, "error": dict(side.error)}
+            name: {
+                "parameters": side.parameters,
+                "note": side.note,
+                "error": {k: _number(v) for k, v in side.error.items()},
+            }
             for name, side in result.sides.items()
         },
         "tasks": tasks,
         "memory_mib": result.memory,
     }
+
+
+def _number(x: float) -> float | None:
+    """As JSON has them, which knows neither NaN nor infinity."""
+    return x if math.isfinite(x) else None

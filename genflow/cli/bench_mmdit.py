@@ -80,6 +80,8 @@ def sampling(args: argparse.Namespace) -> list[Contest]:
     sides = ("genflow", *_peer(args, "sample"))
     if len(sides) > 1 and (args.sampler != "euler" or args.option):
         raise UserError(f"--against {args.against} samples by Euler's method; leave --sampler and --option out")
+    if len(sides) > 1 and args.guidance < 1:
+        raise UserError(f"--guidance {args.guidance:g}: {args.against} guides above 1 only; take 1 or more beside it")
     solution = _sample(args, sampling_flow(args), steps=args.steps)  # one run tells how often the network is called
     per_row = solution.statistics.evaluations.sum() if solution.statistics else args.batch * solution.nfe
     calls = int(per_row) * (1 if args.guidance == 1 else 2)

@@ -180,7 +180,7 @@ def ratio(own: Iterable[float], peer: Iterable[float]) -> Ratio:
 
 def difference(own: Tensor, peer: Tensor) -> float:
     """Root mean square of own - peer, over that of peer."""
-    own, peer = own.detach().double(), peer.detach().double()
+    own, peer = own.detach().cpu().double(), peer.detach().cpu().double()
     return float((own - peer).square().mean().sqrt() / peer.square().mean().sqrt())
 
 
@@ -207,7 +207,7 @@ def peak_memory(build: Callable[[str], Side], name: str, task: str, device: torc
             ) from None
 
 
-def _peak_memory(build: Callable[[str], Side], name: str, task: str, device: torch.device) -> float:
+def _peak_memory(build: Callable[[str], Side], name: str, task: str, device: torch.device) -> float | None:
     keep_freed_memory()
     side = build(name)
     run = side.tasks[task]
@@ -217,9 +217,11 @@ def _peak_memory(build: Callable[[str], Side], name: str, task: str, device: tor
         gc.collect()
         with suppress(AttributeError):  # not glibc
             ctypes.CDLL(None).malloc_trim(0)  # what building left behind would be taken again, unseen
-        with suppress(OSError):  # where it may not be written, the peak of building hides as much of what follows
+        try:
             Path("/proc/self/clear_refs").write_text("5")  # the highest so far is forgotten
-        before = _high_water()
+            before = _high_water()
+        except (OSError, StopIteration):  # else the peak of building would hide as much of what follows
+            return None
     for _ in range(3):
         run()
     if device.type == "cuda":
