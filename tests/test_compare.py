@@ -29,8 +29,7 @@ from genflow.flows.base import Flow
 from genflow.flows.rectified import RectifiedFlow
 from genflow.flows.store import load, save_model
 from genflow.samplers import Solution
-from genflow.training.config import RunConfig
-from genflow.training.loop import fit_to, shape_of
+from genflow.training.config import RunConfig, fit_to, shape_of
 
 PICS = {"name": "folder", "path": "pics", "size": 8}
 LABELS = {"name": "labels", "classes": ["dark", "light"], "dim": 4}

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from genflow.cli import main
 from genflow.conditions import Condition
-from genflow.data import latents_cache
+from genflow.data import latents_cache, locks
 from genflow.data.buckets import Buckets
 from genflow.data.folders import FolderConfig
 from genflow.data.latents import LatentDataset, LatentsConfig
@@ -259,7 +259,7 @@ def test_a_file_system_without_locks_is_written_to_all_the_same(tmp_path, pictur
     def refused(*_):
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(latents_cache.fcntl, "flock", refused)
+    monkeypatch.setattr(locks.fcntl, "flock", refused)
     flow, data = flow_of(), FolderConfig(str(pictures), size=16).build()
     report = cache_latents(tmp_path / "train", data, flow.autoencoder, flow.text, shape=(3, 16, 16))
     assert report.written == 4 and report.elsewhere == 0

@@ -192,6 +192,7 @@ def test_what_is_wrong_with_pairs_is_told(tmp_path):
         write(tmp_path, drawer()[0], sampler="euler")
     with pytest.raises(UserError, match="no split 'test'"):
         PairsConfig(str(tmp_path)).build("test")
+    (tmp_path / "other").mkdir()
     with pytest.raises(UserError, match="has no pairs.json"):
         PairsConfig(str(tmp_path / "other")).build()
     (tmp_path / "shard-00000.safetensors").write_bytes(b"nothing")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import sqlite3
+import tracemalloc
 from contextlib import closing
 from pathlib import Path
 
@@ -83,6 +84,24 @@ def test_a_flipped_bit_is_noticed(tmp_path):
         (data,) = base.execute("SELECT data FROM rows").fetchone()
         base.execute("UPDATE rows SET data = ?", (data[:-1] + bytes([data[-1] ^ 1]),))
     assert torch.equal(cache.get(["a"], rows)[0]["tokens"], rows(["a"])[0]["tokens"])
+
+
+def test_rows_of_a_text_cache_are_written_one_by_one():
+    class Base:
+        def __enter__(self): ...
+
+        def __exit__(self, *_): ...
+
+        def executemany(self, _, rows):
+            for _ in rows:
+                pass
+
+    rows = {str(i): {"states": torch.zeros(2**18)} for i in range(16)}  # 1 MiB each
+    tracemalloc.start()
+    cache_module._write(Base(), rows)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 6 * 2**20
 
 
 def fill(folder, begin: int) -> None:

@@ -601,3 +601,18 @@ def test_sampling_mistakes(tiny, tmp_path, arguments, message, capsys):
     assert main(["sample", str(run), "--prompt", "x", "--out", str(tmp_path / "o"), *arguments]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert message in error and error.startswith("genflow: ")
+
+
+def test_a_run_does_not_go_on_with_more_data_than_it_had(tmp_path, capsys):
+    rows = tmp_path / "rows.csv"
+    rows.write_text("a,b\n" + "".join(f"{i},{i * i % 7}\n" for i in range(20)))
+    config = tmp_path / "c.yaml"
+    config.write_text(
+        f"data: {{name: table, path: {rows}}}\nout: {tmp_path / 'run'}\n"
+        "text: none\nmodel: {name: mlp, hidden: 8, depth: 1}\n"
+        "train: {steps: 2, batch_size: 4, preview_every: 0, validate_every: 0, trackers: [], precision: fp32}\n"
+    )
+    assert main(["train", str(config)]) == 0
+    rows.write_text(rows.read_text() + "30,1\n")
+    assert main(["train", str(config), "train.steps=3"]) == 2
+    assert " samples, but 15 when" in capsys.readouterr().err

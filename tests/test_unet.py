@@ -10,7 +10,7 @@ from genflow.errors import UserError
 from genflow.networks.unet import UNetConfig
 from genflow.networks.velocity import MLPVelocityConfig
 from genflow.training.apply import checkpointed
-from genflow.training.loop import fit_to
+from genflow.training.config import fit_to
 
 UNET = {"channels": 8, "channel_mult": (1, 2), "blocks": 1, "attention_size": 4, "shape": (3, 8, 8)}
 NETWORKS = {

@@ -8,6 +8,8 @@ from typing import Any
 
 from genflow.errors import UserError
 
+CONFIGS = (".yaml", ".yml")
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="inspect | cache")
@@ -47,8 +49,7 @@ def _cache(args: argparse.Namespace) -> int:
     from genflow.data.images import ImageDataset
     from genflow.data.latents import LatentsConfig
     from genflow.data.latents_cache import cache_latents
-    from genflow.training.config import RunConfig
-    from genflow.training.loop import shape_of
+    from genflow.training.config import RunConfig, shape_of
     from genflow.training.warm import autoencoder_of
 
     out = writable(args.out)
@@ -66,7 +67,7 @@ def _cache(args: argparse.Namespace) -> int:
         flip=getattr(config.data, "flip", False),
         dtype=args.dtype,
         batch=args.batch,
-        device=args.device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        device=args.device or torch.accelerator.current_accelerator(check_available=True) or "cpu",
         about={"data": to_dict(config.data)},
     )
     for name, reason in report.bad[:10]:
@@ -92,7 +93,8 @@ def _inspect(args: argparse.Namespace) -> int:
     dataset = config.build(args.split)
     if not isinstance(dataset, ImageDataset):
         raise UserError(f"{args.source} holds no pictures but a {type(dataset).__name__}; inspect looks at pictures")
-    found, sheet = inspect_data(dataset, size=getattr(config, "size", None), limit=args.limit)
+    size = getattr(config, "size", None) if Path(args.source).suffix in CONFIGS else None  # of files as they lie, none
+    found, sheet = inspect_data(dataset, size=size, limit=args.limit)
     print(found.report())
     if out is not None:
         found.save(out)
@@ -114,13 +116,12 @@ def data_of(source: str, overrides: list[str]) -> Any:
     from genflow.training.config import RunConfig
 
     path = Path(source)
-    if path.suffix in (".yaml", ".yml"):
+    if path.suffix in CONFIGS:
         return load(path, overrides, schema=RunConfig).data
     if overrides:
         raise UserError(f"{overrides[0]}: overrides are for a config, and {source} is none")
     kinds = {".tar": WebDatasetConfig, ".parquet": ParquetConfig}
     for suffix, kind in kinds.items():
         if path.suffix == suffix or (path.is_dir() and any(path.glob(f"*{suffix}"))):
-            # whatever side is asked for in training, here pictures are looked at as they are
             return kind(source)
     return FolderConfig(source)

@@ -19,16 +19,18 @@ from pathlib import Path
 
 import torch
 from PIL import Image
+from PIL.TiffImagePlugin import IMAGELENGTH, IMAGEWIDTH, TiffImageFile
 from torch import Tensor
 from tqdm import tqdm
 
 from genflow.cachedir import cache_folder
-from genflow.data.images import BadImage, ImageDataset
+from genflow.data.images import BadImage, ImageDataset, orientation
 from genflow.data.pictures import write_atomic
 from genflow.errors import UserError
 
-ORIENTATION, TURNED = 0x0112, (5, 6, 7, 8)  # the EXIF tag, and its values that swap width and height
+TURNED = (5, 6, 7, 8)  # orientations that swap width and height
 CHECKED = 16  # of the sizes that were kept, read again
+ENDS = 2**16  # bytes
 
 
 @dataclass(frozen=True)
@@ -50,9 +52,10 @@ class Buckets:
     def __post_init__(self) -> None:
         if self.step < 1:
             raise UserError(f"step = {self.step} is too few; try 64")
-        for name in ("ratio", "upscale"):
-            if not 1 <= (value := getattr(self, name)) < math.inf:
-                raise UserError(f"{name} = {value} must be 1 or more, and finite")
+        if not 1 < self.ratio < math.inf:
+            raise UserError(f"ratio = {self.ratio} must be more than 1, and finite; try 2")
+        if not 1 <= self.upscale < math.inf:
+            raise UserError(f"upscale = {self.upscale} must be 1 or more, and finite")
 
     def shapes(self, size: int) -> list[tuple[int, int]]:
         """Heights and widths, those of the largest area for either side. Raises UserError where there is but one."""
@@ -64,8 +67,9 @@ class Buckets:
         if len(larger) < 2:
             only = "no shape" if not larger else "one shape"
             near = max(1, 2 ** int(math.log2(max(size / 8, 1))))
+            more = " and ratio = 2" if self.ratio < 1.3 else ""  # (8 + 1) / (8 - 1): of the next shape but a square
             raise UserError(
-                f"buckets: step = {step} and ratio = {self.ratio:g} leave {only} of size {size}; try {near}"
+                f"buckets: step = {step} and ratio = {self.ratio:g} leave {only} of size {size}; try step = {near}{more}"
             )
         return sorted(larger)
 
@@ -82,12 +86,17 @@ class Buckets:
 def bucketed(dataset: ImageDataset, buckets: Buckets | None, size: int) -> ImageDataset:
     """The data set with a shape for each picture, without those that are too small: a warning counts them.
 
-    Reads the head of every picture, once; one without a readable head is left to be found bad when it is read. Raises
-    UserError where no picture is left.
+    Reads the head of every picture, once; one without a readable head goes to the commonest shape, to be found bad when it
+    is read. Raises UserError where no picture is left.
     """
     if buckets is None:
         return dataset
-    shapes = buckets.assign(_sizes(dataset, size), size)
+    sizes = _sizes(dataset)
+    unread = sizes[:, 0] == 0
+    shapes = buckets.assign(torch.where(unread[:, None], size, sizes), size)
+    common, counts = shapes[~unread & (shapes[:, 0] > 0)].unique(dim=0, return_counts=True)
+    if len(common):
+        shapes[unread] = common[counts.argmax()]
     kept = torch.nonzero(shapes[:, 0]).flatten().tolist()
     left = len(dataset) - len(kept)
     if not kept:
@@ -118,14 +127,28 @@ def stamps(dataset: ImageDataset) -> list[tuple[int, int]]:
     return found
 
 
-def _sizes(dataset: ImageDataset, size: int) -> Tensor:
-    """Height and width of each picture as it is shown, N x 2; size x size where its head cannot be read.
+def digests(dataset: ImageDataset) -> list[str]:
+    """What tells the content of each of `dataset.files`, and survives a copy: of its length, its beginning and its end."""
+    found = []
+    for name in dataset.files:
+        with open(name, "rb") as file:
+            length = file.seek(0, os.SEEK_END)
+            content = hashlib.sha256(str(length).encode())
+            for place in (0, max(length - ENDS, 0)):
+                file.seek(place)
+                content.update(file.read(ENDS))
+        found.append(content.hexdigest())
+    return found
 
-    They are kept in the cache folder, by identifiers, captions and, of files, length and time of change, and taken from
-    there where a few of them still hold.
+
+def _sizes(dataset: ImageDataset) -> Tensor:
+    """Height and width of each picture as it is shown, N x 2; zeros where its head cannot be read.
+
+    They are kept in the cache folder, by identifiers, captions and what tells files, and taken from there where a few of
+    them still hold.
     """
     n = len(dataset)
-    listing = json.dumps([dataset.identifiers, dataset.captions, stamps(dataset)]).encode()
+    listing = json.dumps([dataset.identifiers, dataset.captions, stamps(dataset), digests(dataset)]).encode()
     file = cache_folder() / "sizes" / f"{hashlib.sha256(listing).hexdigest()[:24]}.json"
     kept: list[tuple[int, int]] | None
     try:
@@ -141,7 +164,7 @@ def _sizes(dataset: ImageDataset, size: int) -> Tensor:
         text = json.dumps(kept).encode()
         with contextlib.suppress(UserError):  # a disk that takes no more costs a second reading, not the run
             write_atomic(file, lambda out: out.write(text))
-    return torch.tensor([pair if pair[0] else (size, size) for pair in kept])
+    return torch.tensor(kept)
 
 
 def _size(dataset: ImageDataset, i: int) -> tuple[int, int]:
@@ -150,9 +173,12 @@ def _size(dataset: ImageDataset, i: int) -> tuple[int, int]:
         source = dataset.read(i)
         opened = io.BytesIO(source) if isinstance(source, bytes) else source
         image = opened if isinstance(opened, Image.Image) else Image.open(opened)
-        turned = image.getexif().get(ORIENTATION) in TURNED
+        turned = orientation(image) in TURNED
+        width, height = image.size
+        if isinstance(image, TiffImageFile):  # whose size some Pillows turn on opening, some on reading
+            width, height = (image.tag_v2[tag] for tag in (IMAGEWIDTH, IMAGELENGTH))
         if isinstance(source, Path):
             image.close()
-        return (image.width, image.height) if turned else (image.height, image.width)
+        return (width, height) if turned else (height, width)
     except Exception:  # PIL raises many kinds on bad data; the reader will say which
         return 0, 0

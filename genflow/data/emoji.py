@@ -61,4 +61,5 @@ class EmojiConfig:
             [r[self.caption] for r in rows],
             [f"{r['style']}/{r['hexcode']}" for r in rows],
             lambda i: rows[i]["image"],
+            files=[FILE],
         )

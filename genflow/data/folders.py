@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +18,7 @@ from genflow.registry import dataset_export
 TABLES = ("metadata.jsonl", "captions.jsonl", "metadata.csv", "captions.csv")
 FILE_KEYS = ("file_name", "image", "file", "path")
 CAPTION_KEYS = ("caption", "text", "prompt", "label")
+NOT_TRAIN = ("test", "testing", "eval", "evaluation", "validation", "valid", "val", "dev")  # names of other splits
 
 
 def existing(path: str, what: str) -> Path:
@@ -50,8 +51,9 @@ class FolderConfig:
 
     1. a table in it: metadata.jsonl, captions.jsonl or the same as .csv, with a file and a caption column;
     2. a text file beside each picture, of the same name; 3. else the name of each picture's subfolder is its class.
-    A subfolder named like the split (train, test) is taken where there is one. buckets: shapes of several aspect ratios
-    in place of size x size (data/buckets.py).
+    A subfolder named like the split (train, test) is taken where there is one, with a table in it or its rows of one
+    beside it; else train is what lies in no subfolder of another split (test, val). buckets: shapes of several aspect
+    ratios in place of size x size (data/buckets.py).
     """
 
     path: str
@@ -68,25 +70,32 @@ class FolderConfig:
         root = existing(self.path, "data folder")
         if not root.is_dir():
             raise UserError(f"data folder: {root} is a file, not a folder")
-        if (root / split).is_dir():
-            root = root / split
-        elif split != "train":
-            near = nearest_name(split, [p.name for p in root.iterdir() if p.is_dir()])
-            raise UserError(f"data folder: {root} has no subfolder {split!r} for that split.{near}")
-        for name in TABLES:
-            if (root / name).is_file():
-                return _from_table(root / name)
-        pictures = sorted(p for p in root.rglob("*") if _is_picture(p))
+        folder, others = root / split, []
+        if not folder.is_dir():
+            if split != "train":
+                near = nearest_name(split, [p.name for p in root.iterdir() if p.is_dir()])
+                raise UserError(f"data folder: {root} has no subfolder {split!r} for that split.{near}")
+            folder, others = root, [p for p in root.iterdir() if p.is_dir() and p.name.lower() in NOT_TRAIN]
+        mine: Callable[[Path], bool] = lambda path: not any(map(path.is_relative_to, others))
+        inside: Callable[[Path], bool] = lambda path: path.is_relative_to(folder)
+        for table, taken in ((place / name, how) for place, how in ((folder, mine), (root, inside)) for name in TABLES):
+            if table.is_file() and (found := _from_table(table, taken)):
+                return found
+        pictures = sorted(p for p in folder.rglob("*") if _is_picture(p.relative_to(folder), folder) and mine(p))
         if not pictures:
-            texts = len(list(root.rglob("*.txt")))
+            texts = len(list(folder.rglob("*.txt")))
             beside = f" ({texts} .txt files are there, but no pictures beside them)" if texts else ""
-            raise UserError(f"data folder: {root} holds no pictures{beside}; known are {' '.join(sorted(SUFFIXES))}")
-        captions = [_caption_of(p, root) for p in pictures]
-        return ImageDataset(captions, [str(p.relative_to(root)) for p in pictures], pictures.__getitem__)
+            but = f" outside {', '.join(p.name for p in others)}" if others else ""
+            known = " ".join(sorted(SUFFIXES))
+            raise UserError(f"data folder: {folder} holds no pictures{but}{beside}; known are {known}")
+        captions = [_caption_of(p, folder) for p in pictures]
+        return ImageDataset(captions, [str(p.relative_to(folder)) for p in pictures], pictures.__getitem__)
 
 
-def _is_picture(path: Path) -> bool:
-    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
+def _is_picture(name: Path, folder: Path) -> bool:
+    """Of a path within a folder; what is hidden is none."""
+    hidden = any(part.startswith(".") for part in name.parts)
+    return name.suffix.lower() in SUFFIXES and not hidden and (folder / name).is_file()
 
 
 def _caption_of(picture: Path, root: Path) -> str:
@@ -96,12 +105,18 @@ def _caption_of(picture: Path, root: Path) -> str:
     return picture.parent.name.replace("_", " ") if picture.parent != root else ""
 
 
-def _from_table(table: Path) -> ImageDataset:
+def _from_table(table: Path, taken: Callable[[Path], bool]) -> ImageDataset | None:
+    """The pictures of a table that are to be taken; None where it has none of them."""
     rows = _read_csv(table) if table.suffix == ".csv" else _read_jsonl(table)
     if not rows:
         raise UserError(f"{table}: no captions in it")
-    file_key, caption_key = column(table, rows[0], FILE_KEYS, "file"), column(table, rows[0], CAPTION_KEYS, "caption")
-    files = [str(r.get(file_key) or "") for r in rows]
+    file_key = column(table, rows[0], FILE_KEYS, "file")
+    column(table, dict.fromkeys(key for row in rows for key in row), CAPTION_KEYS, "caption")
+    files = [str(row.get(file_key) or "") for row in rows]
+    numbers = [i for i, name in enumerate(files) if taken(table.parent / name)]
+    if not numbers:
+        return None
+    files = [files[i] for i in numbers]
     paths = [table.parent / name for name in files]
     missing = [i for i, path in enumerate(paths) if not os.path.isfile(path)]  # False, too, for what can be no name
     if len(missing) == len(paths):
@@ -109,8 +124,11 @@ def _from_table(table: Path) -> ImageDataset:
     if missing:
         name, path = files[missing[0]][:80], paths[missing[0]]
         near = nearest_name(path.name, os.listdir(path.parent)) if os.path.isdir(path.parent) else ""
-        raise UserError(f"{table}: row {missing[0] + 1} names {name or 'nothing'}, which does not exist.{near}")
-    return ImageDataset([str(r.get(caption_key) or "") for r in rows], files, paths.__getitem__)
+        raise UserError(
+            f"{table}: row {numbers[missing[0]] + 1} names {name or 'nothing'}, which does not exist.{near}"
+        )
+    captions = [text_of(next((rows[i][key] for key in CAPTION_KEYS if key in rows[i]), None)) for i in numbers]
+    return ImageDataset(captions, files, paths.__getitem__)
 
 
 def _read_csv(table: Path) -> list[dict[str, Any]]:
@@ -133,6 +151,17 @@ def _read_jsonl(table: Path) -> list[dict[str, Any]]:
                 raise UserError(f'{table}:{number}: not an object such as {{"file_name": "a.png", "caption": "a cat"}}')
             rows.append(row)
     return rows
+
+
+def text_of(value: Any) -> str:
+    """A caption out of a cell: text, bytes, the first of several, or that in a JSON object; empty for None and NaN."""
+    while isinstance(value, list | dict):
+        if isinstance(value, dict):
+            value = [value[key] for key in CAPTION_KEYS if value.get(key) not in (None, "")]
+        value = value[0] if value else None
+    if isinstance(value, bytes):
+        return value.decode("utf-8", errors="replace")
+    return "" if value is None or value != value else str(value)
 
 
 def column(where: object, row: Iterable[str], keys: tuple[str, ...], what: str) -> str:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import io
-import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +11,15 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # by orientation
 MIN_SIDE = 8  # pixels: less is a tracking dot, not a picture
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"}
 
@@ -26,21 +34,30 @@ def decode(source: bytes | Path | Image.Image) -> Image.Image:
     Of an animation the first frame. Raises BadImage for what is corrupt, truncated, no picture, tiny or absurdly large.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            if isinstance(source, Path):
-                source = source.read_bytes()
-            image = Image.open(io.BytesIO(source)) if isinstance(source, bytes) else source
-            image.load()
-            if min(image.size) < MIN_SIDE:
-                raise BadImage(f"only {image.width} x {image.height} pixels")
-            return _plain(ImageOps.exif_transpose(image))
+        if isinstance(source, Path):
+            source = source.read_bytes()
+        image = Image.open(io.BytesIO(source)) if isinstance(source, bytes) else source
+        if Image.MAX_IMAGE_PIXELS is not None and image.width * image.height > Image.MAX_IMAGE_PIXELS:
+            raise BadImage(f"{image.width} x {image.height} pixels, more than {Image.MAX_IMAGE_PIXELS}")
+        image.load()
+        if min(image.size) < MIN_SIDE:
+            raise BadImage(f"only {image.width} x {image.height} pixels")
+        turn = TURNS.get(orientation(image))
+        return _plain(image if turn is None else image.transpose(turn))
     except BadImage:
         raise
     except OSError as error:
         raise BadImage("not a picture" if isinstance(error, UnidentifiedImageError) else _reason(error)) from error
     except Exception as error:  # PIL raises many kinds on bad data
         raise BadImage(_reason(error)) from error
+
+
+def orientation(image: Image.Image) -> int:
+    """By its EXIF data; 1, upright, where they cannot be read."""
+    try:
+        return image.getexif().get(0x0112, 1)
+    except Exception:  # PIL raises many kinds on bad data
+        return 1
 
 
 def _plain(image: Image.Image) -> Image.Image:
@@ -61,11 +78,12 @@ def _reason(error: Exception) -> str:
 
 def _to_8_bits(image: Image.Image) -> Image.Image:
     """Grey of 16 bits, of 32 bits that hold 16 or 8, or of floats that reach 1, 255 or 65535."""
-    values = np.nan_to_num(np.asarray(image, dtype=np.float64))
-    if image.mode.startswith("I;16"):
-        top = 65535
-    else:
-        top = next((t for t in (1, 255) if values.max() <= t and (t > 1 or image.mode == "F")), 65535)
+    values = np.asarray(image, dtype=np.float64)
+    highest = values[np.isfinite(values)].max(initial=0)
+    floats = image.mode == "F"
+    likely = (1, 255) if floats else (255,) * (image.mode == "I")
+    top = next((t for t in likely if highest <= (1.5 * t if floats else t)), 65535)  # resampling overshoots
+    values = np.where(values == image.info.get("transparency"), top, np.nan_to_num(values, posinf=top, neginf=0))
     return Image.fromarray((values / top * 255).round().clip(0, 255).astype(np.uint8))
 
 
@@ -85,7 +103,8 @@ class ImageDataset:
 
     captions: one each; identifiers: what a log calls each; read(i): the picture as `decode` takes it, or BadImage. shapes:
     N x 2, the height and width that each is brought to in training (data/buckets.py), where they are not all of one size.
-    order(seed, epoch): the order of an epoch, where it is not any permutation (data/streaming.py).
+    order(seed, epoch): the order of an epoch, where it is not any permutation (data/streaming.py). files: that
+    pictures lie in, where they are not files of their own.
     """
 
     def __init__(
@@ -96,12 +115,14 @@ class ImageDataset:
         *,
         shapes: Tensor | None = None,
         order: Callable[[int, int], Tensor] | None = None,
+        files: Sequence[str | Path] = (),
     ) -> None:
         self.captions = captions
         self.identifiers = identifiers
         self.read = read
         self.shapes = shapes
         self.order = order
+        self.files = files
 
     def __len__(self) -> int:
         return len(self.captions)
@@ -123,4 +144,5 @@ class ImageDataset:
             lambda i: self.read(rows[i]),
             shapes=shapes,
             order=order and (lambda seed, epoch: (kept := place[order(seed, epoch)])[kept >= 0]),
+            files=self.files,
         )

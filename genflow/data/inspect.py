@@ -19,7 +19,7 @@ import torch
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from genflow.data.images import BadImage, ImageDataset, decode
+from genflow.data.images import ImageDataset, _reason, decode, orientation
 from genflow.data.pictures import Picture, caption_grid, write_atomic
 from genflow.errors import UserError
 from genflow.registry import api_export
@@ -27,7 +27,6 @@ from genflow.registry import api_export
 ASPECTS = ((9, 16), (2, 3), (3, 4), (4, 5), (1, 1), (5, 4), (4, 3), (3, 2), (16, 9))  # width : height, of the histogram
 SHEET, CELL = 64, 96  # pictures on the contact sheet, and their side in pixels
 SHOWN = 10  # of a list, in the text; inspect.json has all
-ORIENTATION = 0x0112  # the EXIF tag
 
 
 @dataclass(frozen=True)
@@ -106,8 +105,8 @@ def inspect_data(
 ) -> tuple[Inspection, Picture | None]:
     """Look at every picture of a data set, or at `limit` of them, evenly spread; what it holds, and a contact sheet.
 
-    size: what the data set asks for, to count the pictures below it. There is no sheet where no picture can be read.
-    Raises UserError for a limit below 1.
+    size: what the data set asks for where it has no buckets, to count the pictures below it. There is no sheet where no
+    picture can be read. Raises UserError for a limit below 1.
     """
     if limit is not None and limit < 1:
         raise UserError(f"limit = {limit} leaves no picture to look at; the least is 1")
@@ -133,7 +132,11 @@ def inspect_data(
         height=_extent(one.size[1] for one in good),
         aspect=_extent(one.size[0] / one.size[1] for one in good),
         aspects=_aspects(good),
-        enlarged=sum(min(one.size) < size for one in good) if size else 0,
+        enlarged=sum(
+            one.size[1] < height or one.size[0] < width
+            for one, (height, width) in zip(seen, _asked(dataset, chosen, size or 0), strict=True)
+            if one.reason is None
+        ),
         duplicates=[group for group in same.values() if len(group) > 1],
         captions=len({c for c in captions if c.strip()}),
         uncaptioned=sum(not c.strip() for c in captions),
@@ -145,22 +148,26 @@ def inspect_data(
     return found, _sheet(kept) if kept else None
 
 
+def _asked(dataset: ImageDataset, chosen: list[int], size: int) -> list[list[int]]:
+    """Height and width that each of these pictures is brought to in training."""
+    return [[size, size]] * len(chosen) if dataset.shapes is None else dataset.shapes[chosen].tolist()
+
+
 def _look(dataset: ImageDataset, i: int, *, thumbnail: bool) -> _Seen:
     try:
         source = dataset.read(i)
         if isinstance(source, Path):
             source = source.read_bytes()
         image = decode(source)
-    except BadImage as error:
-        return _Seen(reason=str(error))
-    except OSError as error:
-        return _Seen(reason=error.strerror or str(error))
-    header = Image.open(io.BytesIO(source)) if isinstance(source, bytes) else source
+        header = Image.open(io.BytesIO(source)) if isinstance(source, bytes) else source
+        traits = tuple(_traits(header))
+    except Exception as error:  # PIL raises many kinds on bad data
+        return _Seen(reason=_reason(error))
     digest = hashlib.blake2b(f"{image.mode} {image.size}".encode() + image.tobytes(), digest_size=16).hexdigest()
     return _Seen(
         size=image.size,
         format=header.format or "pixels",
-        traits=tuple(_traits(header)),
+        traits=traits,
         digest=digest,
         thumbnail=ImageOps.pad(image.convert("RGB"), (CELL, CELL), color="white") if thumbnail else None,
     )
@@ -174,7 +181,7 @@ def _traits(header: Any) -> Iterator[str]:
         yield "CMYK"
     if header.mode.startswith(("I", "F")) or any(";16" in str(tile[3]) for tile in getattr(header, "tile", ())):
         yield "16-bit"
-    if header.getexif().get(ORIENTATION, 1) != 1:
+    if orientation(header) != 1:
         yield "rotated by EXIF"
     if header.has_transparency_data:
         yield "alpha"

@@ -213,8 +213,11 @@ def read_head(path: Path) -> dict[str, Any]:
         about = json.loads(path.read_text())
         if missing := [key for key in KEYS if key not in about]:
             raise ValueError(f"it has no {missing[0]}")
+        counts = all(isinstance(about[key], int) for key in ("channels", "latents", "texts"))
+        if not counts or not isinstance(about["shape"], list) or about["dtype"] not in DTYPES:
+            raise ValueError("an entry is none that it can have")
         return about
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise UserError(f"data latents: {path} is damaged ({error}); remove its folder and {AGAIN}") from error
 
 

@@ -19,19 +19,15 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from genflow.data.buckets import stamps
+from genflow.data.buckets import digests, stamps
 from genflow.data.images import BadImage, ImageDataset
 from genflow.data.latents import DTYPES, HEAD, Encoder, names, read_head
+from genflow.data.locks import lock
 from genflow.data.sources import Pictures
 from genflow.errors import UserError
 from genflow.networks.identity import identity
 from genflow.registry import api_export
 from genflow.text import TextEncoder, cuts_told_at_once
-
-try:
-    import fcntl
-except ImportError:  # not a system with such locks: processes may do the same shard, one after the other
-    fcntl = None  # type: ignore[assignment]
 
 SHARD = 1024  # samples, or captions
 T = TypeVar("T")
@@ -79,7 +75,7 @@ def cache_latents(
     if batch < 1:
         raise UserError(f"batch = {batch} is too few; the least is 1")
     parts = _parts(dataset, shape, encoder.factor)
-    lengths = [length for length, _ in stamps(dataset)]  # not the time, which a copy changes
+    files = [*(length for length, _ in stamps(dataset)), *digests(dataset)]  # not the time, which a copy changes
     captions = list(dict.fromkeys(dataset.captions)) if text.fingerprint() is not None else []
     pieces = [captions[i : i + SHARD] for i in range(0, len(captions), SHARD)]
     head = {
@@ -92,7 +88,7 @@ def cache_latents(
         "data": None,
         "latents": len(parts),
         "texts": len(pieces),
-        "listing": _digest([dataset.identifiers, dataset.captions, lengths, [list(map(int, part)) for part in parts]]),
+        "listing": _digest([dataset.identifiers, dataset.captions, files, [list(map(int, part)) for part in parts]]),
         **(about or {}),
     }
     pictures = Pictures(dataset, size=shape[1], channels=shape[0], own_shapes=True)
@@ -105,9 +101,9 @@ def cache_latents(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _write_head(folder, json.loads(json.dumps(head)))
-        files = [*names("latents", len(parts)), *names("text", len(pieces))]
+        shards = [*names("latents", len(parts)), *names("text", len(pieces))]
         with cuts_told_at_once(), tqdm(total=len(dataset), desc="latents", unit=" pictures", disable=None) as bar:
-            for i, name in enumerate(files):
+            for i, name in enumerate(shards):
                 with _ours(folder / name) as ours:
                     if not ours:
                         done = (folder / name).is_file()
@@ -244,8 +240,6 @@ def _write_head(folder: Path, head: dict[str, Any]) -> None:
 
 
 def _write(path: Path, tensors: Mapping[str, Tensor], **told: Any) -> None:
-    for leftover in path.parent.glob(f".{path.name}.*.partial"):  # of a process that was killed: the shard is ours
-        leftover.unlink(missing_ok=True)
     whole = {key: tensor.contiguous() for key, tensor in tensors.items()}
     metadata = {"about": json.dumps(told)}  # one entry: of several, safetensors shuffles the order
     _replace(path, lambda temporary: save_file(whole, temporary, metadata=metadata))
@@ -265,23 +259,23 @@ def _replace(path: Path, write: Any) -> None:
 
 @contextlib.contextmanager
 def _ours(path: Path) -> Iterator[bool]:
-    """Whether a shard is missing and no other process is at it; none will be inside, and a killed one lets go."""
+    """Whether a shard is missing and no other process is at it; none will be inside, and a killed one lets go.
+
+    Without locks, processes may do the same shard, one after the other.
+    """
     if path.is_file():
         yield False
         return
-    if fcntl is None:
-        yield True
-        return
-    lock = path.with_name(f".{path.name}.lock")
-    with lock.open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+    locked = path.with_name(f".{path.name}.lock")
+    with locked.open("a") as file:
+        held = lock(file, wait=False)
+        if held is False:
             yield False
             return
-        except OSError:  # a file system without locks
-            pass
+        if held:
+            for leftover in path.parent.glob(f".{path.name}.*.partial"):  # of a process that was killed
+                leftover.unlink(missing_ok=True)
         try:
             yield not path.is_file()
         finally:
-            lock.unlink(missing_ok=True)
+            locked.unlink(missing_ok=True)

@@ -188,7 +188,7 @@ class _Batches(Dataset[Batch | UserError]):
             ids=[self.dataset.identifiers[i] for i in good],
             captions=[self.dataset.captions[i] for i in good],
             bad=bad,
-            **self.source.batch(good, turned),
+            **self.source.batch(good, turned, like=keys[0][0]),
         )
 
     def _good(self, index: int, bad: list[tuple[str, str]]) -> int:

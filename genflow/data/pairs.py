@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from genflow.data.folders import existing
 from genflow.errors import UserError
 from genflow.registry import api_export, dataset_export
 
@@ -75,13 +76,13 @@ class PairsConfig:
     @property
     def shape(self) -> tuple[int, ...]:
         """Of a sample. Raises UserError."""
-        return tuple(_about(Path(self.path))["shape"])
+        return tuple(_about(existing(self.path, "data pairs"))["shape"])
 
     def build(self, split: str = "train") -> PairsDataset:
         """Raises UserError for another split, and for a folder that holds no pairs or lacks some."""
         if split != "train":
             raise UserError(f"data pairs: no split {split!r}; all pairs are 'train'")
-        folder = Path(self.path)
+        folder = existing(self.path, "data pairs")
         about = _about(folder)
         files = shard_files(folder, about["pairs"], about["shard"])
         if missing := [file for file in files if not file.is_file()]:
@@ -89,7 +90,11 @@ class PairsConfig:
         try:
             shards = [load_file(file) for file in files]  # mapped, not read
             rows, noise = (Rows([shard[name] for shard in shards]) for name in ("x", "noise"))
-        except (OSError, SafetensorError, KeyError) as error:
+            for i, shard in enumerate(shards):
+                count = min(about["shard"], about["pairs"] - i * about["shard"])
+                if any(shard[name].shape != (count, *self.shape) for name in ("x", "noise")):
+                    raise ValueError(f"{files[i].name} holds no {count} pairs of shape {self.shape}")
+        except (OSError, SafetensorError, KeyError, ValueError) as error:
             raise UserError(
                 f"data pairs: a shard of {folder} is damaged ({error}); remove it and draw again"
             ) from error
@@ -126,7 +131,7 @@ def write_pairs(
                 continue
             numbers = range(i * SHARD, min((i + 1) * SHARD, n))
             noise, x = (each.float().cpu().contiguous() for each in draw(numbers))
-            if not bool(x.isfinite().all()):
+            if not bool(x.isfinite().all() and noise.isfinite().all()):
                 raise UserError(
                     f"a sample of pairs {numbers.start} to {numbers[-1]} is not finite; take other settings"
                 )

@@ -48,9 +48,10 @@ def write_atomic(path: Path, write: Callable[[IO[bytes]], object]) -> None:
         temporary.chmod(0o644)
         os.replace(temporary, path)
     except OSError as error:
+        raise UserError(f"could not write {path}: {error.strerror or error}") from error
+    finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
-        raise UserError(f"could not write {path}: {error.strerror or error}") from error
 
 
 @api_export("to_picture")
@@ -67,12 +68,14 @@ def read_settings(path: str | Path) -> dict[str, object]:
     """The settings written into a PNG by genflow. Raises UserError where there are none."""
     try:
         with Image.open(path) as image:
-            text = getattr(image, "text", {}).get(METADATA)
+            settings = json.loads(getattr(image, "text", {}).get(METADATA, "null"))
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or 'not a picture'}") from error
-    if text is None:
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: its genflow settings are damaged ({error})") from error
+    if not isinstance(settings, dict):
         raise UserError(f"{path}: this picture carries no genflow settings")
-    return json.loads(text)
+    return settings
 
 
 @api_export("caption_grid")

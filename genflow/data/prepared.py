@@ -26,8 +26,8 @@ class Captioned(Protocol):
     captions: list[str]
 
 
-CHUNK = 4096  # captions encoded at a time
-MEMORY = 2**30  # bytes of one of a table's tensors; beyond them it lies on disk
+CHUNK = 4096  # captions encoded at a time, or fewer of them
+MEMORY = 2**30  # bytes of those; and of one of a table's tensors, beyond which it lies on disk
 
 
 @api_export("PreparedConditions")
@@ -59,13 +59,16 @@ class PreparedConditions:
 
 def _encode(captions: Sequence[str], text: TextEncoder) -> Condition:
     """Chunk by chunk, so that only the result needs room, on disk if it is large."""
-    first = text.encode(captions[:CHUNK])
-    if len(captions) <= CHUNK:
-        return first
-    table = Condition(*(_room(len(captions), a) for a in (first.tokens, first.mask, first.pooled)))
-    for start in tqdm(range(0, len(captions), CHUNK), desc="captions", leave=False, disable=None):
-        part = first if start == 0 else text.encode(captions[start : start + CHUNK])
-        rows = slice(start, start + CHUNK)
+    row = text.null()
+    like = (row.tokens, row.mask, row.pooled)
+    each = sum(a.numel() * a.element_size() for a in like)
+    chunk = max(1, min(CHUNK, MEMORY // max(1, each)))
+    if len(captions) <= chunk:
+        return text.encode(captions)
+    table = Condition(*(_room(len(captions), a) for a in like))
+    for start in tqdm(range(0, len(captions), chunk), desc="captions", leave=False, disable=None):
+        rows = slice(start, start + chunk)
+        part = text.encode(captions[rows])
         table.tokens[rows], table.mask[rows], table.pooled[rows] = part.tokens, part.mask, part.pooled
     return table
 

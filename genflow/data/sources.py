@@ -28,10 +28,10 @@ class Source(Protocol):
     def check(self, i: int) -> None:
         """Raises BadImage for a sample that cannot be read."""
 
-    def batch(self, indices: list[int], turned: Tensor | None) -> dict[str, Tensor]:
+    def batch(self, indices: list[int], turned: Tensor | None, like: int) -> dict[str, Tensor]:
         """The tensors of a batch by the names of its fields; those where turned is True mirrored.
 
-        Those that are not of the first one's shape are brought to it.
+        Those that are not of sample `like`'s shape are brought to it.
         """
 
 
@@ -57,7 +57,7 @@ class Pictures:
     def __init__(self, dataset: ImageDataset, *, size: int, channels: int, own_shapes: bool = False) -> None:
         self.dataset, self.size, self.channels = dataset, size, channels
         self.shapes = dataset.shapes if own_shapes else None
-        self.bad: dict[int, BadImage] = {}
+        self.bad: dict[int, str] = {}  # why
         n, each = len(dataset), channels * size**2
         self.keeps = 0 < n * each <= MEMORY
         if self.keeps:  # anonymous shared maps: forked processes see each other's work
@@ -75,7 +75,7 @@ class Pictures:
     def __getitem__(self, index: int) -> Tensor:
         """channels x *shape(index), uint8. Raises BadImage."""
         if index in self.bad:
-            raise self.bad[index]
+            raise BadImage(self.bad[index])
         height, width = self.shape(index)
         length = self.channels * height * width
         if self.keeps:
@@ -86,7 +86,7 @@ class Pictures:
         try:
             pixels = fit(self.dataset.image(index), (height, width), self.channels)
         except BadImage as error:
-            self.bad[index] = error
+            self.bad[index] = str(error)
             raise
         if self.keeps:
             self.kept[index, :length] = pixels.view(-1)
@@ -100,9 +100,9 @@ class Pictures:
     def check(self, i: int) -> None:
         self[i]
 
-    def batch(self, indices: list[int], turned: Tensor | None) -> dict[str, Tensor]:
+    def batch(self, indices: list[int], turned: Tensor | None, like: int) -> dict[str, Tensor]:
         """x: B x C x H x W float32 in [-1, 1]."""
-        shape = self.shape(indices[0])
+        shape = self.shape(like)
         rows = [
             self[i] if self.shape(i) == shape else fit(self.dataset.image(i), shape, self.channels) for i in indices
         ]
@@ -128,7 +128,7 @@ class Numbers(_AllGood):
     def __init__(self, dataset: VectorDataset | PairsDataset) -> None:
         self.dataset = dataset
 
-    def batch(self, indices: list[int], turned: Tensor | None) -> dict[str, Tensor]:
+    def batch(self, indices: list[int], turned: Tensor | None, like: int) -> dict[str, Tensor]:
         """x: B x D, or B x *shape of pairs, float32, with their noise."""
         index = torch.tensor(indices)
         noise = {"noise": self.dataset.noise[index]} if isinstance(self.dataset, PairsDataset) else {}
@@ -141,7 +141,7 @@ class Latents(_AllGood):
     def __init__(self, dataset: LatentDataset) -> None:
         self.dataset = dataset
 
-    def batch(self, indices: list[int], turned: Tensor | None) -> dict[str, Tensor]:
+    def batch(self, indices: list[int], turned: Tensor | None, like: int) -> dict[str, Tensor]:
         """x: the means, spread: the standard deviations, both B x channels x h x w float32."""
         mirrored = [False] * len(indices) if turned is None else turned.tolist()
         mean, std = zip(*(self.dataset.posterior(i, m) for i, m in zip(indices, mirrored, strict=True)), strict=True)

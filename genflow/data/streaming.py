@@ -24,9 +24,10 @@ from tqdm import tqdm
 
 from genflow.cachedir import cache_folder
 from genflow.data.buckets import Buckets, bucketed
-from genflow.data.images import SUFFIXES, BadImage, ImageDataset
+from genflow.data.folders import text_of
+from genflow.data.images import SUFFIXES, BadImage, ImageDataset, _reason
 from genflow.data.pictures import write_atomic
-from genflow.data.tables import _files, _text
+from genflow.data.tables import _files
 from genflow.errors import UserError, nearest
 from genflow.functional import Rng
 from genflow.registry import dataset_export
@@ -51,9 +52,10 @@ class _Sample:
 class WebDatasetConfig:
     """WebDataset shards: tar files of pictures with .txt or .json captions. path: a file, a folder or a glob.
 
-    image, caption: extensions to take, where a sample has several. buffer: 0 shuffles all samples, wherever they lie; more
-    takes the shards of an epoch one after another, in an order of its own, and shuffles within a window of so many samples,
-    so that disks read nearly straight on. The heads of a shard are read once, and kept until the shard changes.
+    image, caption: extensions to take, where a sample has several; without image, a sample may have a picture of any kind.
+    buffer: 0 shuffles all samples, wherever they lie; more takes the shards of an epoch one after another, in an order of
+    its own, and shuffles within a window of so many samples, so that disks read nearly straight on. The heads of a shard
+    are read once, and kept until the shard changes.
     """
 
     path: str
@@ -79,23 +81,28 @@ class WebDatasetConfig:
         samples = [sample for shard in shards for sample in shard]
         if not samples:
             raise UserError(f"data webdataset: {self.path} holds no samples")
-        image = self._extension("image", self.image, samples, [suffix[1:] for suffix in SUFFIXES])
+        usual = sorted(suffix[1:] for suffix in SUFFIXES)
+        image = self._extension("image", self.image, samples, usual)
         caption = self._extension("caption", self.caption, samples, TEXTS)
         opened = lru_cache(maxsize=OPEN)(partial(open, mode="rb", buffering=0))
 
         def read(i: int) -> bytes:
             sample = samples[i]
-            if image not in sample.members:
+            others = () if self.image else usual
+            if (taken := next((e for e in (image, *others) if e in sample.members), None)) is None:
                 raise BadImage(f"it has no .{image}")
-            file = opened(sample.shard)
-            offset, size = sample.members[image]
-            return os.pread(file.fileno(), size, offset)  # at a place of its own: processes share the file
+            offset, size = sample.members[taken]
+            try:  # read at a place of its own: processes share the file
+                return os.pread(opened(sample.shard).fileno(), size, offset)
+            except OSError as error:
+                raise BadImage(_reason(error)) from error
 
         dataset = ImageDataset(
             [_caption(sample.texts.get(caption, ""), caption) for sample in samples],
             [f"webdataset[{sample.key}]" for sample in samples],
             read,
             order=partial(stream_order, [len(shard) for shard in shards], self.buffer) if self.buffer else None,
+            files=files,
         )
         return bucketed(dataset, self.buckets, self.size)
 
@@ -130,7 +137,7 @@ def _caption(text: str, extension: str) -> str:
     if extension != "json":
         return " ".join(text.split())
     try:
-        return _text(json.loads(text))
+        return text_of(json.loads(text))
     except (ValueError, RecursionError):
         return ""
 

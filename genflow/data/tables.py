@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import glob as globbing
+import os
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from genflow.data.buckets import Buckets, bucketed
-from genflow.data.folders import CAPTION_KEYS, column, existing
+from genflow.data.folders import CAPTION_KEYS, NOT_TRAIN, column, existing, text_of
 from genflow.data.images import BadImage, ImageDataset
 from genflow.errors import UserError, nearest
 from genflow.registry import dataset_export
@@ -31,7 +34,7 @@ def _open(kind: str, where: str, split: str, **options: Any) -> Any:
         raise UserError(f"data {where}: cannot be loaded ({type(error).__name__}: {reason})") from error
 
 
-def _captioned(table: Any, where: str, image: str | None, caption: str | None) -> ImageDataset:
+def _captioned(table: Any, where: str, image: str | None, caption: str | None, files: Sequence[str]) -> ImageDataset:
     """Choose the picture and caption columns; decode pictures ourselves, so that a bad one is only skipped."""
     import datasets
 
@@ -45,9 +48,9 @@ def _captioned(table: Any, where: str, image: str | None, caption: str | None) -
         table = table.cast_column(image, datasets.Image(decode=False))
     labels = table.features[caption]
     if isinstance(labels, datasets.ClassLabel):
-        captions = [labels.int2str(i) if i >= 0 else "" for i in table[caption]]
+        captions = [labels.int2str(i) if i is not None and i >= 0 else "" for i in table[caption]]
     else:
-        captions = [_text(value) for value in table[caption]]
+        captions = [text_of(value) for value in table[caption]]
 
     def read(i: int) -> Any:
         value = table[i][image]
@@ -58,24 +61,13 @@ def _captioned(table: Any, where: str, image: str | None, caption: str | None) -
         return Path(value) if isinstance(value, str) else value
 
     keys = table["__key__"] if "__key__" in names else range(len(table))
-    return ImageDataset(captions, [f"{where}[{key}]" for key in keys], read)
-
-
-def _text(value: Any) -> str:
-    """A caption out of a cell: text, bytes, the first of several, or the caption in a JSON sidecar."""
-    if isinstance(value, bytes):
-        return value.decode("utf-8", errors="replace")
-    if isinstance(value, list):
-        return _text(value[0]) if value else ""
-    if isinstance(value, dict):
-        return next((str(value[key]) for key in CAPTION_KEYS if value.get(key)), "")
-    return "" if value is None else str(value)
+    return ImageDataset(captions, [f"{where}[{key}]" for key in keys], read, files=files)
 
 
 def _files(pattern: str, where: str, suffix: str) -> list[str]:
     """The files that a path, a folder or a glob means. Raises UserError where there is none."""
-    if any(c in pattern for c in "*?["):
-        files = sorted(globbing.glob(str(Path(pattern).expanduser()), recursive=True))
+    if any(c in pattern for c in "*?[") and not os.path.exists(os.path.expanduser(pattern)):
+        files = sorted(globbing.glob(os.path.expanduser(pattern), recursive=True))
     else:
         path = existing(pattern, f"data {where}")
         files = sorted(str(p) for p in path.glob(f"*{suffix}")) if path.is_dir() else [str(path)]
@@ -84,12 +76,19 @@ def _files(pattern: str, where: str, suffix: str) -> list[str]:
     return files
 
 
+def _split_of(file: str) -> str:
+    """The split that a name tells, as in test.parquet and test-00000-of-00001.parquet; else train."""
+    name = re.sub(r"-\d+-of-\d+$", "", Path(file).stem)
+    return name if name in NOT_TRAIN else "train"
+
+
 @dataset_export("parquet")
 @dataclass(frozen=True)
 class ParquetConfig:
     """Parquet files with a column of encoded pictures and one of captions. path: a file, a folder or a glob.
 
-    split_column: where there is one, rows whose value in it is the split are taken; else all are of split train.
+    Of files named after splits, as on the hub (train-00000-of-00001.parquet, test.parquet), those of the split are taken.
+    split_column: where there is one, so are the rows whose value in it is the split; else all are of split train.
     """
 
     path: str
@@ -103,17 +102,22 @@ class ParquetConfig:
 
     def build(self, split: str = "train") -> ImageDataset:
         """Raises UserError for files, columns or splits that are not there."""
-        table = _open("parquet", "parquet", "train", data_files=_files(self.path, "parquet", ".parquet"))
+        files = _files(self.path, "parquet", ".parquet")
+        told = [file for file in files if _split_of(file) == split]
+        own = told or files
+        table = _open(
+            "parquet", "parquet", "train", data_files=[globbing.escape(file) for file in own]
+        )  # it takes patterns
         if self.split_column in table.column_names:
             values = table.with_format("arrow")[self.split_column][:].to_pylist()
             rows = [i for i, value in enumerate(values) if value == split]
             if not rows:
                 raise UserError(f"data parquet: no row is of split {split!r}.{nearest(split, set(map(str, values)))}")
             table = table.select(rows)
-        elif self.split_column != "split" or split != "train":
+        elif self.split_column != "split" or (split != "train" and not told):
             near = nearest(self.split_column, table.column_names)
             raise UserError(f"data parquet: no column {self.split_column!r} for split {split!r}.{near}")
-        return bucketed(_captioned(table, "parquet", self.image, self.caption), self.buckets, self.size)
+        return bucketed(_captioned(table, "parquet", self.image, self.caption, own), self.buckets, self.size)
 
 
 @dataset_export("hub")
@@ -132,4 +136,5 @@ class HubConfig:
 
     def build(self, split: str = "train") -> ImageDataset:
         table = _open(self.repo, self.repo, split, name=self.subset)
-        return bucketed(_captioned(table, self.repo, self.image, self.caption), self.buckets, self.size)
+        files = [each["filename"] for each in table.cache_files]
+        return bucketed(_captioned(table, self.repo, self.image, self.caption, files), self.buckets, self.size)

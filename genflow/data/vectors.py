@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from genflow.data.folders import existing
+from genflow.data.folders import existing, text_of
 from genflow.errors import UserError, nearest
 from genflow.functional import Rng
 from genflow.registry import api_export, dataset_export
@@ -109,14 +109,20 @@ class TableConfig:
             missing = split if len(training) else "train"
             raise UserError(f"data table: {table.path} has no row of split {missing!r}.{nearest(missing, known)}")
         mean = values[training].mean(0)
-        spread = np.ptp(values[training], 0)
-        for name, width, centre in zip(names, spread, mean, strict=True):
+        with np.errstate(over="ignore", invalid="ignore"):
+            spread, std = np.ptp(values[training], 0), values[training].std(0)
+        reach = np.finfo(np.float32)
+        for name, width, centre, deviation in zip(names, spread, mean, std, strict=True):
             if width <= 1e-12 * abs(centre):
                 raise UserError(
                     f"data table: column {name!r} of {table.path} is {centre:g} in all {len(training)} training rows, "
                     "and a constant has no density; leave it out of `columns`"
                 )
-        std = values[training].std(0)
+            if not reach.tiny <= deviation <= reach.max:
+                raise UserError(
+                    f"data table: column {name!r} of {table.path} has a standard deviation of {deviation:g}, out of "
+                    f"float32's reach ({reach.tiny:g} to {reach.max:g}); give it in another unit"
+                )
         labels = _texts(table, self.label) if self.label else np.full(len(values), "")
         return VectorDataset(
             torch.from_numpy((values[taken] - mean) / std).float(),
@@ -203,11 +209,14 @@ def _arrays(file: Path) -> _Table:
 def _parquet(file: Path) -> _Table:
     import pyarrow.parquet as pq
 
-    return _Table(file, pq.read_schema(file).names, lambda name: pq.read_table(file, columns=[name]).column(0))
+    names = [
+        name for name in pq.read_schema(file).names if not name.startswith("__index_level_")
+    ]  # pandas's row numbers
+    return _Table(file, names, lambda name: pq.read_table(file, columns=[name]).column(0))
 
 
 def _text(file: Path) -> _Table:
-    """A first line of nothing but numbers is no header: the columns are then called 0, 1, ..."""
+    """A first line with a number in it is no header: the columns are then called 0, 1, ..."""
     import csv
 
     from pyarrow import csv as arrow
@@ -215,7 +224,7 @@ def _text(file: Path) -> _Table:
     delimiter = "\t" if file.suffix.lower() == ".tsv" else ","
     with file.open(encoding="utf-8-sig", newline="") as lines:
         first = next(csv.reader(lines, delimiter=delimiter), [])
-    headless = bool(first) and all(not np.isnan(_float(cell)) for cell in first)
+    headless = any(np.isfinite(_float(cell)) for cell in first)
     names = [str(j) for j in range(len(first))] if headless else first
     read = arrow.ReadOptions(column_names=names, skip_rows=0 if headless else 1)
     parse = arrow.ParseOptions(delimiter=delimiter)
@@ -243,13 +252,17 @@ def _column(table: _Table, name: str) -> np.ndarray:
 def _numbers(table: _Table, name: str) -> np.ndarray:
     """A column as float64. Raises UserError, with the row, for what is missing, no number or not finite."""
     column = _column(table, name)
+    if column.dtype.kind in "cmM":  # complex numbers and times, which NumPy would make real ones
+        raise UserError(
+            f"data table: column {name!r} of {table.path} is of {column.dtype}, no real numbers; leave it out"
+        )
     values = column.astype(np.float64) if column.dtype.kind in "biuf" else np.array([_float(cell) for cell in column])
     wrong = np.flatnonzero(~np.isfinite(values))
     if not len(wrong):
         return values
     row = int(wrong[0])
     cell = column[row].item() if isinstance(column[row], np.generic) else column[row]
-    what = "nothing, or NaN" if cell is None or cell == "" else repr(cell)
+    what = "nothing, or NaN" if isinstance(cell, str | None) and not cell else repr(cell)
     raise UserError(
         f"data table: {table.path}, column {name!r}: row {row + 1} holds {what[:60]}, no finite number; "
         "mend or remove the row, or leave the column out of `columns`"
@@ -264,4 +277,4 @@ def _float(cell: Any) -> float:
 
 
 def _texts(table: _Table, name: str) -> np.ndarray:
-    return np.array(["" if cell is None else str(cell) for cell in _column(table, name).tolist()], dtype=np.str_)
+    return np.array([text_of(cell) for cell in _column(table, name).tolist()], dtype=np.str_)

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from genflow.cachedir import cache_folder
 from genflow.data.images import ImageDataset
+from genflow.data.locks import lock
 from genflow.errors import UserError, nearest
 from genflow.registry import dataset_export
 
@@ -27,7 +28,10 @@ def _labelled(
         if not download:
             raise UserError(f"data {name}: not in {folder}, or damaged; set root, or download: true") from error
         try:
-            data = build(str(folder), train=split == "train", download=True)
+            folder.mkdir(parents=True, exist_ok=True)
+            with (folder / f".{name}.lock").open("a") as file:  # torchvision writes in place: one process fetches
+                lock(file, wait=True)
+                data = build(str(folder), train=split == "train", download=True)
         except Exception as error:
             reason = " ".join(str(error).split())[:120] or type(error).__name__
             what = f"not in {folder}, or damaged, and could not be fetched"

@@ -90,7 +90,7 @@ def read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text())
     except FileNotFoundError:
         raise UserError(f"{path} is missing; copy the whole folder") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({error}); copy it again") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} is damaged: not a JSON object; copy it again")

@@ -26,11 +26,17 @@ DTYPES = {
     "I32": torch.int32,
     "I16": torch.int16,
     "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
     "U8": torch.uint8,
+    "C64": torch.complex64,
     "BOOL": torch.bool,
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 INDEX = ".safetensors.index.json"
+SHARD = re.compile(r"-\d+-of-\d+(?=\.safetensors$)")
+USUAL = ("model", "diffusion_pytorch_model")
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 SAFE = "take the .safetensors file of the same model, or save it as one where it was made"
 # How files begin that are often taken for safetensors.
@@ -107,22 +113,27 @@ def _fault(path: Path, error: Exception) -> str:
 def read_folder(folder: Path) -> dict[str, Lazy]:
     """The tensors of a folder's one safetensors file, or of its shards by their index.
 
-    Of variants (`model.fp16.safetensors`) the plain file is taken where there is one. Raises UserError where there is no
-    such file, where a shard is missing or lacks what the index says, and for several files of which none is plain.
+    Of several the plain one is taken (not `model.fp16.safetensors`), and of several plain ones that of a usual name. Raises
+    UserError where this leaves none or several, where a shard is missing or lacks what the index says, and for shards
+    without an index.
     """
     if not folder.is_dir():
         raise UserError(f"{folder} is missing; copy the whole folder")
-    indices = sorted(folder.glob(f"*{INDEX}"), key=lambda p: len(p.name))
-    shards = {p.name for index in indices for p in folder.glob("*-of-*.safetensors")}
-    files = sorted((p for p in folder.glob("*.safetensors") if p.name not in shards), key=lambda p: len(p.name))
-    if files and (len(files) == 1 or files[0].name.count(".") == 1):
-        return read_file(files[0])
-    if files:
-        raise UserError(
-            f"{folder} holds {len(files)} files of weights, {files[0].name} first; name the one that is meant"
-        )
-    if indices:
-        return _read_shards(indices[0])
+    found: dict[str, Path] = {}  # by name: one file, else the index of shards, else one of them
+    for path in sorted(folder.glob("*-of-*.safetensors")) + sorted(folder.glob(f"*{INDEX}")):
+        found[SHARD.sub("", path.name.removesuffix(INDEX)).removesuffix(".safetensors")] = path
+    found |= {path.stem: path for path in sorted(folder.glob("*.safetensors")) if not SHARD.search(path.name)}
+    for better in (lambda name: "." not in name, USUAL.__contains__):
+        found = {name: path for name, path in found.items() if better(name)} or found
+    if len(found) > 1:
+        first = min(path.name for path in found.values())
+        raise UserError(f"{folder} holds {len(found)} files of weights, {first} first; name the one that is meant")
+    for name, path in found.items():
+        if path.name.endswith(INDEX):
+            return _read_shards(path)
+        if SHARD.search(path.name):
+            raise UserError(f"{folder} holds {path.name}, but no {name}{INDEX} that tells its shards; copy it as well")
+        return read_file(path)
     if pickles := [p for p in sorted(folder.iterdir()) if p.suffix in PICKLES]:
         raise UserError(f"{pickles[0]} {_fault(pickles[0], ValueError())}")
     raise UserError(f"{folder} holds no .safetensors file")
@@ -134,7 +145,7 @@ def _read_shards(index: Path) -> dict[str, Lazy]:
         names = sorted(set(where.values()))
         if any(Path(name).name != name for name in names):
             raise ValueError("a shard is not beside it")
-    except (OSError, ValueError, LookupError, AttributeError, TypeError) as error:
+    except (OSError, ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
         raise UserError(f"{index} is damaged ({error}); copy it again") from error
     if missing := [name for name in names if not (index.parent / name).is_file()]:
         raise UserError(f"{index.parent} lacks {missing[0]}, one of {len(names)} shards; copy it as well")

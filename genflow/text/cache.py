@@ -79,9 +79,9 @@ def _read(base: sqlite3.Connection, captions: Sequence[str]) -> Iterator[tuple[s
 
 
 def _write(base: sqlite3.Connection, rows: Mapping[str, Row]) -> None:
-    data = {_key(caption): save(row) for caption, row in rows.items()}
-    with base:
-        sealed = ((key, _digest(each) + each) for key, each in data.items())
+    with base:  # row by row, so that there is no second copy of all
+        data = ((_key(caption), save(row)) for caption, row in rows.items())
+        sealed = ((key, _digest(each) + each) for key, each in data)
         base.executemany("INSERT OR REPLACE INTO rows VALUES (?, ?)", sealed)
 
 

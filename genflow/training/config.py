@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal
+
+from torch import nn
 
 from genflow.config import Choice, Owned
 from genflow.errors import UserError
@@ -88,3 +90,30 @@ class RunConfig:
             raise UserError("train.lora: an update of what? Set `init` to the run or model folder to start from")
         if self.sample is None:
             object.__setattr__(self, "sample", self.flow.sampling())
+
+
+def shape_of(data: Any) -> tuple[int, ...]:
+    """The shape of a data set's samples, from its config: (channels, size, size), or its own."""
+    return tuple(data.shape) if hasattr(data, "shape") else (data.channels, data.size, data.size)
+
+
+def fit_to(model: Any, text: nn.Module, shape: tuple[int, ...], flow: Any = None) -> Any:
+    """Fill in what a network's config leaves open: a sample's shape, the text encoder's widths, and what the flow says.
+
+    Raises UserError for a network that reads the tokens of a text where there is none.
+    """
+    if not text.max_tokens and getattr(model, "context_dim", 0) is None:
+        kind = type(model).__name__.removesuffix("Config")
+        raise UserError(f"a model {kind} reads the tokens of a text, and text is none; set text, such as learned")
+    known: dict[str, Any] = {
+        "shape": shape,
+        "in_channels": shape[0],
+        "context_dim": text.context_dim,
+        "pooled_dim": text.pooled_dim,
+        "condition_dim": text.pooled_dim,
+    }
+    if hasattr(flow, "fits"):
+        known |= flow.fits(shape)
+    if len(known["shape"]) == 3:
+        known["sample_size"] = max(known["shape"][1] // getattr(model, "patch_size", 1), 1)
+    return replace(model, **{k: v for k, v in known.items() if getattr(model, k, 0) is None})

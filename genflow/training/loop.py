@@ -27,7 +27,7 @@ from genflow.flows.trained import fill_trained
 from genflow.functional import Rng
 from genflow.training.apply import checkpointed, compile_blocks, train_in_float8
 from genflow.training.checkpoint import checkpoint_tensors, load_checkpoint, save_checkpoint
-from genflow.training.config import RunConfig
+from genflow.training.config import RunConfig, fit_to, shape_of
 from genflow.training.ema import EMA
 from genflow.training.log import T_BINS, Log, LossByTime
 from genflow.training.lora import adapted
@@ -125,6 +125,11 @@ class Trainer:
             return
         state = load_checkpoint(folder, model=self.flow, optimizer=self.optimizer.optimizer, ema=self.ema)
         self.step = state["step"]
+        if (n := state.get("samples", len(self.dataset))) != len(self.dataset):
+            raise UserError(
+                f"data: {len(self.dataset)} samples, but {n} when {folder} was written: this would be another run. Give it "
+                f"the data that it had, or begin a new one from its weights: init={self.run_folder} out=NEW"
+            )
         if self.accelerator.is_main_process:
             self.by_time = LossByTime(state["by_time"])
             self.bad = dict(state.get("bad", {}))
@@ -299,7 +304,12 @@ class Trainer:
                 self.step,
                 config={**to_dict(self.config), "shape": list(self.shape), **self.base},
                 tensors=tensors,
-                state={"by_time": sums.tolist(), "scaler": scaler and scaler.state_dict(), "bad": self.bad},
+                state={
+                    "by_time": sums.tolist(),
+                    "scaler": scaler and scaler.state_dict(),
+                    "bad": self.bad,
+                    "samples": len(self.dataset),
+                },
                 keep=self.config.train.keep,
             )
         self.accelerator.wait_for_everyone()
@@ -370,30 +380,3 @@ class Trainer:
     def _picture(self) -> Path:
         """The file of this step's preview."""
         return self.run_folder / "previews" / f"step-{self.step:08d}.png"
-
-
-def shape_of(data: Any) -> tuple[int, ...]:
-    """The shape of a data set's samples, from its config: (channels, size, size), or its own."""
-    return tuple(data.shape) if hasattr(data, "shape") else (data.channels, data.size, data.size)
-
-
-def fit_to(model: Any, text: nn.Module, shape: tuple[int, ...], flow: Any = None) -> Any:
-    """Fill in what a network's config leaves open: a sample's shape, the text encoder's widths, and what the flow says.
-
-    Raises UserError for a network that reads the tokens of a text where there is none.
-    """
-    if not text.max_tokens and getattr(model, "context_dim", 0) is None:
-        kind = type(model).__name__.removesuffix("Config")
-        raise UserError(f"a model {kind} reads the tokens of a text, and text is none; set text, such as learned")
-    known: dict[str, Any] = {
-        "shape": shape,
-        "in_channels": shape[0],
-        "context_dim": text.context_dim,
-        "pooled_dim": text.pooled_dim,
-        "condition_dim": text.pooled_dim,
-    }
-    if hasattr(flow, "fits"):
-        known |= flow.fits(shape)
-    if len(known["shape"]) == 3:
-        known["sample_size"] = max(known["shape"][1] // getattr(model, "patch_size", 1), 1)
-    return replace(model, **{k: v for k, v in known.items() if getattr(model, k, 0) is None})

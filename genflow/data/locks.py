@@ -1,0 +1,26 @@
+"""Locks on files, by which processes of one or of several machines take turns."""
+
+from __future__ import annotations
+
+from typing import IO, Any
+
+try:
+    import fcntl
+except ImportError:  # not a system with such locks
+    fcntl = None  # type: ignore[assignment]
+
+
+def lock(file: IO[Any], *, wait: bool) -> bool | None:
+    """Whether this process now holds an open file, until it is closed; None where there are no locks.
+
+    wait: until no other process holds it.
+    """
+    if fcntl is None:
+        return None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        return True
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks
+        return None
