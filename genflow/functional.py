@@ -80,7 +80,7 @@ def log_snr(t: T) -> T:
     """The log of the signal-to-noise ratio of amplitudes, log((1 - t) / t); infinite at the ends."""
     if isinstance(t, Tensor):
         return -torch.logit(t)
-    return math.log1p(-t) - math.log(t)
+    return math.copysign(math.inf, 0.5 - t) if t in (0, 1) else math.log1p(-t) - math.log(t)
 
 
 @api_export("renoise")

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from genflow.layers.kernels import again
 from genflow.native.library import SUFFIX, call, usable
@@ -16,14 +17,15 @@ def affine_half(x: Tensor, parameters: Tensor, limit: float) -> tuple[Tensor, Te
 
     x: B x C x H x W; parameters: B x 2 c x H x W, t and then u, for the last c channels of x.
     """
-    if _fused(x, parameters):
+    if _fused(x, parameters, limit):
         return AffineHalf.apply(_rows(x), _rows(parameters), limit)
     return _plain(x, parameters, limit)
 
 
 def affine_half_inverse(z: Tensor, parameters: Tensor, limit: float) -> tuple[Tensor, Tensor]:
     """The inverse of `affine_half`, and minus the sum of s."""
-    if _fused(z, parameters) and not (torch.is_grad_enabled() and (z.requires_grad or parameters.requires_grad)):
+    tracked = torch.is_grad_enabled() and (z.requires_grad or parameters.requires_grad)
+    if _fused(z, parameters, limit) and not tracked and forward_ad._current_level < 0:
         z, parameters = _rows(z), _rows(parameters)
         return _run("affine_inverse", z, parameters, limit)
     kept, changed, shift, log_scale = _parts(z, parameters, limit)
@@ -41,10 +43,19 @@ def _parts(x: Tensor, parameters: Tensor, limit: float) -> tuple[Tensor, Tensor,
     return kept, changed, shift, limit * torch.tanh(u / limit)
 
 
-def _fused(x: Tensor, parameters: Tensor) -> bool:
+def _fused(x: Tensor, parameters: Tensor, limit: float) -> bool:
+    """Whether the kernels can serve: for a limit that their exp can, and parameters of just these places and channels."""
     with torch.autocast("cpu", enabled=False):  # of no concern to a map in float32
         return (
-            x.dtype == torch.float32 and parameters.dtype in SUFFIX and usable(x) and not torch.compiler.is_compiling()
+            x.dtype == torch.float32
+            and parameters.dtype in SUFFIX
+            and limit <= 60
+            and x.dim() == 4
+            and parameters.shape[::2] == x.shape[::2]
+            and parameters.shape[3] == x.shape[3]
+            and parameters.shape[1] in range(2, 2 * x.shape[1] + 1, 2)
+            and usable(x)
+            and not torch.compiler.is_compiling()
         )
 
 

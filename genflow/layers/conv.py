@@ -17,13 +17,14 @@ ROWS = 8192  # places that a thread takes at a time, so that what lies between t
 def three_convolutions(first: nn.Conv2d, middle: nn.Conv2d, last: nn.Conv2d, x: Tensor, added: Tensor | None) -> Tensor:
     """last(relu(middle(relu(first(x) + added)))), of 3x3, 1x1 and 3x3 convolutions with padding.
 
-    x: B x C x H x W; added: B x hidden, or none. Under autocast it is computed in autocast's dtype.
+    x: B x C x H x W; added: B x hidden, 1 x hidden, or none. Under autocast it is computed in autocast's dtype.
     """
     added = x.new_zeros(1, first.out_channels) if added is None else added
     weights = [cast(Tensor, w) for layer in (first, middle, last) for w in (layer.weight, layer.bias)]
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
     single = all(t.dtype == torch.float32 for t in (x, *weights))
-    if single and x.is_cpu and usable(x.new_empty(0, dtype=dtype)) and not torch.compiler.is_compiling():
+    single = single and x.is_cpu and len(added) in (1, len(x))
+    if single and usable(x.new_empty(0, dtype=dtype)) and not torch.compiler.is_compiling():
         keep = torch.is_grad_enabled() and any(t.requires_grad for t in (x, added, *weights))
         return ThreeConvolutions.apply(x, added.float(), *weights, dtype, keep)
     return _plain(x, added, *weights)
@@ -46,7 +47,7 @@ class ThreeConvolutions(torch.autograd.Function):
         packed1 = w1.to(dtype).permute(2, 3, 1, 0).reshape(9 * C, hidden)
         packed2 = w2.view(hidden, hidden).T.to(dtype)
         packed3 = w3.to(dtype).flip(2, 3).permute(1, 2, 3, 0).reshape(hidden, 9 * outputs)
-        bias1, bias2, bias3 = added + b1, as_float(b2), as_float(b3)
+        bias1, bias2, bias3 = (added + b1).contiguous(), as_float(b2), as_float(b3)
         pixels, step = _pixels(x)
         chunk = _samples_at_once(B, places)
         kept = B if keep else chunk
@@ -98,7 +99,7 @@ class ThreeConvolutions(torch.autograd.Function):
         db1 = dadded.sum(0)
         return (
             None if dx is None else dx.permute(0, 3, 1, 2),
-            dadded if len(added) > 1 else db1.unsqueeze(0),
+            db1.unsqueeze(0) if len(added) == 1 else dadded,
             d1.view(3, 3, C, hidden).permute(3, 2, 0, 1),
             db1,
             d2.T.reshape(w2.shape),

@@ -63,14 +63,14 @@ class PatchEmbed(nn.Module):
 def patchify(x: Tensor, p: int) -> Tensor:
     """B x C x H x W -> B x (H/p W/p) x (C p p), channel slowest, as a convolution kernel is laid out."""
     b, c, h, w = x.shape
-    return x.reshape(b, c, h // p, p, w // p, p).permute(0, 2, 4, 1, 3, 5).reshape(b, -1, c * p * p)
+    return x.reshape(b, c, h // p, p, w // p, p).permute(0, 2, 4, 1, 3, 5).reshape(b, (h // p) * (w // p), c * p * p)
 
 
 def unpatchify(tokens: Tensor, height: int, width: int, p: int) -> Tensor:
     """B x (H/p W/p) x (p p C), channel fastest (SD3's order) -> B x C x H x W; height and width in patches."""
-    b = tokens.shape[0]
-    x = tokens.reshape(b, height, width, p, p, -1).permute(0, 5, 1, 3, 2, 4)
-    return x.reshape(b, -1, height * p, width * p)
+    b, _, inner = tokens.shape
+    x = tokens.reshape(b, height, width, p, p, inner // p**2).permute(0, 5, 1, 3, 2, 4)
+    return x.reshape(b, inner // p**2, height * p, width * p)
 
 
 class MLPEmbedder(nn.Module):

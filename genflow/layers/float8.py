@@ -25,7 +25,7 @@ class Float8Product(torch.autograd.Function):
         w8, w_scale = _scaled(weight, torch.float8_e4m3fn)
         ctx.save_for_backward(x8, x_scale, w8, w_scale)
         ctx.shape, ctx.dtypes = x.shape, (x.dtype, weight.dtype)
-        return product(x8, w8, x_scale, w_scale, fast=True)[: x.shape[:-1].numel()].view(*x.shape[:-1], -1)
+        return product(x8, w8, x_scale, w_scale, fast=True)[: x.shape[:-1].numel()].view(*x.shape[:-1], len(weight))
 
     @staticmethod
     @once_differentiable
@@ -48,9 +48,9 @@ def product(a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, *, fast: boo
 
 
 def _rows(x: Tensor) -> Tensor:
-    """... x I as rows, with rows of zeros up to a multiple of 16."""
+    """... x I as rows, with rows of zeros up to a multiple of 16, and 16 where there are none."""
     x = x.reshape(-1, x.shape[-1])
-    return F.pad(x, (0, 0, 0, -len(x) % MULTIPLE))
+    return F.pad(x, (0, 0, 0, max(-len(x) % MULTIPLE, MULTIPLE - len(x))))
 
 
 def _scaled(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

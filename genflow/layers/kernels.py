@@ -29,7 +29,9 @@ def again(
     outputs = plain(*inputs)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     wanted = [x for x in inputs if x.requires_grad]
-    found = iter(torch.autograd.grad(outputs, wanted, grads, create_graph=True))
+    moving = [i for i, y in enumerate(outputs) if y.requires_grad]
+    ends, cotangents = [outputs[i] for i in moving], [grads[i] for i in moving]
+    found = iter(torch.autograd.grad(ends, wanted, cotangents, create_graph=True) if wanted else ())
     return tuple(next(found) if x.requires_grad else None for x in inputs)
 
 
@@ -50,12 +52,12 @@ def trains_on_matrix_units(x: Tensor, weight: Tensor) -> bool:
 class Product(torch.autograd.Function):
     """x W^T in bf16; its gradient of W is summed and given in float32, where libraries round it to bf16.
 
-    x: ... x I; W: O x I, of any dtype.
+    x: ... x I, contiguous; W: O x I, of any dtype.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, plain: Callable) -> Tensor:
-        x, cast = x.contiguous(), weight.to(x.dtype)
+        cast = weight.to(x.dtype)
         ctx.save_for_backward(x, weight, cast)
         ctx.plain = plain
         return plain(x, cast)
@@ -81,11 +83,10 @@ def weight_gradient(g: Tensor, x: Tensor) -> Tensor:
 
 
 class ModulatedNorm(torch.autograd.Function):
-    """(1 + scale) LN(x) + shift."""
+    """(1 + scale) LN(x) + shift, of a contiguous x."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, shift: Tensor, scale: Tensor, eps: float, plain: Callable) -> Tensor:
-        x = x.contiguous()
         y, mean, rstd = norm_forward(x, shift, scale, eps)
         ctx.save_for_backward(x, shift, scale, mean, rstd)
         ctx.plain = plain
@@ -124,14 +125,13 @@ def norm_backward(g: Tensor, x: Tensor, scale: Tensor, mean: Tensor, rstd: Tenso
 
 
 class GatedResidual(torch.autograd.Function):
-    """x + gate (y + bias)."""
+    """x + gate (y + bias), of contiguous x and y."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, gate: Tensor, y: Tensor, bias: Tensor, plain: Callable) -> Tensor:
-        y = y.contiguous()
         ctx.save_for_backward(gate, y, bias)
         ctx.plain = plain
-        return gate_forward(x.contiguous(), gate, y, bias)
+        return gate_forward(x, gate, y, bias)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple:  # type: ignore[override]
@@ -161,11 +161,10 @@ def gate_backward(g: Tensor, gate: Tensor, y: Tensor, bias: Tensor) -> tuple[Ten
 
 
 class GELU(torch.autograd.Function):
-    """GELU of x + bias, tanh form."""
+    """GELU of x + bias, tanh form, of a contiguous x."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor, plain: Callable) -> Tensor:
-        x = x.contiguous()
         if isinstance(ctx, Forgotten):
             return _gelu_into(x, x, bias)  # a product that nobody else has
         ctx.save_for_backward(x, bias)
@@ -200,14 +199,14 @@ def gelu_backward(g: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
 class JointHeads(torch.autograd.Function):
     """The q, k, v of several streams, normed per head, side by side in one sequence: each B x heads x L x D.
 
-    tensors: the n streams, B x L x 3 hidden; then for each its bias, and its q and k norm weights, which are empty where
-    there is no norm.
+    tensors: the n streams, B x L x 3 hidden, contiguous; then for each its bias, and its q and k norm weights, which are
+    empty where there is no norm.
     """
 
     @staticmethod
     def forward(ctx: Any, heads: int, eps: float, plain: Callable, *tensors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         n = len(tensors) // 4
-        streams, weights = [t.contiguous() for t in tensors[:n]], list(tensors[n:])
+        streams, weights = list(tensors[:n]), list(tensors[n:])
         q, k, v, *scales = heads_forward(streams, weights, heads, eps)
         ctx.save_for_backward(*streams, *weights, *scales)
         ctx.heads, ctx.plain, ctx.n = heads, plain, n

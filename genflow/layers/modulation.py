@@ -29,9 +29,14 @@ class Modulation(nn.Linear):
 
 def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """(1 + scale) LN(x) + shift, LN without parameters. x: B x L x hidden; shift, scale: B x 1 x hidden."""
-    if native.usable(x, shift, scale):
-        return native.run(kernels.ModulatedNorm, x, shift, scale, EPS, _modulated_norm)
+    if native.usable(x, shift, scale) and _fit(x, shift, scale):
+        return native.run(kernels.ModulatedNorm, x.contiguous(), shift, scale, EPS, _modulated_norm)
     return _modulated_norm(x, shift, scale)
+
+
+def _fit(x: Tensor, *vectors: Tensor) -> bool:
+    """Whether x is B x L x H and the vectors B x 1 x H, as the kernels take them, which do not broadcast."""
+    return x.dim() == 3 and all(v.shape == (x.shape[0], 1, x.shape[2]) for v in vectors)
 
 
 def _modulated_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -50,13 +55,14 @@ class Linear(nn.Linear):
             return y if added is None else y + added.to(y.dtype)
         if added is not None or not kernels.trains_on_matrix_units(x, self.weight):
             return F.linear(x, self.weight, added)
-        return kernels.Product.apply(x, self.weight, F.linear)
+        return kernels.Product.apply(x.contiguous(), self.weight, F.linear)
 
 
 def gated_residual(x: Tensor, gate: Tensor, linear: Linear, y: Tensor) -> Tensor:
     """x + gate linear(y). x: B x L x hidden; gate: B x 1 x hidden; y: B x L x the linear's input."""
-    if native.usable(x, gate, y):
-        return native.run(kernels.GatedResidual, x, gate, linear(y, bias=False), linear.bias, _gated_residual)
+    if native.usable(x, gate, y) and _fit(x, gate) and x.shape == (*y.shape[:-1], linear.out_features):
+        product = linear(y, bias=False).contiguous()
+        return native.run(kernels.GatedResidual, x.contiguous(), gate, product, linear.bias, _gated_residual)
     return torch.addcmul(x, gate, linear(y))
 
 
@@ -66,8 +72,8 @@ def _gated_residual(x: Tensor, gate: Tensor, y: Tensor, bias: Tensor) -> Tensor:
 
 def gelu(linear: Linear, x: Tensor) -> Tensor:
     """a Phi(a) of a = linear(x) in its tanh form (Hendrycks & Gimpel 2016, arXiv 1606.08415). x: B x L x the input."""
-    if native.usable(x):
-        return native.run(kernels.GELU, linear(x, bias=False), linear.bias, _gelu)
+    if native.usable(x) and x.dim() == 3:
+        return native.run(kernels.GELU, linear(x, bias=False).contiguous(), linear.bias, _gelu)
     return F.gelu(linear(x), approximate="tanh")
 
 
@@ -96,7 +102,7 @@ def joint_heads(streams: Sequence[tuple[QKV, Tensor]]) -> tuple[Tensor, Tensor, 
     """
     heads = streams[0][0].heads
     tokens = [x for _, x in streams]
-    fused = native.usable(*tokens)
+    fused = native.usable(*tokens) and all(x.dim() == 3 and x.shape[::2] == tokens[0].shape[::2] for x in tokens)
     products = [qkv.linear(x, bias=not fused) for qkv, x in streams]
     none = products[0].new_empty(0)
     parameters = [
@@ -109,7 +115,7 @@ def joint_heads(streams: Sequence[tuple[QKV, Tensor]]) -> tuple[Tensor, Tensor, 
         return _joint_heads(heads, tensors)
 
     if fused:
-        return native.run(kernels.JointHeads, heads, EPS, plain, *products, *parameters)
+        return native.run(kernels.JointHeads, heads, EPS, plain, *(p.contiguous() for p in products), *parameters)
     return plain(*products, *parameters)
 
 

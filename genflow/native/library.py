@@ -15,6 +15,7 @@ import subprocess
 import tempfile
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache, wraps
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
@@ -47,30 +48,37 @@ def library() -> ctypes.CDLL | None:
     if compiler is None:
         warnings.warn("no C++ compiler found: CPU training runs without the fused kernels, slower", stacklevel=2)
         return None
-    # Built for this processor: a cache folder may be shared between machines.
-    features = hashlib.sha256(Path("/proc/cpuinfo").read_bytes().partition(b"flags")[2].partition(b"\n")[0]).digest()
     source = b"".join(path.read_bytes() for path in SOURCES)
-    key = hashlib.sha256(source + FLAGS.encode() + compiler.encode() + features).hexdigest()[:16]
+    key = hashlib.sha256(source + FLAGS.encode() + compiler.encode() + _processor()).hexdigest()[:16]
     path = cache_folder() / "kernels" / f"{key}.so"
     try:
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-                built = Path(folder) / path.name
-                command = [
-                    *compiler.split(),
-                    *FLAGS.split(),
-                    *(str(path) for path in SOURCES if path.suffix == ".cpp"),
-                    "-o",
-                    str(built),
-                ]
-                subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
-                os.replace(built, path)
+        with suppress(OSError):  # none is there yet, or a damaged one
+            return ctypes.CDLL(str(path))
+        _build(compiler, path)
         return ctypes.CDLL(str(path))
     except (OSError, subprocess.SubprocessError) as error:
         reason = " ".join((getattr(error, "stderr", None) or str(error)).split())[:200]
         warnings.warn(f"the fused CPU kernels cannot be built, going on slower without them: {reason}", stacklevel=2)
         return None
+
+
+def _processor() -> bytes:
+    """What code built here is for: a cache folder may be shared between machines."""
+    lines = Path("/proc/cpuinfo").read_bytes().splitlines()
+    features = next((line for line in lines if line.startswith((b"flags", b"Features"))), b"")  # of x86, of ARM
+    return platform.machine().encode() + features
+
+
+def _build(compiler: str, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        built = Path(folder) / path.name
+        sources = [str(path) for path in SOURCES if path.suffix == ".cpp"]
+        command = [*compiler.split(), *FLAGS.split(), *sources, "-o", str(built)]
+        subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
+        with built.open("rb") as file:
+            os.fsync(file.fileno())  # else a crash of the machine may leave the name on an unfinished file
+        os.replace(built, path)
 
 
 @torch.compiler.assume_constant_result
@@ -81,13 +89,19 @@ def matrix_units() -> bool:
 
 
 @torch.compiler.assume_constant_result
-def _at_hand() -> bool:
-    """Whether they could be built, and neither vmap, jvp and their like nor an export, which is to run elsewhere, is on."""
+def untransformed() -> bool:
+    """Whether tensors are numbers in memory here, now: no vmap, jvp and their like, trace, fake mode or export is on."""
     return (
         torch._C._functorch.peek_interpreter_stack() is None
+        and (torch._C._len_torch_dispatch_stack() == 0 or torch.compiler.is_compiling())
+        and not torch.jit.is_tracing()
         and not torch.compiler.is_exporting()
-        and library() is not None
     )
+
+
+@torch.compiler.assume_constant_result
+def _at_hand() -> bool:
+    return untransformed() and library() is not None
 
 
 def usable(*tensors: Tensor) -> bool:
@@ -139,7 +153,7 @@ def operator(kernel: Callable[P, R]) -> Callable[P, R]:
 
 def call(name: str, dtype: torch.dtype, *arguments: Any) -> None:
     """Run the kernel of this name for numbers of dtype. arguments: tensors, numbers, tuples of integers."""
-    if isinstance(arguments[0], FakeTensor):
+    if FakeTensor in map(type, arguments):
         return
     converted = [
         ctypes.c_long(a)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from genflow.errors import UserError
+from genflow.native.library import untransformed
 
 
 class LipSwish(nn.Module):
@@ -60,22 +61,34 @@ class Contracted(nn.Module, ABC):
 
     def normalised(self) -> Tensor:
         """The weight, scaled to the bound where its norm is above; gradients pass through the norm."""
-        key = (self.training, self.weight._version, self.weight.data_ptr(), self.weight.dtype, self.weight.device)
-        if torch.compiler.is_compiling() or key != self._key:
-            with torch.no_grad():
-                self._found = {"direction": self._iterated(self.warm if self.training else self.cold)}
-                if self.training:
-                    self.direction.copy_(self._found["direction"])
+        weight, lasting = self.weight, untransformed()
+        if torch.compiler.is_compiling() or weight.is_inference() or not lasting:
+            return self._scaled(self._new_direction(lasting))
+        key = (self.training, weight._version, weight.data_ptr(), weight.dtype, weight.device)
+        if key != self._key:  # the weight is held, lest another one get its address
+            self._found = {"direction": self._new_direction(True), "of": weight.detach()}
             self._key = key
         if torch.is_grad_enabled():
-            return self._scaled()
+            return self._scaled(self._found["direction"])
         if "weight" not in self._found:
-            self._found["weight"] = self._scaled()
+            self._found["weight"] = self._scaled(self._found["direction"])
         return self._found["weight"]
 
-    def _scaled(self) -> Tensor:
-        norm = torch.linalg.vector_norm(self.apply_weight(self.weight, self._found["direction"]))  # of gradient u v^T
+    def _new_direction(self, lasting: bool) -> Tensor:
+        """A tensor that any mode can go on with. lasting: in training the stored direction moves on to it."""
+        with torch.inference_mode(False), torch.no_grad(), self._unrounded():
+            direction = self._iterated(self.warm if self.training else self.cold)
+            if self.training and lasting:
+                self.direction.copy_(direction)
+            return direction
+
+    def _scaled(self, direction: Tensor) -> Tensor:
+        with self._unrounded():
+            norm = torch.linalg.vector_norm(self.apply_weight(self.weight, direction))  # of gradient u v^T
         return self.weight * (self.bound / norm.clamp(min=self.bound))
+
+    def _unrounded(self) -> torch.autocast:
+        return torch.autocast(self.weight.device.type, enabled=False)
 
     def _iterated(self, times: int) -> Tensor:
         v = self.direction

@@ -32,7 +32,7 @@ class MADE(nn.Module):
     A hidden unit of degree d sees the features at places 0 .. d - 1 of the order and units of its degree or less; the
     outputs of the feature at place r see units of degree r or less (eq. 12-13, counted from 0). Degrees are spread evenly
     and sorted, so that what becomes known with a feature is a slice of every layer. The condition is seen by all units.
-    The last layer starts at zero.
+    A width below D - 1 has no unit of some degrees, and some outputs see fewer features. The last layer starts at zero.
 
     order: order[i] is the place of feature i; none is 0 .. D - 1. residual: after the first, every two layers are a
     residual block (arXiv 1906.04032, app. B); hidden is then an odd number of equal widths. Raises UserError for what is

@@ -14,6 +14,7 @@ from genflow.attention import Mask, attention
 from genflow.errors import UserError
 from genflow.layers.embeddings import MLPEmbedder, PatchEmbed, sincos_2d, sinusoidal, unpatchify
 from genflow.layers.modulation import MLP, QKV, Linear, Modulation, gated_residual, joint_heads, modulated_norm
+from genflow.native.library import untransformed
 from genflow.networks.caching import FirstBlockCache
 from genflow.registry import api_export, network_export
 
@@ -129,12 +130,15 @@ class MMDiT(nn.Module):
             return table.reshape(1, height * width, -1).to(like.dtype)
         assert config.sample_size is not None
         key = (height, width, like.device, like.dtype)
-        if key not in self._positions:
-            table = sincos_2d(
-                height, width, self.hidden, sample_size=config.sample_size, max_size=config.pos_embed_max_size
-            )
-            self._positions[key] = table[None].to(like.device, like.dtype)
-        return self._positions[key]
+        if key in self._positions:
+            return self._positions[key]
+        table = sincos_2d(
+            height, width, self.hidden, sample_size=config.sample_size, max_size=config.pos_embed_max_size
+        )
+        table = table[None].to(like.device, like.dtype)
+        if untransformed():
+            self._positions[key] = table
+        return table
 
     def forward(
         self, x: Tensor, t: Tensor, context: Tensor, pooled: Tensor, *, context_mask: Tensor | None = None

@@ -31,7 +31,7 @@ class Quantizer(Bottleneck):
 
     @abstractmethod
     def embed(self, codes: Tensor) -> Tensor:
-        """B x h x w int64 -> what the decoder reads, B x channels x h x w. The codes of an embedding are its codes."""
+        """B x h x w int64 -> what the decoder reads, B x channels x h x w: what the forward gives for these codes."""
 
     def told(self, codes: Tensor) -> dict[str, Tensor]:
         """The perplexity of a batch's codes, exp of their entropy: of how many they make use."""

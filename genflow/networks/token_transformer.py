@@ -51,8 +51,8 @@ class TokenTransformerConfig:
                 raise UserError(f"{name} = {value} is too few; the least is {least}")
         if self.grid is not None and min(self.grid) < 1:
             raise UserError(f"grid = {list(self.grid)} must be the tokens' height and width, such as [8, 8]")
-        if self.grid is not None and self.mtp >= self.grid[0] * self.grid[1]:
-            raise UserError(f"mtp = {self.mtp} looks beyond the {self.grid[0] * self.grid[1]} tokens; take 1")
+        if self.grid is not None and self.mtp >= (tokens := self.grid[0] * self.grid[1]):
+            raise UserError(f"mtp = {self.mtp} looks beyond the {tokens} tokens; take {min(tokens - 1, 1)}")
         heads = self.heads or max(self.width // 64, 1)
         if self.width % (4 * heads):
             near = max(round(self.width / (4 * heads)), 1) * 4 * heads

@@ -38,7 +38,8 @@ class ViT(nn.Module):
                 raise UserError(f"vit: {name} = {value} is too few; the least is 1")
         heads = heads or max(width // 64, 1)
         if width % heads:
-            raise UserError(f"vit: width = {width} is not a multiple of heads = {heads}; try {width // heads * heads}")
+            near = max(width // heads, 1) * heads
+            raise UserError(f"vit: width = {width} is not a multiple of heads = {heads}; try {near}")
         self.embed = nn.Linear(in_dim, width)
         self.positions = nn.Parameter(torch.empty(1, tokens, width))
         self.condition = nn.Linear(condition_dim, width, bias=False) if condition_dim else None

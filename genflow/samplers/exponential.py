@@ -185,14 +185,10 @@ def _take(past: Past, t: float, prediction: Tensor) -> None:
     past.add(t, prediction)
 
 
-def _lambda(t: float) -> float:
-    return log_snr(t) if 0 < t < 1 else math.copysign(math.inf, 0.5 - t)
-
-
 def _ratios(past: Past, order: int, t_next: float) -> tuple[float, list[float]]:
     """The step h in lambda, and where the predictions before the newest stand, in such steps from it."""
-    here, *before = map(_lambda, islice(past.times, order))
-    h = _lambda(t_next) - here
+    here, *before = (log_snr(t) for t in islice(past.times, order))
+    h = log_snr(t_next) - here
     return h, [(there - here) / h for there in before]
 
 

@@ -57,7 +57,9 @@ class OneNetwork:
     cond: tuple[Tensor, ...]
     uncond: tuple[Tensor, ...]
     edges: ClassVar[tuple[float, ...]] = ()
-    _pairs: dict[int, tuple[Tensor, ...]] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _pairs: dict[int, tuple[object, tuple[Tensor, ...]]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     def __post_init__(self) -> None:
         _refuse_one(self.cond)
@@ -67,17 +69,22 @@ class OneNetwork:
         return evaluate(Conditioned(self.velocity, self.cond), x, t)
 
     def both(self, x: Tensor, t: Time) -> tuple[Tensor, Tensor]:
-        n = len(x)
-        if n not in self._pairs:  # the same at every step
-            pairs = zip(_rows(self.cond, n), _rows(self.uncond, n), strict=True)
-            self._pairs[n] = tuple(torch.cat(pair) for pair in pairs)
-        twice = torch.cat([x, x])
+        twice, pairs = torch.cat([x, x]), self._paired(len(x))
         if isinstance(t, Tensor):
-            v = self.velocity(twice, torch.cat([t, t]), *self._pairs[n])
+            v = self.velocity(twice, torch.cat([t, t]), *pairs)
         else:
-            v = _at(self.velocity, twice, t, self._pairs[n])
+            v = _at(self.velocity, twice, t, pairs)
         v_c, v_u = v.to(x.dtype).chunk(2)
         return v_c, v_u
+
+    def _paired(self, n: int) -> tuple[Tensor, ...]:
+        """The conditions of n rows of each branch: the same at every step, unless they have been written to since."""
+        tensors = (*self.cond, *self.uncond)
+        now = (torch.is_grad_enabled(), *(None if a.is_inference() else a._version for a in tensors))
+        if n not in self._pairs or self._pairs[n][0] != now:
+            pairs = zip(_rows(self.cond, n), _rows(self.uncond, n), strict=True)
+            self._pairs[n] = now, tuple(torch.cat(pair) for pair in pairs)
+        return self._pairs[n][1]
 
     def take(self, rows: Tensor) -> OneNetwork:
         return OneNetwork(self.velocity, take_rows(self.cond, rows), take_rows(self.uncond, rows))
