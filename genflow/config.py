@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import re
 import types
@@ -64,20 +65,17 @@ class _Node:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 without its surprise that 1e-4 is a string, and without dates."""
+    """YAML 1.1 without its surprises: 1e-4 is a number; 010, of base eight, and 1:30, of base sixty, are none, nor dates."""
 
 
 _Loader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":timestamp")]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
+_TEXT = ("tag:yaml.org,2002:str", re.compile(r"^[-+]?(0[\d_]+|\d[\d_]*(:\d+)+(\.[\d_]*)?)$"))
+_FLOAT = ("tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"))
 for _first in "-+0123456789.":
-    _Loader.yaml_implicit_resolvers.setdefault(_first, []).append(
-        (
-            "tag:yaml.org,2002:float",
-            re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"),
-        )
-    )
+    _Loader.yaml_implicit_resolvers[_first] = [_TEXT, *_Loader.yaml_implicit_resolvers.get(_first, []), _FLOAT]
 
 
 def _parse(text: str, where: str, *, line_numbers: bool = True) -> _Node:
@@ -160,7 +158,10 @@ def _override(root: _Node, text: str) -> None:
             child = _Node({} if child is None or child.value is None else {"name": child}, where)
             node.value[part] = child
         node = child
-    new = _parse(value, where, line_numbers=False) if value.strip() else _Node("", where)
+    if value.strip()[:1] in ("", "#"):  # to YAML, a comment
+        new = _Node(value.strip(), where)
+    else:
+        new = _parse(value, where, line_numbers=False)
     old = node.value.get(last)
     if old is not None and isinstance(old.value, dict) and isinstance(new.value, str):
         new = _Node({"name": new}, where)  # another choice: its fields start from their defaults
@@ -201,7 +202,7 @@ def _build(kind: Any, node: _Node, path: str) -> Any:
         return _build(rest[-1], node, path)
     if origin is Literal:
         for option in args:
-            if option == node.text or (option == node.value and type(option) is type(node.value)):
+            if str(option) == node.text or (option == node.value and type(option) is type(node.value)):
                 return option
         raise UserError(f"{node.where}: {path} is {node.describe()}.{nearest(str(node.value), map(str, args))}")
     if origin in (tuple, list):
@@ -214,7 +215,8 @@ def _build_scalar(kind: Any, node: _Node, path: str) -> Any:
     if kind is Any:
         return node.plain()
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        with contextlib.suppress(OverflowError):
+            return float(value)
     if kind in (str, Path) and value is not None and node.text is not None:
         return kind(node.text)
     if kind is Path and isinstance(value, str):

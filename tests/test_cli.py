@@ -22,7 +22,19 @@ def test_info_lists_everything_without_torch():
     code = "import sys; from genflow.cli import main; main(['info']); sys.exit('torch' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    for name in ("mmdit", "heun", "emoji", "minilm", "logit_normal", "adamw", "xformers"):
+    for name in (
+        "mmdit",
+        "heun",
+        "emoji",
+        "minilm",
+        "logit_normal",
+        "adamw",
+        "xformers",
+        "vp",
+        "sinkhorn",
+        "actnorm",
+        "fsq",
+    ):
         assert f"  {name}" in result.stdout
 
 
@@ -44,6 +56,26 @@ def test_version_and_interruption(capsys, monkeypatch):
 
     monkeypatch.setattr("genflow.cli.info.run", interrupted)
     assert main(["info"]) == 130
+
+
+def test_info_has_every_kind_that_there_is(capsys):
+    from genflow.cli.info import PLURAL
+    from genflow.registry import index
+
+    assert set(index()) == set(PLURAL)
+    assert main(["info", "coupling"]) == 0
+    assert "  optimal_transport" in capsys.readouterr().out
+
+
+def test_an_interrupted_training_tells_how_to_go_on_as_a_shell_reads_it(monkeypatch, capsys):
+    from genflow.training.signals import Interrupted
+
+    def interrupted(*_: object) -> None:
+        raise Interrupted
+
+    monkeypatch.setattr("genflow.training.run.train", interrupted)
+    assert main(["train", "my configs/a.yaml", "data={name: latents}"]) == 130
+    assert "genflow train 'my configs/a.yaml' 'data={name: latents}'" in capsys.readouterr().err
 
 
 def test_info_explains_one_thing(capsys):
@@ -70,6 +102,7 @@ def test_info_system_says_what_runs_here(capsys):
     [
         (["trian"], "no command 'trian'. Did you mean 'train'?"),
         (["info", "hoin"], "nothing is called 'hoin'"),
+        (["info", "qqqqqq"], "nothing is called 'qqqqqq'. Kinds: network, flow, path, coupling"),
         (["train", "no-such.yaml"], "cannot read config no-such.yaml"),
         (["sample", "no-such-run", "--prompt", "x"], "no-such-run does not exist"),
         (["sample", "no-such-run"], "no-such-run does not exist"),

@@ -90,6 +90,23 @@ def test_what_does_nothing_or_is_no_number_is_refused(runs, tmp_path, capsys):
         assert told in capsys.readouterr().err
 
 
+def test_models_go_to_the_accelerator_that_there_is(runs, tmp_path, monkeypatch):
+    import torch
+
+    from genflow.cli import options
+
+    class Found(Exception):
+        pass
+
+    def load(run, *, ema, device):
+        raise Found(device)
+
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: torch.device("mps"))
+    monkeypatch.setattr(options, "_load", load)
+    with pytest.raises(Found, match="mps"):
+        main(["sample", str(runs / "deaf"), "--out", str(tmp_path)])
+
+
 def test_an_evaluation_without_figures_holds(runs, tmp_path, capsys):
     run, out = str(runs / "glow"), str(tmp_path)
     assert main(["eval", run, "--metrics", "nearest", "--split", "train", "-n", "4", "--out", out]) == 0

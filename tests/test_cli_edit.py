@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -179,6 +180,30 @@ def test_an_interpolation_begins_at_one_picture_and_ends_at_the_other(genflow_):
     prompts = genflow_("edit", "p0.png", "p1.png", "--to", "b", "--frames", "2", "--batch", "3")
     assert len(pictures(prompts)) == 4
     assert read_settings(prompts / "grid.png")["guidance"] == 1
+    assert read_settings(prompts / "grid.png")["nfe"] == 6  # 3 steps to noise, and 3 back
+
+
+def test_a_mask_may_be_strokes_on_a_clear_sheet(genflow_, where):
+    mask = np.asarray(Image.open(where / "mask.png"))
+    strokes = np.stack([np.full_like(mask, 255), mask], -1)
+    Image.fromarray(strokes, "LA").save(where / "strokes.png")
+    ways = [genflow_("edit", "p0.png", "--prompt", "x", "--mask", name) for name in ("mask.png", "strokes.png")]
+    assert np.array_equal(*(pictures(way)[0] for way in ways))
+
+
+def test_a_model_of_oblong_pictures_edits_and_inverts_oblong_ones(where, tmp_path, monkeypatch):
+    from genflow.cli.options import fit_image
+
+    monkeypatch.chdir(where)
+    shutil.copytree("model", tmp_path / "oblong")
+    config = json.loads((tmp_path / "oblong" / "config.json").read_text())
+    (tmp_path / "oblong" / "config.json").write_text(json.dumps({**config, "shape": [3, 8, 16]}))
+    with Image.open("p0.png") as image:
+        assert fit_image(image.convert("RGB"), load(tmp_path / "oblong")).shape == (3, 8, 16)
+    out = str(tmp_path / "out")
+    asked = ["edit", str(tmp_path / "oblong"), "p0.png", "--prompt", "猫", "--mask", "mask.png", "--out", out]
+    assert main(asked) == 0
+    assert pixels(tmp_path / "out" / "0000-p0-猫-0.png").shape == (8, 16, 3)
 
 
 @pytest.mark.parametrize(
@@ -202,6 +227,7 @@ def test_an_interpolation_begins_at_one_picture_and_ends_at_the_other(genflow_):
             ["edit", "p0.png", "--prompt", "x", "--rf", "--strength", "1"],
             "--strength belongs to image-to-image, FlowEdit, and this is RF",
         ),
+        (["edit", "p0.png", "--prompt", "x", "--rf", "--hold", "1"], "--hold must be 0 or more and below 1, not 1.0"),
         (["edit", "p0.png", "--prompt", "x", "-n", "0"], "-n must be 1 or more, not 0"),
         (["edit", "p0.png", "--prompt", "x", "--prompt", "y", "--to", "z"], "begins at one --prompt, not at 2"),
         (["edit", "p0.png", "--prompt", "x", "--strength", "1.5"], "strength = 1.5 is not within"),

@@ -23,6 +23,7 @@ class Inner:
     maybe: int | None = None
     text: str = ""
     switch: Literal["no", "auto"] = "auto"
+    level: Literal[1, 3] = 1
     place: Path = Path("here")
     anything: Any = None
 
@@ -64,6 +65,16 @@ def test_text_is_what_is_written(tmp_path):
         assert (inner.text, inner.switch, inner.place) == (text.strip("'"), "no", Path("1.10"))
         assert read(tmp_path, "steps: 5\n", f"inner.text={text}").inner.text == text.strip("'")
     assert read(tmp_path, "steps: 5\ninner: {anything: {a: [1, x]}}\n").inner.anything == {"a": [1, "x"]}
+
+
+def test_numbers_are_what_they_look_like(tmp_path):
+    """None is read as of base eight or sixty."""
+    for text in ("010", "1:30", "09", "#3"):
+        with pytest.raises(UserError, match=f"steps must be a whole number, not '{text}'"):
+            read(tmp_path, "steps: 5\n", f"steps={text}")
+    assert read(tmp_path, "steps: 5\n", "inner.text=#x", "inner.level='3'").inner == Inner(text="#x", level=3)
+    with pytest.raises(UserError, match="inner.rate must be a number, not 1000"):
+        read(tmp_path, "steps: 5\n", f"inner.rate=1{'0' * 400}")
 
 
 def test_a_choice_given_by_its_fields_is_the_default_one(tmp_path):

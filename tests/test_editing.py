@@ -22,6 +22,7 @@ from genflow.samplers.editing import (
 )
 from genflow.samplers.interpolation import blend, slerp
 from genflow.samplers.parallel import picard
+from genflow.samplers.stochastic import ancestral
 
 SHAPE = (2, 4, 6)
 MEANS = torch.randn(3, *SHAPE, dtype=torch.float64, generator=torch.Generator().manual_seed(7))
@@ -167,6 +168,11 @@ def test_a_mask_of_everything_is_plain_sampling_and_of_nothing_the_picture(x, no
     assert torch.equal(inpaint(VELOCITY, x, nothing, noise, uniform(5)).x, x)
     half = inpaint(VELOCITY, x, everything / 2, noise, uniform(50)).x
     assert (half != x).all()
+
+
+def test_inpainting_begins_on_the_path_where_the_grid_does(x, noise):
+    mask, start = torch.ones(1, 1, 4, 6), interpolate(x, noise, 0.8)
+    assert torch.equal(inpaint(VELOCITY, x, mask, noise, [0.8, 0.4, 0]).x, heun(VELOCITY, start, [0.8, 0.4, 0]).x)
 
 
 def test_resampling_makes_the_new_part_agree_with_the_known_one():
@@ -374,6 +380,12 @@ def test_samplers_that_take_rows_apart_find_each_row_with_its_mask_and_its_noise
         (lambda x, n: inpaint(VELOCITY, x, 255 * torch.ones(1, 1, 4, 6), n, uniform(4)), "divide bytes by 255"),
         (lambda x, n: inpaint(VELOCITY, x, torch.ones(1, 1, 4, 6), n, uniform(4), repeats=0), "repeats = 0"),
         (lambda x, n: inpaint(VELOCITY, x, torch.ones(1, 1, 4, 6), n, uniform(4), repeats=2), "0 seeds for 3 pictures"),
+        (
+            lambda x, n: inpaint(
+                VELOCITY, x, torch.ones(1, 1, 4, 6), n, uniform(4), repeats=2, seeds=[1, 2, 3], sampler=ancestral
+            ),
+            "repeats = 2: ancestral would draw the same noise",
+        ),
         (lambda x, n: flowedit(VELOCITY, VELOCITY, x, uniform(4), seeds=[1]), "1 seeds for 3 pictures"),
         (lambda x, n: flowedit(VELOCITY, VELOCITY, x, uniform(4), seeds=[1, 2, 3], regular=0.9), "regular = 0.9"),
         (lambda x, n: flowedit(VELOCITY, VELOCITY, x, uniform(4), seeds=[1, 2, 3], draws=0), "draws = 0"),

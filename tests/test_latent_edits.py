@@ -133,14 +133,25 @@ def test_the_page_edits_and_inverts_latent_flows(folder):
     args = Namespace(batch=4, no_ema=False, device="cpu")
     player = open_player(str(folder / "pipe"), args)
     choice = Choice(PROMPT, count=2, sampler="heun", steps=4, guidance=2.0)
-    image = Image.open(folder / "picture.png")
+    image = str(folder / "picture.png")
     near, told = demo_actions.edit(player, choice, image, 0.3)
     far, _ = demo_actions.edit(player, choice, image, 1.0)
     assert told.startswith("image-to-image") and near.size == far.size and near.tobytes() != far.tobytes()
     assert demo_actions.edit(player, choice, image, 0.8, "a cat")[1].startswith("FlowEdit")
     sheet, told = demo_actions.invert(player, choice, image)
-    assert "evaluations there and back" in told and "standard deviation of 0.00" not in told
+    assert "evaluations there and back, unguided, beside what the autoencoder alone gives back, at " in told
+    assert float(told.partition(" dB")[0]) > 25 and "standard deviation of 0.00" not in told
     assert sheet.size[0] == 338  # two cells of 160 pixels: its noise is no picture
+
+
+def test_a_velocity_of_latents_is_told_from_none(folder, tmp_path, capsys):
+    for words in (
+        ["tune", "--steps", "2", "--images", "3"],
+        ["plot", "--what", "strip", "--out", str(tmp_path / "out")],
+    ):
+        command, *rest = words
+        assert main([command, str(folder / "pipe"), "--device", "cpu", *rest]) == 2
+        assert "has a velocity of latents, none of pictures" in capsys.readouterr().err
 
 
 def test_an_inversion_is_measured_beside_the_autoencoder_alone(folder, tmp_path, capsys):

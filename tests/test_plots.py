@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -224,6 +225,25 @@ def test_plot_draws_what_it_is_asked_to(model, short, tmp_path):
         assert image.height == pytest.approx((4 * 1.92 + 0.25) * 150, abs=1)
 
 
+def test_errors_are_those_of_the_pictures_that_the_model_draws(model, tmp_path, monkeypatch):
+    from genflow.cli import plot
+    from genflow.evaluation import plots
+
+    config = json.loads((model / "config.json").read_text())
+    config["flow"] = {"name": "rectified", "prediction": "eps"}
+    shutil.copytree(model, tmp_path / "eps")
+    (tmp_path / "eps" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "eps" / "sampling.json").unlink()
+    seen = {}
+    monkeypatch.setattr(plots, "plot_errors", lambda curves, **more: seen.update(curves, **more))
+    monkeypatch.setattr(plot, "BUDGETS", (40,))
+    asked = ["plot", str(tmp_path / "eps"), "--images", "1", "--prompt", "a", "--what", "error", "--out", str(tmp_path)]
+    monkeypatch.setattr(plots, "save_plot", lambda *_: None)
+    assert main(asked) == 0
+    ((_, error),) = seen["rk4"]
+    assert error < 1e-2
+
+
 @pytest.mark.parametrize("sampler", ["euler_maruyama", "dopri5", "ab2"])
 def test_a_strip_of_any_kind_of_sampler(model, short, tmp_path, sampler):
     asked = ["plot", str(model), "--out", str(tmp_path), "--what", "strip", "--sampler", sampler, "--prompt", "a"]
@@ -247,6 +267,7 @@ def test_a_model_without_metrics_has_all_other_plots(model, short, tmp_path, cap
         (["--images", "0"], "--images must be 1 or more"),
         (["--what", "strip", "--sampler", "hoin"], "no sampler is named 'hoin'"),
         (["--what", "grid", "--steps", "0"], "nearest possible number is 1"),
+        (["--shift", "much"], "--shift: 'much' is neither a number nor 'resolution'"),
     ],
 )
 def test_mistakes_cost_one_line(model, arguments, message, capsys):

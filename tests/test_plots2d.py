@@ -13,6 +13,7 @@ from PIL import Image
 
 import genflow.config
 from genflow.cli import main
+from genflow.data.pairs import PairsConfig, write_pairs
 from genflow.data.points import RAMP
 from genflow.data.toy2d import Toy2DConfig
 from genflow.errors import UserError
@@ -26,6 +27,7 @@ from genflow.evaluation.plots2d import (
     plot_warp_2d,
     point_animation,
 )
+from genflow.flows.couplings import Paired
 from genflow.flows.models.nsf import NSFConfig
 from genflow.flows.normalizing import NormalizingFlowConfig
 from genflow.flows.rectified import RectifiedFlowConfig
@@ -343,6 +345,17 @@ def test_a_model_whose_data_are_gone_is_drawn_without_them(tmp_path, small, draw
     assert "without the data" in error and "gone.png" in error and error.count("\n") == 1
 
 
+def test_beside_a_reflowed_model_lie_the_data_it_began_with(tmp_path, small, drawn):
+    about = {"data": genflow.config.to_dict(DATA)}
+    rows = torch.zeros(3, 2)
+    write_pairs(tmp_path / "pairs", lambda _: (rows, rows + 1), captions=["moon 0"] * 3, shape=(2,), about=about)
+    pairs, flow = PairsConfig(str(tmp_path / "pairs")), ("rectified", RectifiedFlowConfig(coupling=Paired()))
+    model = saved(tmp_path / "model", ("mlp", VELOCITY), flow, ("labels", LABELS), data=pairs)
+    asked = ["plot", str(model), "--what", "samples", "trajectories", "--steps", "2", "--out", str(tmp_path)]
+    assert main(asked) == 0
+    assert torch.equal(drawn["plot_samples_2d"][0][0]["data"][0], DATA.build().rows[:60])
+
+
 def test_plots_of_another_kind_of_model_are_refused(velocity_model, map_model, tmp_path, capsys):
     wide = dataclasses.replace(SPLINES, shape=(3,))
     flow = ("normalizing", NormalizingFlowConfig())
@@ -357,6 +370,8 @@ def test_plots_of_another_kind_of_model_are_refused(velocity_model, map_model, t
         assert main(["plot", str(model), "--what", name, "--out", str(tmp_path / "out")]) == 2
         error = capsys.readouterr().err
         assert message in error and error.count("\n") == 1
+    assert main(["plot", str(table), "--out", str(tmp_path / "out")]) == 2
+    assert "it has no metrics.jsonl, and a NormalizingFlow of vectors has no plots" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     for options, message in (
         (["--prompt", "moon 1"], "hears no condition"),

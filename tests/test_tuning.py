@@ -11,6 +11,7 @@ import torch
 
 import genflow.config
 from genflow.cli import main
+from genflow.cli.tune import _print_table
 from genflow.data.emoji import EmojiConfig
 from genflow.errors import UserError
 from genflow.flows.rectified import RectifiedFlowConfig
@@ -19,6 +20,8 @@ from genflow.flows.tuned import save_tuned, tuned
 from genflow.networks.mmdit import MMDiTConfig
 from genflow.samplers import Conditioned, euler, shifted, uniform
 from genflow.samplers.tuning import (
+    Candidate,
+    Tuning,
     _cheapest,
     evaluations,
     fine_solve,
@@ -71,6 +74,15 @@ def test_the_errors_are_those_of_the_grid_that_is_returned(noise):
     assert best.error == pytest.approx(gap[:30].square().mean().sqrt().item(), rel=1e-6)
     assert best.held_out == pytest.approx(gap[30:].square().mean().sqrt().item(), rel=1e-6)
     assert best.nfe == 4
+
+
+def test_grids_begin_where_the_samples_of_a_model_do(noise):
+    tuning = tune(mixture, 0.9 * noise[:6], steps=3, samplers=["euler"], first=0.9)
+    assert {c.grid[0] for c in tuning.candidates} == {0.9} and tuning.best.name == "tuned"
+    assert all(a > b for a, b in itertools.pairwise(tuning.best.grid)) and tuning.best.grid[-1] == 0
+    gap = euler(mixture, 0.9 * noise[:4], tuning.best.grid).x - fine_solve(mixture, 0.9 * noise[:4], first=0.9)[0]
+    assert tuning.best.error == pytest.approx(gap.square().mean().sqrt().item(), rel=1e-6)
+    assert fine_times(32, 0.1, 0.9)[0] == 0.9 and all(grid[0] == 0.9 for grid in hand_made(6, 0.1, 0.9).values())
 
 
 @pytest.mark.parametrize("steps", [1, 2, 5])
@@ -317,6 +329,24 @@ def test_tune_learns_a_grid_and_keeps_it(model, capsys):
     assert found["under"]["guidance"] == 1.5 and found["images"] == 4
     assert main([*arguments, "--steps", "2", "--prompt", "a", "--prompt", "b", "--guidance", "1"]) == 0
     assert tuned(model, 2)["under"]["guidance"] == 1 and tuned(model, 3) == found
+
+
+def test_a_model_that_samples_from_less_noise_is_tuned_so(tmp_path):
+    flow = RectifiedFlowConfig(prediction="eps")
+    torch.manual_seed(0)
+    state = flow.build(MODEL.build(), TEXT.build(), shape=(3, 16, 16)).state_dict()
+    config = {"model": genflow.config.to_dict(MODEL), "flow": genflow.config.to_dict(flow), "shape": [3, 16, 16]}
+    save_model(tmp_path, config={**config, "text": genflow.config.to_dict(TEXT)}, state=state)
+    how = ["--steps", "2", "--images", "3", "--prompt", "a", "--samplers", "euler"]
+    assert main(["tune", str(tmp_path), *how]) == 0
+    assert tuned(tmp_path, 2)["grid"][0] == 0.95
+
+
+def test_vectors_have_no_decibels(capsys):
+    rows = [("tuned", 0.1, 0.3, True), ("uniform", 0.3, 0.4, False)]
+    found = Tuning([Candidate("euler", n, [1.0, 0.5, 0.0], 2, e, h, learnt) for n, e, h, learnt in rows], 0.0)
+    _print_table(found, found.best, pictures=False)
+    assert "held-out vectors" in (out := capsys.readouterr().out) and "PSNR" not in out
 
 
 def test_sample_draws_with_what_was_learnt(model, tmp_path, capsys):

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import os
+import socket
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from genflow.cli.canvas import Canvas
-from genflow.cli.demo_actions import Choice, Player, draw, edit, invert, open_player, strip
+from genflow.cli.demo_actions import Choice, Player, draw, edit, invert, open_player, plain, strip
 from genflow.errors import UserError
 
+HOST = "127.0.0.1"  # this machine alone
 SAFE = ["download", "fullscreen"]  # buttons of a picture that send it nowhere
+WAITING = 32  # clicks at most
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,14 +30,26 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(
             f"{len(args.runs)} models are too many for one page; name one or two (genflow compare takes more)"
         )
+    _check_port(args.port)
     page = build_page([open_player(path, args) for path in args.runs])
-    try:
-        page.launch(server_name="127.0.0.1", server_port=args.port, quiet=True, prevent_thread_lock=True)
-    except OSError as error:
-        raise UserError(f"--port {args.port} cannot be had ({error}); name another") from error
-    print(f"http://127.0.0.1:{args.port}; stop it by Ctrl-C")
+    past = [os.environ.get("no_proxy") or os.environ.get("NO_PROXY"), HOST, "localhost"]
+    os.environ["no_proxy"] = ",".join(filter(None, past))  # gradio asks its own page whether it is there
+    page.launch(server_name=HOST, server_port=args.port, share=False, quiet=True, prevent_thread_lock=True)
+    print(f"http://{HOST}:{args.port}; stop it by Ctrl-C")
     page.block_thread()
     return 0
+
+
+def _check_port(port: int) -> None:
+    """Raises UserError for a port that is none, or that cannot be had."""
+    if not 1 <= port <= 65535:
+        raise UserError(f"--port {port} is not within 1 .. 65535; try 7860")
+    with socket.socket() as trial:
+        trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            trial.bind((HOST, port))
+        except OSError as error:
+            raise UserError(f"--port {port} cannot be had ({error.strerror}); name another") from error
 
 
 def build_page(players: Sequence[Player]) -> Any:
@@ -42,11 +58,15 @@ def build_page(players: Sequence[Player]) -> Any:
         import gradio
     except ImportError as error:
         raise UserError('the page needs gradio: pip install "genflow[demo]"') from error
+    from genflow.flows.autoencoder import AutoencoderFlow
+    from genflow.flows.base import Flow
+
     with gradio.Blocks(title="genflow", analytics_enabled=False) as page:
         gradio.Markdown("# " + " beside ".join(str(player.args.run) for player in players))
         controls = _controls(gradio, players)
-        with gradio.Tab("Draw"):
-            _tab(gradio, players, "Draw", [], controls, draw)
+        if drawing := [player for player in players if not isinstance(player.flow, AutoencoderFlow)]:
+            with gradio.Tab("Draw"):
+                _tab(gradio, drawing, "Draw", [], controls, draw)
         pictured = [player for player in players if len(player.flow.shape) == 3]
         moving = [player for player in pictured if hasattr(player.flow, "guided")]
         if moving:
@@ -54,15 +74,19 @@ def build_page(players: Sequence[Player]) -> Any:
                 _tab(gradio, moving, "Show the steps", [], controls, strip, told=False)
         if editable := [player for player in pictured if Canvas.of(player.flow)]:
             with gradio.Tab("Edit"):
-                image = gradio.Image(type="pil", label="picture", height=220)
+                image = _picture(gradio)
                 strength = gradio.Slider(0.05, 1, 0.6, label="strength: the more, the freer")
                 before = gradio.Textbox(label="what it shows now (then by FlowEdit; empty: image-to-image)")
                 _tab(gradio, editable, "Edit", [image, strength, before], controls, edit)
-        if pictured:
+        if inverted := [player for player in pictured if type(player.flow).encode is not Flow.encode]:
             with gradio.Tab("Invert"):
-                image = gradio.Image(type="pil", label="picture", height=220)
-                _tab(gradio, pictured, "To noise and back", [image], controls, invert)
-    return page
+                _tab(gradio, inverted, "To noise and back", [_picture(gradio)], controls, invert)
+    return page.queue(max_size=WAITING)
+
+
+def _picture(gradio: Any) -> Any:
+    """A picture that a person gives, as the file that it is."""
+    return gradio.Image(type="filepath", image_mode=None, label="picture", height=220)
 
 
 def _controls(gradio: Any, players: Sequence[Player]) -> list[Any]:
@@ -79,14 +103,16 @@ def _controls(gradio: Any, players: Sequence[Player]) -> list[Any]:
         pictures = any(len(player.flow.shape) == 3 for player in players)
         count = gradio.Slider(1, 16, start.count, step=1, label="pictures", visible=pictures)
     with gradio.Row():
-        sampler = own.get("sampler", start.sampler)
+        sampler, steps, guidance = (own.get(f, getattr(start, f)) for f in ("sampler", "steps", "guidance"))
         return [
             prompt,
             seed,
             count,
             gradio.Dropdown(names("sampler"), value=sampler, label="sampler", visible="sampler" in takes),
-            gradio.Slider(1, 100, own.get("steps", start.steps), step=1, label="steps", visible="steps" in takes),
-            gradio.Slider(0, 12, own.get("guidance", 1.0), step=0.1, label="guidance", visible="guidance" in takes),
+            gradio.Slider(1, max(100, steps), steps, step=1, label="steps", visible="steps" in takes),
+            gradio.Slider(
+                min(0, guidance), max(12, guidance), guidance, step=0.1, label="guidance", visible="guidance" in takes
+            ),
         ]
 
 
@@ -105,16 +131,29 @@ def _tab(
     with gradio.Row():
         for player in players:
             with gradio.Column():
-                picture = gradio.Image(label=str(player.args.run), format="png", interactive=False, buttons=SAFE)
+                label = f"{player.args.run}{'' if player.hears else ' (hears no prompt)'}"
+                picture = gradio.Image(label=label, format="png", interactive=False, buttons=SAFE)
                 outputs = [picture, gradio.Markdown()] if told else [picture]
-            press.click(_shown(gradio, player, action), [*controls, *inputs], outputs, api_visibility="private")
+            press.click(
+                _shown(gradio, player, action),
+                [*controls, *inputs],
+                outputs,
+                api_visibility="private",
+                concurrency_id="models",  # one at a time, whatever the tab
+                concurrency_limit=1,
+            )
 
 
 def _shown(gradio: Any, player: Player, action: Callable[..., Any]) -> Callable[..., Any]:
     """An action as gradio calls it: the controls first; a person's mistake is told on the page."""
 
-    def call(prompt: str, seed: float, count: float, sampler: str, steps: float, guidance: float, *more: Any) -> Any:
-        choice = Choice(prompt if player.hears else "", int(seed), int(count), sampler, int(steps), guidance)
+    def call(
+        prompt: str, seed: float | None, count: float, sampler: str, steps: float, guidance: float, *more: Any
+    ) -> Any:
+        if seed is None:
+            raise gradio.Error("give a seed", print_exception=False)
+        prompt = plain(prompt) if player.hears else ""
+        choice = Choice(prompt, int(seed), int(count), sampler, int(steps), guidance)
         try:
             return action(player, choice, *more)
         except UserError as error:

@@ -14,6 +14,7 @@ from genflow.cli.options import (
     guided,
     is_stochastic,
     open_model,
+    read_image,
     refuse_unheard,
     sampling_of,
     solver,
@@ -29,7 +30,7 @@ POINTS = 2000  # of a model of vectors
 
 @dataclass(frozen=True)
 class Player:
-    """A loaded model. own: how it samples unless told otherwise."""
+    """A loaded model. own: how its recipe says to sample."""
 
     args: argparse.Namespace
     flow: Any
@@ -60,14 +61,14 @@ class Choice:
 def open_player(path: str, args: argparse.Namespace) -> Player:
     """args: batch, no_ema and device. Raises UserError as `open_model` does."""
     asked = own_way(path, args)
-    flow, own = open_model(asked)
-    return Player(asked, flow, own)
+    flow, _ = open_model(asked)
+    return Player(asked, flow, (flow.recipe or {}).get("sample", {}))
 
 
 def settings_of(player: Player, choice: Choice) -> dict[str, Any]:
     """How to sample: of the choice what this model takes. A tuned grid is taken where the sampler is the model's own."""
     asked = argparse.Namespace(**vars(player.args))
-    if choice.sampler != player.own.get("sampler") and "sampler" in player.takes:
+    if choice.sampler != player.own.get("sampler", Choice.sampler) and "sampler" in player.takes:
         asked.sampler = choice.sampler
     for name in {"steps", "guidance"} & player.takes:
         setattr(asked, name, getattr(choice, name))
@@ -87,7 +88,7 @@ def draw(player: Player, choice: Choice) -> tuple[Image, str]:
     solution = player.flow.sample([choice.prompt] * len(seeds), seeds=seeds, **settings)
     x = solution.x.cpu()
     picture = point_picture(x) if vectors else caption_grid(x, [f"seed {seed}" for seed in seeds], cell=160)
-    return picture.image, f"{len(seeds)} of {solution.nfe} evaluations each: {_told(settings)}"
+    return picture.image, f"{len(seeds)} of {solution.nfe} evaluations each: {_told(player, settings)}"
 
 
 def strip(player: Player, choice: Choice) -> Image:
@@ -106,8 +107,9 @@ def strip(player: Player, choice: Choice) -> Image:
     return Pictures.open(buffer)
 
 
-def edit(player: Player, choice: Choice, image: Image | None, strength: float, before: str = "") -> tuple[Image, str]:
+def edit(player: Player, choice: Choice, file: str | None, strength: float, before: str = "") -> tuple[Image, str]:
     """A picture drawn anew under a prompt: image-to-image, or FlowEdit where `before` says what it shows now."""
+    before = plain(before)
     import torch
 
     from genflow.data.pictures import caption_grid
@@ -125,35 +127,37 @@ def edit(player: Player, choice: Choice, image: Image | None, strength: float, b
         raise UserError(
             f"sampler {settings['sampler']!r} draws noise, which has no place here; take one such as 'heun'"
         )
-    given = _fitted(player, image)[None]
+    given = _fitted(player, file)[None]
     x = canvas.lay(given).expand(choice.count, -1, -1, -1)
     seeds = list(range(choice.seed, choice.seed + choice.count))
     grid = time_grid(canvas.flow, settings, settings["steps"])
+    strength, solve = min(strength, grid[0]), solver(canvas.flow, settings, seeds)
     velocity = guided(canvas.flow, embed(canvas.flow, [choice.prompt] * len(seeds)), settings)
     with torch.no_grad():
         if before:
             now = guided(canvas.flow, embed(canvas.flow, [before] * len(seeds)), settings, guidance=1.0)
-            how: dict[str, Any] = {"seeds": seeds, "strength": strength, "sampler": solver(settings, seeds)}
-            solution = editing.flowedit(now, velocity, x, grid, **how).checked()
+            solution = editing.flowedit(now, velocity, x, grid, seeds=seeds, strength=strength, sampler=solve)
         else:
             noise = noise_from_seeds(seeds, x.shape[1:]).to(x)
-            drawn = editing.image_to_image(velocity, x, noise, grid, strength, sampler=solver(settings, seeds))
-            solution = drawn.checked()
+            solution = editing.image_to_image(velocity, x, noise, grid, strength, sampler=solve)
+        solution = solution.checked()
     sheet = torch.cat([given, canvas.show(solution.x)]).cpu()
     captions = ["given", *(f"seed {seed}" for seed in seeds)]
     way = "FlowEdit" if before else "image-to-image"
-    return caption_grid(sheet, captions, cell=160).image, f"{way}, {solution.nfe} evaluations: {_told(settings)}"
+    told = f"{way}, {solution.nfe} evaluations: {_told(player, settings)}"
+    return caption_grid(sheet, captions, cell=160).image, told
 
 
-def invert(player: Player, choice: Choice, image: Image | None) -> tuple[Image, str]:
-    """A picture, its noise, and what comes back of it; of a bijection, exactly."""
+def invert(player: Player, choice: Choice, file: str | None) -> tuple[Image, str]:
+    """A picture, its noise, and what comes back of it; of a bijection, exactly. A velocity is followed unguided."""
     import torch
 
     from genflow.data.pictures import caption_grid
     from genflow.samplers.editing import psnr, round_trip
 
     refuse_unheard(player.args, player.flow, choice.prompt)
-    x, canvas = _fitted(player, image)[None], Canvas.of(player.flow)
+    x, canvas = _fitted(player, file)[None], Canvas.of(player.flow)
+    seen = x  # of latents, the picture that the autoencoder makes of it
     with torch.no_grad():
         if canvas is not None:
             settings = settings_of(player, choice)
@@ -161,17 +165,20 @@ def invert(player: Player, choice: Choice, image: Image | None) -> tuple[Image, 
                 raise UserError(
                     f"sampler {settings['sampler']!r} draws noise, and has no inverse; take one such as 'heun'"
                 )
-            velocity = guided(canvas.flow, embed(canvas.flow, [choice.prompt]), settings)
-            grid = time_grid(canvas.flow, settings, settings["steps"])
-            trip = round_trip(velocity, canvas.lay(x), grid, sampler=solver(settings))
-            noise, back, cost = trip.noise, canvas.show(trip.x), f"{trip.nfe} evaluations there and back"
+            velocity = guided(canvas.flow, embed(canvas.flow, [choice.prompt]), settings, guidance=1.0)
+            grid, z = time_grid(canvas.flow, settings, settings["steps"]), canvas.lay(x)
+            trip = round_trip(velocity, z, grid, sampler=solver(canvas.flow, settings))
+            noise, back, seen = trip.noise, canvas.show(trip.x), canvas.show(z)
+            cost = f"{trip.nfe} evaluations there and back, unguided"
+            if canvas.latent:
+                cost += f", beside what the autoencoder alone gives back, at {float(psnr(seen, x)):.1f} dB"
         else:
             condition = player.flow.text.encode([choice.prompt])
             noise = player.flow.encode(x, condition)
             back, cost = player.flow.decode(noise, condition), "one pass each way"
     sheet = {"given": x, "noise / 3": noise.reshape(x.shape) / 3} if noise.numel() == x.numel() else {"given": x}
     sheet["back"] = back.clamp(-1, 1)
-    told = f"{float(psnr(back, x)):.1f} dB, {cost}; the noise has a standard deviation of {float(noise.std()):.2f}"
+    told = f"{float(psnr(back, seen)):.1f} dB, {cost}; the noise has a standard deviation of {float(noise.std()):.2f}"
     return caption_grid(torch.cat([*sheet.values()]).cpu(), [*sheet], columns=len(sheet), cell=160).image, told
 
 
@@ -180,12 +187,18 @@ def _velocity(player: Player, why: str) -> None:
         raise UserError(f"{player.args.run} is a {type(player.flow).__name__}, no velocity of pictures; {why}")
 
 
-def _fitted(player: Player, image: Image | None) -> Any:
-    if image is None:
+def plain(text: str | None) -> str:
+    """What a browser sends of a text, without halves of characters, which nothing can draw."""
+    return (text or "").encode(errors="replace").decode()
+
+
+def _fitted(player: Player, file: str | None) -> Any:
+    if file is None:
         raise UserError("there is no picture yet; give one on the left")
-    return fit_image(image.convert("RGB"), player.flow)
+    return fit_image(read_image(file), player.flow)
 
 
-def _told(settings: dict[str, Any]) -> str:
-    shown = {k: v for k, v in settings.items() if k in ("sampler", "steps", "guidance", "temperature", "decoder")}
+def _told(player: Player, settings: dict[str, Any]) -> str:
+    told = {"sampler", "steps", "guidance", "temperature", "decoder"} & player.takes
+    shown = {k: v["name"] if k == "decoder" else v for k, v in settings.items() if k in told}
     return ", ".join(f"{key} {value}" for key, value in shown.items())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -129,8 +129,9 @@ def run(args: argparse.Namespace) -> int:
         images = torch.where(mask.cpu(), images, x[[i for i, _ in jobs]].cpu())
     named = {name: value for name in ("mask", "from", "into", "to", "lora") if (value := getattr(args, name))}
     about = {"way": way, **named, **used, "model": str(args.run), "ema": not args.no_ema, **settings}
-    _write(out, args.pictures, x, mask, jobs, images, {**about, "nfe": solutions[0].nfe})
-    print(f"{len(jobs)} pictures and grid.png in {args.out}: {way}, {solutions[0].nfe} network evaluations each")
+    nfe = max(solution.nfe for solution in solutions)
+    _write(out, args.pictures, x, mask, jobs, images, {**about, "nfe": nfe})
+    print(f"{len(jobs)} pictures and grid.png in {args.out}: {way}, {nfe} network evaluations each")
     return 0
 
 
@@ -177,6 +178,8 @@ def _way(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
             raise UserError(f"{option} belongs to {', '.join(ways)}, and this is {way}; leave it out")
         if name in ("n", "frames", "repeats") and value is not None and value < 1:
             raise UserError(f"{option} must be 1 or more, not {value}")
+        if name == "hold" and value is not None and not 0 <= value < 1:
+            raise UserError(f"{option} must be 0 or more and below 1, not {value}; try 0.75")
         if way in ways:
             used[name] = ways[way] if value is None else value
     if way == "interpolation" and len(args.prompt) > 1:
@@ -187,15 +190,22 @@ def _way(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
 
 
 def _read_mask(args: argparse.Namespace, files: Sequence[Image], flow: Any) -> Tensor:
-    """1 x 1 x H x W bool, cut out as the pictures are; True where it is white."""
+    """1 x 1 x H x W bool, cut out as the pictures are; True where it is white, and not transparent."""
+    from PIL import Image, ImageChops, ImageOps
+
     from genflow.data.images import fit
 
     image = read_image(args.mask)
+    with Image.open(args.mask) as raw:
+        if raw.has_transparency_data and not raw.mode.startswith("I"):
+            image = ImageChops.multiply(
+                image.convert("L"), ImageOps.exif_transpose(raw.convert("RGBA")).getchannel("A")
+            )
     for name, file in zip(args.pictures, files, strict=True):
         if image.width * file.height != image.height * file.width:
             sizes = f"{image.width} x {image.height} pixels, but {name} is {file.width} x {file.height}"
             raise UserError(f"the mask {args.mask} is {sizes}; make it as large as the picture")
-    mask = fit(image, flow.shape[1], 1).unsqueeze(0).to(flow.device) > 127
+    mask = fit(image, flow.shape[1:], 1).unsqueeze(0).to(flow.device) > 127
     if not mask.any():
         raise UserError(f"the mask {args.mask} has no white part, so there is nothing to draw")
     return mask
@@ -224,7 +234,7 @@ class Editor:
         x, seeds, used = self.x[[i for i, _ in jobs]], [cell["seed"] for _, cell in jobs], self.used
         velocity = self.under([cell["prompt"] for _, cell in jobs])
         noise = noise_from_seeds(seeds, x.shape[1:]).to(x)
-        how: dict[str, Any] = {"sampler": solver(self.settings, seeds), "progress": self.progress}
+        how: dict[str, Any] = {"sampler": solver(self.flow, self.settings, seeds), "progress": self.progress}
         if self.mask is not None:
             return editing.inpaint(
                 velocity, x, self.mask, noise, self.grid, repeats=used["repeats"], seeds=seeds, **how
@@ -247,14 +257,15 @@ class Editor:
         from genflow.conditions import Condition
         from genflow.samplers.interpolation import blend, slerp
 
-        start, end, noise = self.ends
+        start, end, noise, inverting = self.ends
         ends = [(c.tokens, c.mask, c.pooled) for c in (start, end)]
         rows = [i for i, _ in jobs]
         fractions = torch.tensor([cell["frame"] / max(self.used["frames"] - 1, 1) for _, cell in jobs])
         z = slerp(noise[rows], noise[-1:], fractions) if self.args.into else noise[rows]
         condition = Condition(*blend(ends[0], ends[1], fractions))
         velocity = guided(self.flow, condition, self.settings)
-        return solver(self.settings)(velocity, z, self.grid, progress=self.progress)
+        solution = solver(self.flow, self.settings)(velocity, z, self.grid, progress=self.progress)
+        return replace(solution, nfe=inverting + solution.nfe)
 
     @property
     def inversions(self) -> int:
@@ -262,8 +273,8 @@ class Editor:
         return -(-len(self.x) // self.args.batch) if self.way == "interpolation" else 0
 
     @cached_property
-    def ends(self) -> tuple[Any, Any, Tensor]:
-        """The conditions at both ends, and the noise of each of x."""
+    def ends(self) -> tuple[Any, Any, Tensor, int]:
+        """The conditions at both ends, the noise of each of x, and what it took to find."""
         import torch
 
         from genflow.conditions import Condition
@@ -278,12 +289,13 @@ class Editor:
                 guided(self.flow, condition[rows], self.settings),
                 self.x[rows],
                 self.grid,
-                sampler=solver(self.settings),
+                sampler=solver(self.flow, self.settings),
                 progress=self.progress,
             ).checked()
             for rows in torch.arange(len(self.x)).split(self.args.batch)
         ]
-        return start, end, torch.cat([solution.x for solution in chunks])
+        noise = torch.cat([solution.x for solution in chunks])
+        return start, end, noise, max(solution.nfe for solution in chunks)
 
 
 def _write(
@@ -302,7 +314,7 @@ def _write(
 
     stems = [Path(path).stem for path in pictures]
     for k, ((i, cell), image) in enumerate(zip(jobs, images, strict=True)):
-        words = re.sub(r"[^a-z0-9]+", "-", f"{stems[i]} {cell['prompt']}".lower()).strip("-")[:60]
+        words = re.sub(r"[\W_]+", "-", f"{stems[i]} {cell['prompt']}".lower()).strip("-")[:60]
         last = cell.get("seed", cell.get("frame"))
         to_picture(image, {**about, "picture": pictures[i], **cell}).save_atomic(out / f"{k:04d}-{words}-{last}.png")
     x = x[: len(pictures)].cpu()

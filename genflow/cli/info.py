@@ -18,7 +18,14 @@ if TYPE_CHECKING:
 PLURAL = {
     "network": "networks (model)",
     "flow": "flows (flow)",
+    "path": "paths from data to noise (flow.path)",
+    "coupling": "couplings of data and noise (flow.coupling)",
     "density": "timestep densities (flow.density)",
+    "bijection": "bijections",
+    "dequantization": "dequantizations (flow.dequantization)",
+    "autoencoder": "autoencoders of latent flows (flow.autoencoder)",
+    "bottleneck": "bottlenecks of autoencoders (flow.bottleneck)",
+    "tokenizer": "tokenizers of pictures (flow.tokenizer)",
     "dataset": "data sets (data)",
     "text": "text encoders (text)",
     "optimizer": "optimisers (train.optimizer)",
@@ -50,8 +57,9 @@ def run(args: argparse.Namespace) -> int:
         kinds = [kind for kind in PLURAL if what in names(kind)]
         attrs = [(k, n) for k, group in index().items() for n, entry in group.items() if entry["attr"] == what]
         if not kinds and not attrs:
-            every = [n for kind in PLURAL for n in names(kind)]
-            raise UserError(f"nothing is called {what!r}.{nearest(what, [*PLURAL, 'system', 'precision', *every])}")
+            every = {*PLURAL, "system", "precision", *(n for kind in PLURAL for n in names(kind))}
+            near = hint if (hint := nearest(what, every)).startswith(" Did") else f" Kinds: {', '.join(PLURAL)}."
+            raise UserError(f"nothing is called {what!r}.{near}")
         for kind, name in attrs or [(kind, what) for kind in kinds]:
             _explain(kind, name)
     return 0

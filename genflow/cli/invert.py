@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
             back.append(torch.empty_like(pictures))
             for rows in chunks:
                 velocity = guided(canvas.flow, condition[rows], settings)
-                trip = round_trip(velocity, x[rows], grid, sampler=solver(settings), progress=progress)
+                trip = round_trip(velocity, x[rows], grid, sampler=solver(canvas.flow, settings), progress=progress)
                 back[-1][rows], noise[rows] = canvas.show(trip.x), trip.noise
             nfe.append(trip.nfe)
 

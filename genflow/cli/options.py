@@ -36,7 +36,7 @@ def add_solving(
         "--guide", nargs="+", metavar=("NAME", "KEY=VALUE"), help="how it acts, see: genflow info guidance; its options"
     )
     how.add_argument("--rescale", type=float, help="bring the contrast of guided pictures back, 0 (not) to 1 (all)")
-    how.add_argument("--shift", type=_shift, help="of the time grid; 1 = none, resolution = by the picture's size")
+    how.add_argument("--shift", type=read_shift, help="of the time grid; 1 = none, resolution = by the picture's size")
     add_decoding(how)
     how.add_argument(
         "--inverse", metavar="HOW", help="of a tarflow: sequential, jacobi, measured (auto: by the device)"
@@ -112,7 +112,8 @@ def add_decoding(how: argparse._ArgumentGroup) -> None:
     how.add_argument("--top-p", type=float, metavar="P", help="the fewest likeliest tokens that have P together")
 
 
-def _shift(text: str) -> float | str:
+def read_shift(text: str) -> float | str:
+    """A number, or "resolution", for argparse."""
     try:
         return text if text == "resolution" else float(text)
     except ValueError:
@@ -125,8 +126,8 @@ def open_model(args: argparse.Namespace, *, unguided: bool = False) -> tuple[Any
 
     if args.batch < 1:
         raise UserError(f"--batch must be 1 or more, not {args.batch}")
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    flow: Any = _load(args.run, ema=not args.no_ema, device=device)
+    best = torch.accelerator.current_accelerator(check_available=True) or "cpu"
+    flow: Any = _load(args.run, ema=not args.no_ema, device=args.device or str(best))
     take_loras(flow, getattr(args, "lora", ()))
     return flow, sampling_of(args, flow, unguided=unguided)
 
@@ -196,8 +197,17 @@ def open_velocity(args: argparse.Namespace, *, unguided: bool = False) -> tuple[
     """As `open_model`, for what needs a velocity. Raises UserError for other models."""
     flow, settings = open_model(args, unguided=unguided)
     if not hasattr(flow, "guided"):
-        raise UserError(f"{args.run} is a {type(flow).__name__}, which has no velocity; this is for models of one")
+        raise UserError(
+            f"{args.run} is a {type(flow).__name__}, which has {has_instead(flow)}; this is for models of one"
+        )
     return flow, settings
+
+
+def has_instead(flow: Any) -> str:
+    """What a model has that lacks a velocity of its samples."""
+    from genflow.flows.latent import velocity_flow
+
+    return "no velocity" if velocity_flow(flow) is None else "a velocity of latents, none of pictures"
 
 
 def refuse_unheard(args: argparse.Namespace, flow: Any, *prompts: str) -> None:
@@ -225,16 +235,28 @@ def real_data(section: dict[str, Any]) -> dict[str, Any]:
     return PairsConfig(section["path"]).build().about["data"] if section["name"] == "pairs" else section
 
 
+def first_state(flow: Any, seeds: Sequence[int]) -> Tensor:
+    """Where the samples of these seeds begin: noise, of the standard deviation at the flow's first time."""
+    from genflow.functional import noise_from_seeds
+
+    return getattr(flow, "t_max", 1.0) * noise_from_seeds(seeds, flow.shape).to(flow.device)
+
+
 def is_stochastic(settings: dict[str, Any]) -> bool:
     tag = tag_of(resolve("sampler", settings.get("sampler", "heun")))
     return tag is not None and tag.metadata.get("family") == "sde"
 
 
-def solver(settings: dict[str, Any], seeds: Sequence[int] = ()) -> Any:
-    """The sampler with its options, and with the seeds if it draws noise."""
+def solver(flow: Any, settings: dict[str, Any], seeds: Sequence[int] = ()) -> Any:
+    """The sampler with its options, and with the seeds if it draws noise. Raises UserError where it may not."""
     from genflow.samplers import bound_sampler
 
-    return bound_sampler(settings.get("sampler", "heun"), settings.get("options") or {}, seeds)
+    name = settings.get("sampler", "heun")
+    if is_stochastic(settings) and not flow.config.coupling.independent:
+        raise UserError(
+            f"sampler {name!r} draws noise, which is right for coupling independent alone; choose one such as 'heun'"
+        )
+    return bound_sampler(name, settings.get("options") or {}, seeds)
 
 
 def time_grid(flow: Any, settings: dict[str, Any], steps: int) -> list[float]:
@@ -282,8 +304,7 @@ def fit_image(image: Image, flow: Any) -> Tensor:
 
     if len(flow.shape) == 1:
         raise UserError(f"the model makes vectors of {flow.shape[0]} numbers, not pictures; genflow sample draws them")
-    channels, height, _ = flow.shape
-    return (fit(image, height, channels).float() / 127.5 - 1).to(flow.device)
+    return (fit(image, flow.shape[1:], flow.shape[0]).float() / 127.5 - 1).to(flow.device)
 
 
 def read_named(flag: str, words: list[str]) -> dict[str, Any]:

@@ -8,7 +8,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from genflow.cli.options import add_decoding, embed, guided, open_model, solver, time_grid, writable
+from genflow.cli.options import (
+    add_decoding,
+    embed,
+    first_state,
+    guided,
+    has_instead,
+    open_model,
+    read_shift,
+    solver,
+    time_grid,
+    writable,
+)
 from genflow.cli.tune import add_guidance, heard, last_time
 from genflow.errors import UserError
 from genflow.registry import resolve
@@ -61,7 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--sampler", metavar="NAME", help="see: genflow info sampler")
     how.add_argument("--steps", type=int, metavar="N")
     how.add_argument("--grid", metavar="NAME", help="of times, see: genflow info grid (the tuned one, if there is one)")
-    how.add_argument("--shift", type=float, help="of the time grid; 1 = none")
+    how.add_argument("--shift", type=read_shift, help="of the time grid; 1 = none, resolution = by the picture's size")
     add_decoding(how)
     parser.add_argument(
         "--format", choices=("png", "svg"), default="png", help="of the files but animations, GIFs (png)"
@@ -82,6 +93,10 @@ def run(args: argparse.Namespace) -> int:
     wanted = args.what or [name for name in about if name != "training" or metrics.exists()]
     if refused := [name for name in wanted if name not in about]:
         raise UserError(f"{refused[0]} is no plot of {args.run}: {_why_not(plotter, refused[0])}")  # type: ignore[arg-type]
+    if not wanted:
+        flow: Any = plotter.flow  # type: ignore[union-attr]
+        what = f"{type(flow).__name__} of {'pictures' if len(flow.shape) == 3 else 'vectors'}"
+        raise UserError(f"nothing of {args.run} can be plotted: it has no {metrics.name}, and a {what} has no plots")
     for name in wanted:
         drawn: Any
         if name == "training":
@@ -113,7 +128,7 @@ def _why_not(plotter: _Plotter | PlanePlotter, name: str) -> str:
     shape = plotter.flow.shape
     is_plane, is_picture = tuple(shape) == (2,), len(shape) == 3
     if (is_plane and name in PLANE) or (is_picture and name in PICTURES):
-        return f"a {type(plotter.flow).__name__} has no velocity"
+        return f"a {type(plotter.flow).__name__} has {has_instead(plotter.flow)}"
     makes = "points in the plane" if is_plane else "pictures" if is_picture else f"vectors of {shape[0]} numbers"
     return f"it makes {makes}, and {name} is of {'pictures' if name in PICTURES else 'points in the plane'}"
 
@@ -170,7 +185,9 @@ class _Plotter:
 
         velocity, path, prompts = self.solve()
         with torch.no_grad():
-            fine = heun(velocity, path.states[0], fine_times(FINE, last_time(self.flow)), record=True).trajectory
+            fine = heun(
+                velocity, path.states[0], fine_times(FINE, last_time(self.flow), self.flow.t_max), record=True
+            ).trajectory
         assert fine is not None
         few = (path.times, torch.stack(path.states))
         title = f"{self.settings.get('sampler', 'heun')}, {self.steps} steps"
@@ -181,7 +198,7 @@ class _Plotter:
         import torch
 
         count = len(self.args.prompt) or 4
-        solve = solver(self.settings, range(self.args.seed, self.args.seed + count))
+        solve = solver(self.flow, self.settings, range(self.args.seed, self.args.seed + count))
         velocity, noise, prompts = self.problem(count)
         with torch.no_grad():
             path = solve(velocity, noise, self.times, record=True).checked().trajectory
@@ -198,7 +215,7 @@ class _Plotter:
 
         velocity, noise, _ = self.problem(self.args.images)
         own = {key: value for key, value in self.settings.items() if key != "grid" or isinstance(value, str)}
-        reference, floor = fine_solve(velocity, noise, last=last_time(self.flow))
+        reference, floor = fine_solve(velocity, noise, last=last_time(self.flow), first=self.flow.t_max)
 
         def point(sampler: str, grid: Sequence[float]) -> tuple[int, float]:
             solution = resolve("sampler", sampler)(velocity, noise, grid)
@@ -220,7 +237,7 @@ class _Plotter:
         from genflow.flows.tuned import tuned
         from genflow.samplers.tuning import hand_made
 
-        grids = hand_made(self.steps)
+        grids = hand_made(self.steps, first=self.flow.t_max)
         if found := tuned(self.args.run, self.steps):
             grids[f"tuned for {found['sampler']}"] = found["grid"]
         return plot_grids(
@@ -230,18 +247,15 @@ class _Plotter:
         )
 
     def problem(self, count: int) -> tuple[Any, Tensor, list[str]]:
-        """The velocity, the noise and the prompts of so many pictures."""
+        """The velocity, where the solves begin, and the prompts of so many pictures."""
         import torch
-
-        from genflow.functional import noise_from_seeds
 
         every = heard(self.args, self.flow)
         apart = max(len(every) // count, 1)
         prompts = [every[i * apart % len(every)] for i in range(count)]
         with torch.no_grad():
             velocity = guided(self.flow, embed(self.flow, prompts), self.settings)
-        noise = noise_from_seeds(range(self.args.seed, self.args.seed + count), self.flow.shape)
-        return velocity, noise.to(self.flow.device), prompts
+        return velocity, first_state(self.flow, range(self.args.seed, self.args.seed + count)), prompts
 
 
 class _TokenPlotter(_Plotter):

@@ -11,14 +11,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import torch
 from torch import Tensor
 
-from genflow.cli.options import embed, guided, solver, time_grid
+from genflow.cli.options import embed, first_state, guided, real_data, solver, time_grid
 from genflow.cli.plot import PLANE
 from genflow.config import Choice, from_dict
 from genflow.data.points import Extent, extent_of
 from genflow.data.vectors import VectorDataset
 from genflow.errors import UserError
 from genflow.evaluation import plots2d
-from genflow.functional import noise_from_seeds
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -46,10 +45,9 @@ class PlanePlotter:
     def data(self) -> VectorDataset | None:
         """The training data, where they are to be had."""
         try:
-            section = (self.flow.recipe or {}).get("data")
-            return (
-                from_dict(Annotated[Any, Choice("dataset")], section, where="data").build("train") if section else None
-            )
+            if not (section := (self.flow.recipe or {}).get("data")):
+                return None
+            return from_dict(Annotated[Any, Choice("dataset")], real_data(section), where="data").build("train")
         except UserError as error:
             _say(f"without the data: {error}")
             return None
@@ -146,12 +144,12 @@ class PlanePlotter:
     @torch.no_grad()
     def way(self, count: int) -> tuple[list[float], Tensor, str]:
         """Where so many points are at each time, or behind each part of a bijection, noise to data; how to say where."""
-        noise = noise_from_seeds(range(self.args.seed, self.args.seed + count), self.flow.shape)
-        noise = noise.to(self.flow.device) * self.settings.get("temperature", 1.0)
+        seeds = range(self.args.seed, self.args.seed + count)
+        noise = first_state(self.flow, seeds) * self.settings.get("temperature", 1.0)
         condition = embed(self.flow, self.captions[:count])
         if self.has_velocity:
             times = time_grid(self.flow, self.settings, self.settings.get("steps", 20))
-            solve = solver(self.settings, range(self.args.seed, self.args.seed + count))
+            solve = solver(self.flow, self.settings, seeds)
             path = solve(guided(self.flow, condition, self.settings), noise, times, record=True).checked().trajectory
             return path.times, torch.stack(path.states).cpu(), "t = {:.2f}"
         states = [noise]

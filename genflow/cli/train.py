@@ -21,7 +21,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         folder = train(args.config, args.overrides)
     except Interrupted:
-        again = " ".join(["genflow train", args.config, *args.overrides])
+        again = shlex.join(["genflow", "train", args.config, *args.overrides])
         print(f"stopped and saved; to go on: {again}", file=sys.stderr)
         return 130
     if os.environ.get("RANK", "0") == "0":  # of several processes, one says so

@@ -8,7 +8,7 @@ import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
-from genflow.cli.options import embed, guided, open_velocity, refuse_unheard
+from genflow.cli.options import embed, first_state, guided, open_velocity, refuse_unheard
 from genflow.config import Choice, from_dict
 from genflow.errors import UserError
 
@@ -41,22 +41,20 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from genflow.flows.tuned import save_tuned
-    from genflow.functional import noise_from_seeds
-    from genflow.samplers.grids import shifted
     from genflow.samplers.tuning import hand_made, tune
 
     flow, settings = open_velocity(args)
-    last = last_time(flow)
+    last, first = last_time(flow), flow.t_max
     prompts = heard(args, flow)
     rows = [i for i in range(args.images) if i % 3 != 2] + list(range(2, args.images, 3))  # the last third checks
     texts = [prompts[i * max(len(prompts) // args.images, 1) % len(prompts)] for i in rows]
-    noise = noise_from_seeds([args.seed + i for i in rows], flow.shape).to(flow.device)
+    noise = first_state(flow, [args.seed + i for i in rows])
     with torch.no_grad():
         velocity = guided(flow, embed(flow, texts), settings)
-        grids = hand_made(args.steps, last)
+        grids = hand_made(args.steps, last, first)
         own = (flow.recipe or {}).get("sample", {}).get("shift", 1.0)
-        if isinstance(own, int | float) and own != 1:
-            grids[f"shifted {own}"] = shifted(args.steps, own)
+        if own != 1:
+            grids[f"shifted {own}"] = flow.times(args.steps, "shifted", own)
         fitted = sum(i % 3 != 2 for i in range(args.images))
         tuning = tune(
             velocity,
@@ -65,11 +63,12 @@ def run(args: argparse.Namespace) -> int:
             samplers=args.samplers,
             grids=grids,
             last=last,
+            first=first,
             fitted=fitted,
             say=_say,
         )
     best = tuning.best if tuning.wins else tuning.hand_made
-    _print_table(tuning, best)
+    _print_table(tuning, best, pictures=len(flow.shape) == 3)
     found = {"sampler": best.sampler, "grid": best.grid, "name": best.name, "nfe": best.nfe, "error": best.held_out}
     under = {key: settings[key] for key in ("guidance", "interval", "guide", "rescale") if key in settings}
     file = save_tuned(args.run, args.steps, {**found, "images": args.images, "under": under})
@@ -125,17 +124,17 @@ def _say(line: str) -> None:
     print(line, file=sys.stderr)
 
 
-def _print_table(tuning: Tuning, best: Candidate) -> None:
-    """The best hand-made, planned and tuned grid of every solver, on the held-out pictures."""
+def _print_table(tuning: Tuning, best: Candidate, *, pictures: bool) -> None:
+    """The best hand-made, planned and tuned grid of every solver, on what was held out."""
     first: dict[tuple[str, str], Candidate] = {}
     for c in sorted(tuning.candidates, key=lambda c: c.held_out):
         kind = "tuned" if c.name == "tuned" else "planned" if c.learnt else "hand-made"
         first.setdefault((c.sampler, kind), c)
-    print(
-        f"\n{'solver':12}{'grid':26}{'evaluations':>12}{'RMSE':>10}{'PSNR, dB':>10}   of the fine solve, held-out pictures"
-    )
+    column, of = (f"{'PSNR, dB':>10}", "pictures") if pictures else ("", "vectors")
+    print(f"\n{'solver':12}{'grid':26}{'evaluations':>12}{'RMSE':>10}{column}   of the fine solve, held-out {of}")
     for c in first.values():
-        print(f"{c.sampler:12}{c.name:26}{c.nfe:12}{c.held_out:10.4f}{psnr(c.held_out):10.2f}{'  *' * (c is best)}")
+        decibels = f"{psnr(c.held_out):10.2f}" if pictures else ""
+        print(f"{c.sampler:12}{c.name:26}{c.nfe:12}{c.held_out:10.4f}{decibels}{'  *' * (c is best)}")
     print(f"\nthe fine solve itself is known to {tuning.reference_error:.1g}")
     if not tuning.wins:
         print(f"the fitted grid does not hold: {best.sampler} on {best.name} is better; --images more may help")

@@ -366,12 +366,12 @@ class RectifiedFlow(ConditionedFlow):
     @torch.no_grad()
     def encode(self, x: Tensor, condition: Condition | None = None, *, steps: int = 50) -> Tensor:
         """Pictures to noise, along the unguided ODE by Heun's method. condition: prepared; none is the empty one."""
-        return self._solve(x, condition, uniform(steps)[::-1])
+        return self._solve(x, condition, [self.t_max * t for t in uniform(steps)[::-1]]) / self.t_max
 
     @torch.no_grad()
     def decode(self, z: Tensor, condition: Condition | None = None, *, steps: int = 50) -> Tensor:
         """Noise to pictures, along the unguided ODE by Heun's method. The result is not clamped."""
-        return self._solve(z, condition, uniform(steps))
+        return self._solve(self.t_max * z, condition, [self.t_max * t for t in uniform(steps)])
 
     def _check(self, x: Tensor) -> None:
         """Raises UserError for samples of another kind; pictures of other sizes are welcome."""

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from genflow.errors import UserError
 from genflow.functional import Time, interpolate, path_velocity, renoise
-from genflow.registry import api_export
+from genflow.registry import api_export, tag_of
 from genflow.samplers.guidance import take_rows
 from genflow.samplers.runge_kutta import euler, heun
 from genflow.samplers.solution import (
@@ -118,23 +118,28 @@ def inpaint(
     """Draw the masked part of pictures anew; every other pixel of the result is the picture's, bit for bit.
 
     Known pixels are at every time their own noised version (the replacement of RePaint, Lugmayr et al. 2022, arXiv
-    2201.09865): the straight path from `noise`, which any solver follows exactly.
+    2201.09865): the straight path from `noise`, which any solver follows exactly. So is all at the grid's first time.
 
     mask: B or 1 x 1 x H x W, bool or in [0, 1], 1 = draw anew; between, a pixel's velocity is the mixture. repeats: how
     often each step is taken, with fresh noise back up to its start between (RePaint's resampling): the new part then
-    agrees better with the known one, at so many times the cost. seeds: one per picture, of that noise. Raises UserError
-    for a mask that does not fit.
+    agrees better with the known one, at so many times the cost; a multistep sampler begins at each of them anew. seeds: one
+    per picture, of that noise. Raises UserError for a mask that does not fit, and for repeats of a sampler of the SDE.
     """
     _check_alike(x, noise)
     x, noise, times = state(x), state(noise), _falling(grid)
     free = _check_mask(mask, x)
-    velocity = Known(velocity, x, noise, free)
+    velocity, z = Known(velocity, x, noise, free), interpolate(x, noise, times[0])
     if repeats < 1:
         raise UserError(f"repeats = {repeats} is too few; 1 takes every step once")
+    tag = tag_of(getattr(sampler, "func", sampler))
+    if repeats > 1 and tag is not None and tag.metadata.get("family") == "sde":
+        raise UserError(
+            f"repeats = {repeats}: {tag.names[0]} would draw the same noise at each; take a sampler such as heun"
+        )
     if repeats == 1:
-        solution = sampler(velocity, noise, times, progress=progress)
+        solution = sampler(velocity, z, times, progress=progress)
     else:
-        solution = _resample(velocity, noise, times, repeats, seeds, sampler, progress)
+        solution = _resample(velocity, z, times, repeats, seeds, sampler, progress)
     return replace(solution, x=torch.where(free == 0, x, solution.x))
 
 

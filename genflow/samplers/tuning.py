@@ -83,19 +83,21 @@ def tune(
     grids: Mapping[str, Sequence[float]] | None = None,
     reference: Tensor | None = None,
     last: float = 0.0,
+    first: float = 1.0,
     fitted: int | None = None,
     say: Callable[[str], object] = lambda line: None,
 ) -> Tuning:
     """The grid of that many steps, and the solver, whose endpoints are nearest to a fine solve's, in mean square.
 
     noise: B x ..., at least 2 rows: the first `fitted` of them (two thirds) are fitted, the others only tell how well.
+    first: the time at which it is the state, where every grid begins; below 1 for a model that samples from less noise.
     samplers: names; by default every ODE solver of one evaluation a step, so that all cost the same. grids: the
     hand-made ones to set out from, by name (`hand_made`). reference: the endpoints to reach, like noise; by default those
-    of `fine_solve` with this `last`. say: is told how it goes, in lines. The same input gives the same grid.
+    of `fine_solve` with this `last` and `first`. say: is told how it goes, in lines. The same input gives the same grid.
 
     Raises UserError for steps below 1, too few rows, and a solver that is unknown or not for so few fixed steps.
     """
-    grids = hand_made(steps, last) if grids is None else {name: check_grid(grid) for name, grid in grids.items()}
+    grids = hand_made(steps, last, first) if grids is None else {name: check_grid(grid) for name, grid in grids.items()}
     solvers = [name for name in samplers if evaluations(name, steps)] or _one_a_step(steps)
     n = len(noise) * 2 // 3 if fitted is None else fitted
     if not 0 < n < len(noise):
@@ -103,9 +105,9 @@ def tune(
     trust = 0.0
     if reference is None:
         say(f"a fine solve of {len(noise)} rows in about {FINE} steps")
-        reference, trust = fine_solve(velocity, noise, last=last)
+        reference, trust = fine_solve(velocity, noise, last=last, first=first)
     contest = _Contest(velocity, noise, reference, n)
-    learnt = plan(contest.few, contest.start, steps, rows=n, last=last)
+    learnt = plan(contest.few, contest.start, steps, rows=n, last=last, first=first)
     say(f"{len(solvers)} solvers on {len(grids)} hand-made grids and {len(learnt)} planned ones")
     tries = [(name, grid, False) for name, grid in grids.items()]
     tries += [(name, grid, True) for name, grid in learnt.items()]
@@ -146,13 +148,15 @@ class _Contest:
 
 
 @torch.no_grad()
-def plan(velocity: Velocity, noise: Tensor, steps: int, *, rows: int, last: float = 0.0) -> dict[str, list[float]]:
+def plan(
+    velocity: Velocity, noise: Tensor, steps: int, *, rows: int, last: float = 0.0, first: float = 1.0
+) -> dict[str, list[float]]:
     """Grids of so many steps whose Euler steps, each begun on a fine trajectory, end nearest to it; by name.
 
     The cost of a step is the mean squared distance at its end; the sum before it counts with a weight, one grid for each
     of WEIGHTS: below 1 errors made late cost more, above 1 errors made early. rows: only the first so many count.
     """
-    times = fine_times(PLANNED, last)
+    times = fine_times(PLANNED, last, first)
     if steps >= len(times) - 1:
         return {}
     states = heun(velocity, noise, times, record=True).checked().trajectory.states  # type: ignore[union-attr]
@@ -180,27 +184,27 @@ def _cheapest(costs: Tensor, steps: int, weight: float) -> list[int]:
     return way[::-1]
 
 
-def fine_times(steps: int, last: float) -> list[float]:
+def fine_times(steps: int, last: float, first: float = 1.0) -> list[float]:
     """Fine times, about so many: three quarters of them equal in time, a quarter in log-SNR; none between last and 0."""
-    if not 0 <= last < 1:
-        raise UserError(f"last = {last} is not within 0 .. 1; 0.0 lets the fine solve go all the way")
+    if not 0 <= last < first:
+        raise UserError(f"last = {last} is not within 0 .. {first}; 0.0 lets the fine solve go all the way")
     times = {*uniform(steps - steps // 4), *log_snr_uniform(steps // 4)}
-    return sorted({0.0, last, *(t for t in times if t > last)}, reverse=True)
+    return sorted({0.0, last, first, *(t for t in times if last < t < first)}, reverse=True)
 
 
 @torch.no_grad()
 def fit_grid(miss: Callable[[Sequence[float]], Tensor], grid: Sequence[float]) -> list[float]:
-    """The interior times of a grid from 1 to 0, moved to where the sum of squares of miss(grid) is least nearby.
+    """The interior times of a grid that ends at 0, moved to where the sum of squares of miss(grid) is least nearby.
 
     miss: a grid to a vector, such as endpoints less the wanted ones. Levenberg-Marquardt (Marquardt 1963) in the
-    logarithms of the steps, whose sum is held at 1, so that every trial is a falling grid. Never worse than it began.
+    logarithms of the steps, whose sum is held, so that every trial is a falling grid. Never worse than it began.
     """
     u = (-torch.tensor(list(grid), dtype=torch.float64).diff()).log()
     best, residual, damping = list(grid), miss(grid), 1e-2
     least = _squares(residual)
     for _ in range(ITERATIONS if len(u) > 1 else 0):
         bumps = DELTA * torch.eye(len(u), dtype=torch.float64)
-        jacobian = torch.stack([(miss(_grid_of(u + bump)) - residual) / DELTA for bump in bumps])
+        jacobian = torch.stack([(miss(_grid_of(u + bump, grid[0])) - residual) / DELTA for bump in bumps])
         normal, slope = (product.cpu().double() for product in (jacobian @ jacobian.T, jacobian @ residual))
         if not normal.isfinite().all():
             break
@@ -209,9 +213,10 @@ def fit_grid(miss: Callable[[Sequence[float]], Tensor], grid: Sequence[float]) -
         while damping < 1e6:
             trial = u - torch.linalg.solve(normal + damping * scale, slope)
             trial = (trial - trial.mean()).clamp(-WIDEST, WIDEST)
-            missed = miss(_grid_of(trial))
+            moved = _grid_of(trial, grid[0])
+            missed = miss(moved)
             if (now := _squares(missed)) < least:
-                u, best, residual, least, damping = trial, _grid_of(trial), missed, now, damping / 10
+                u, best, residual, least, damping = trial, moved, missed, now, damping / 10
                 break
             damping *= 4
         if not before - least > ENOUGH * before:
@@ -219,9 +224,9 @@ def fit_grid(miss: Callable[[Sequence[float]], Tensor], grid: Sequence[float]) -
     return best
 
 
-def _grid_of(u: Tensor) -> list[float]:
-    """The grid from 1 to 0 whose steps have these logarithms, but for what makes their sum 1."""
-    return [1.0, *u.softmax(0).flip(0).cumsum(0).flip(0)[1:].tolist(), 0.0]
+def _grid_of(u: Tensor, first: float) -> list[float]:
+    """The grid from its first time to 0 whose steps have these logarithms, but for what makes their sum right."""
+    return [first, *(first * u.softmax(0).flip(0).cumsum(0).flip(0)[1:]).tolist(), 0.0]
 
 
 def _squares(residual: Tensor) -> float:
@@ -230,36 +235,38 @@ def _squares(residual: Tensor) -> float:
 
 @api_export("fine_solve")
 @torch.no_grad()
-def fine_solve(velocity: Velocity, noise: Tensor, *, steps: int = FINE, last: float = 0.0) -> tuple[Tensor, float]:
-    """The endpoints of noise by Heun's method in many steps, finer at both ends, and their own RMSE.
+def fine_solve(
+    velocity: Velocity, noise: Tensor, *, steps: int = FINE, last: float = 0.0, first: float = 1.0
+) -> tuple[Tensor, float]:
+    """The endpoints of noise at the time `first`, by Heun's method in many steps, finer at both ends, and their own RMSE.
 
     last: the time from which one Euler step goes to 0, that is, where the predicted picture is taken; for a velocity
     which below it does not lead to that picture, such as one of x-prediction below its t_min. The error is estimated by
     every second time alone: a third of the distance to where that leads, the order being two. Raises UserError for NaN.
     """
-    times = fine_times(steps, last)
+    times = fine_times(steps, last, first)
     x, coarse = (heun(velocity, noise, grid).checked().x for grid in (times, [*times[:-2:2], *times[-2:]]))
     return x, (x - coarse).square().mean().sqrt().item() / 3
 
 
-def hand_made(steps: int, last: float = 0.0) -> dict[str, list[float]]:
-    """The registered grids of that many steps, and "shifted" at some shifts, by name; of equal ones the first.
+def hand_made(steps: int, last: float = 0.0, first: float = 1.0) -> dict[str, list[float]]:
+    """The registered grids of that many steps from `first` on, and "shifted" at some shifts, by name; none twice.
 
-    With a last time as in `fine_solve`, each also of one step less, squeezed into 1 .. last, and a step to 0.
+    With a last time as in `fine_solve`, each also of one step less, squeezed into first .. last, and a step to 0.
     """
 
     def make(n: int) -> dict[str, list[float]]:
         grids = {name: resolve("grid", name)(n) for name in ("uniform", *names("grid"))}
         return grids | {f"shifted {shift}": shifted(n, shift) for shift in SHIFTS}
 
-    grids = make(steps)
+    grids = {name: [first * t for t in grid] for name, grid in make(steps).items()}
     if last and steps > 1:
-        squeezed = {name: [last + (1 - last) * t for t in grid[1:]] for name, grid in make(steps - 1).items()}
-        grids |= {f"{name}, last {last}": [1.0, *times, 0.0] for name, times in squeezed.items()}
-    first: dict[tuple[float, ...], str] = {}
+        squeezed = {name: [last + (first - last) * t for t in grid[1:]] for name, grid in make(steps - 1).items()}
+        grids |= {f"{name}, last {last}": [first, *times, 0.0] for name, times in squeezed.items()}
+    named: dict[tuple[float, ...], str] = {}
     for name, grid in grids.items():
-        first.setdefault(tuple(grid), name)
-    return {name: list(grid) for grid, name in first.items()}
+        named.setdefault(tuple(grid), name)
+    return {name: list(grid) for grid, name in named.items()}
 
 
 def evaluations(sampler: str, steps: int) -> int:
