@@ -20,6 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from claims.common import told
 from torch import Tensor, nn
 
 from genflow.data.images import fit
@@ -186,8 +187,10 @@ def main() -> None:
         (args.out / f"{args.one}.json").write_text(json.dumps(result))
         return
     for name in args.models:
-        if not (args.out / f"{name}.json").exists():
-            subprocess.run([sys.executable, __file__, *sys.argv[1:], "--one", name], check=True)
+        if (args.out / f"{name}.json").exists():
+            continue
+        if code := subprocess.run([sys.executable, __file__, *sys.argv[1:], "--one", name]).returncode:
+            sys.exit(code)
     results = {n: json.loads((args.out / f"{n}.json").read_text()) for n in MODELS if (args.out / f"{n}.json").exists()}
     for name, result in results.items():
         print(
@@ -197,4 +200,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    told(main)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from claims.common import told
 from torch import Tensor
 
 from genflow.cli.tune import captions, last_time
@@ -39,6 +40,7 @@ class Problem:
     velocity: Callable[..., Tensor]
     noise: Tensor
     last: float = 0.0
+    first: float = 1.0
 
     @property
     def fitted(self) -> int:
@@ -72,9 +74,10 @@ def trained(run: str, rows: int) -> Problem:
     sample = (flow.recipe or {}).get("sample", {})
     how = {key: sample[key] for key in ("guidance", "interval", "guide", "rescale") if key in sample}
     velocity = flow.guided(flow.embed(flow.text.encode(prompts)), **how)
-    about = f"{Path(run).resolve().name}, guidance {how.get('guidance', 1.0)}; {rows} captions of its training data"
-    noise = noise_from_seeds(range(len(prompts)), flow.shape)
-    return Problem("run", about, velocity, noise, last_time(flow))
+    name = Path(run).resolve().name
+    about = f"{name}, guidance {how.get('guidance', 1.0)}; {len(prompts)} captions of its training data"
+    noise = flow.t_max * noise_from_seeds(range(len(prompts)), flow.shape)
+    return Problem(name, about, velocity, noise, last_time(flow), flow.t_max)
 
 
 def rmse(problem: Problem, reference: Tensor, sampler: str, grid: list[float]) -> tuple[int, float, float]:
@@ -88,7 +91,10 @@ def rmse(problem: Problem, reference: Tensor, sampler: str, grid: list[float]) -
 
 @dataclass(frozen=True)
 class Point:
+    """fitted, error: on the rows that choose, and on the others."""
+
     nfe: int
+    fitted: float
     error: float
     grid: str
 
@@ -101,12 +107,11 @@ def compare(problem: Problem, reference: Tensor) -> dict[str, dict[int, Point]]:
         for budget in BUDGETS:
             if (steps := steps_within(sampler, budget)) is None:
                 continue
-            grids = hand_made(steps, problem.last)
+            grids = hand_made(steps, problem.last, problem.first)
             tried = [n for n in grids if kept is None or budget <= WIDE or n in kept]
             found = sorted((rmse(problem, reference, sampler, grids[n])[1], n) for n in tried)
             kept = [name for _, name in found[:KEPT]]
-            nfe, _, error = rmse(problem, reference, sampler, grids[kept[0]])
-            table[sampler][budget] = Point(nfe, error, kept[0])
+            table[sampler][budget] = Point(*rmse(problem, reference, sampler, grids[kept[0]]), kept[0])
         print(f"  {sampler:10}" + "".join(f"{point.error:9.4f}" for point in table[sampler].values()), flush=True)
     return table
 
@@ -116,7 +121,7 @@ def learn(problem: Problem, reference: Tensor, table: dict[str, dict[int, Point]
     learnt = {}
     for budget in LEARNT:
         equal = [name for name, row in table.items() if budget in row and steps_within(name, budget) == budget]
-        equal.sort(key=lambda name: table[name][budget].error)
+        equal.sort(key=lambda name: table[name][budget].fitted)
         tuning = tune(
             problem.velocity,
             problem.noise,
@@ -124,10 +129,11 @@ def learn(problem: Problem, reference: Tensor, table: dict[str, dict[int, Point]
             samplers=equal[:3],
             reference=reference,
             last=problem.last,
+            first=problem.first,
             fitted=problem.fitted,
         )
         best = tuning.best
-        learnt[budget] = Point(best.nfe, best.held_out, best.sampler)
+        learnt[budget] = Point(best.nfe, best.error, best.held_out, best.sampler)
         verdict = "" if tuning.wins else f"; {tuning.hand_made.sampler} on {tuning.hand_made.name} is better"
         print(f"  learnt, {budget} evaluations: {best.sampler} {best.held_out:.4f}{verdict}", flush=True)
     return learnt
@@ -135,7 +141,7 @@ def learn(problem: Problem, reference: Tensor, table: dict[str, dict[int, Point]
 
 def report(problem: Problem, floor: float, table: dict, learnt: dict[int, Point], plain: dict[int, float]) -> str:
     """The tables as Markdown, and what they say about 8 evaluations."""
-    order = sorted(table, key=lambda name: table[name].get(8, Point(0, float("inf"), "")).error)
+    order = sorted(table, key=lambda name: table[name][8].error if 8 in table[name] else float("inf"))
     head = f"| | {' | '.join(map(str, BUDGETS))} |\n|---|{'---|' * len(BUDGETS)}\n"
 
     def row(name: str, cells: dict[int, str]) -> str:
@@ -150,16 +156,17 @@ def report(problem: Problem, floor: float, table: dict, learnt: dict[int, Point]
     errors += "".join(row(name, {b: cell(b, p) for b, p in table[name].items()}) for name in order)
     errors += row("euler, equal steps", {b: f"{plain[b]:.4f}" for b in BUDGETS})
     grids = "".join(row(name, {b: p.grid for b, p in table[name].items()}) for name in order)
-    best = min((row[8].error, name, row[8].grid) for name, row in table.items() if 8 in row)
-    lines = [f"- {best[1]} on {best[2]}: {best[0]:.4f}, where euler on equal steps {_needs(best[0], plain)};"]
+    name, best = min(((n, row[8]) for n, row in table.items() if 8 in row), key=lambda each: each[1].fitted)
+    lines = [f"- {name} on {best.grid}: {best.error:.4f}, where euler on equal steps {_needs(best.error, plain)};"]
     lines += [f"- {learnt[8].grid} on a learnt grid: {learnt[8].error:.4f}, where it {_needs(learnt[8].error, plain)};"]
     own = ", ".join(f"{table['euler'][b].error:.4f} at {b}" for b in (16, 24, 32, 48))
     lines += [f"- euler on its own best grid: {own}."]
     return (
         f"# Quality at equal cost: {problem.name}\n\n{problem.about}. RMSE of the endpoints to a fine solve (itself known "
         f"to {floor:.1g}), by network evaluations; in brackets those really made. The grid of each solver is the best of "
-        f"the hand-made ones on {problem.fitted} rows; all errors are those of the other "
-        f"{len(problem.noise) - problem.fitted}.\n\n{head}{errors}\nAt 8 evaluations:\n\n" + "\n".join(lines) + "\n\n"
+        f"the hand-made ones on {problem.fitted} rows, by which the solvers of learnt grids and the one below are chosen "
+        f"too; all errors are those of the other {len(problem.noise) - problem.fitted}.\n\n"
+        f"{head}{errors}\nAt 8 evaluations:\n\n" + "\n".join(lines) + "\n\n"
         f"The hand-made grids:\n\n{head}{grids}\nMade by `scripts/compare_samplers.py`.\n"
     )
 
@@ -179,7 +186,9 @@ def main() -> None:
     with torch.no_grad():
         for problem in [mixture(args.rows), *([trained(args.run, args.images)] if args.run else [])]:
             print(f"{problem.name}: {problem.about}")
-            reference, floor = fine_solve(problem.velocity, problem.noise, steps=256, last=problem.last)
+            reference, floor = fine_solve(
+                problem.velocity, problem.noise, steps=256, last=problem.last, first=problem.first
+            )
             table = compare(problem, reference)
             learnt = learn(problem, reference, table)
             plain = {n: rmse(problem, reference, "euler", uniform(n))[2] for n in PLAIN}
@@ -200,4 +209,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    told(main)

@@ -12,6 +12,7 @@ import argparse
 import math
 import time
 from collections.abc import Callable
+from typing import get_args, get_type_hints
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +30,7 @@ from genflow.text.none import NoTextConfig
 from genflow.training.ema import EMA
 
 BATCH = 512
+KINDS = [kind for kind in get_args(get_type_hints(Toy2DConfig)["kind"]) if kind != "picture"]
 Losses = tuple[nn.Module, Callable[[Tensor, int], Tensor], Callable[[Tensor], Tensor]]  # loss(x, step), nll(x): B
 
 
@@ -97,7 +99,7 @@ def run(name: str, rows: Tensor, test: Tensor, minutes: float) -> tuple[float, i
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--kinds", nargs="+", default=["checkerboard", "moons"])
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=["checkerboard", "moons"])
     parser.add_argument("--minutes", type=float, default=2, help="of one core, for each model (2)")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     args = parser.parse_args()

@@ -4,6 +4,10 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" ""  # or it would take our own arguments for extras
 cd "$root"
+run=runs/quickstart
+for word in "$@"; do
+    case $word in out=*) run=${word#out=} ;; esac
+done
 "$root/.venv/bin/genflow" train configs/quickstart.yaml "$@"
-"$root/.venv/bin/genflow" sample runs/quickstart --prompt-file samples/prompts.txt --out runs/quickstart/pictures
-echo "look at $root/runs/quickstart/pictures/grid.png"
+"$root/.venv/bin/genflow" sample "$run" --prompt-file samples/prompts.txt --out "$run/pictures"
+echo "look at $(realpath "$run")/pictures/grid.png"

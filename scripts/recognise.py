@@ -1,22 +1,23 @@
 """Is the picture of a prompt its own? python scripts/recognise.py RUN [--features GRAPH.json] [--out GRID.png]
 
 Draws 64 prompts of the run's training set, generates each, and looks for the generated picture's nearest neighbour among
-its own training picture and 255 others: by pixels, and by a feature network where one is given (a JSON graph of
-convolutions with a .safetensors of the same name beside it). Prints the share that finds its own.
+its own training picture and 255 others, or all there are: by pixels, and by a feature network where one is given (a JSON
+graph of convolutions with a .safetensors of the same name beside it). Prints the share that finds its own.
 """
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Annotated, Any
 
 import torch
+from claims.common import told
 
 import genflow
-from genflow.config import Choice, from_dict
+from genflow.cli.eval import data_of
 from genflow.data.images import fit
 from genflow.data.pictures import caption_grid
+from genflow.errors import UserError
 from genflow.evaluation.features import graph_features, pixel_features
 
 
@@ -32,9 +33,11 @@ def main() -> None:
     args = parser.parse_args()
 
     flow = genflow.load(args.run)
-    data = from_dict(Annotated[Any, Choice("dataset")], flow.recipe["data"])
-    dataset = data.build("train")
-    pictures = torch.stack([fit(dataset.image(i), data.size, data.channels) for i in range(len(dataset))]) / 127.5 - 1
+    if len(flow.shape) != 3:
+        raise UserError(f"{args.run} draws vectors of {flow.shape[0]} numbers; this is for models of pictures")
+    dataset = data_of(flow, args.run)[1].build("train")
+    channels, *size = flow.shape
+    pictures = torch.stack([fit(dataset.image(i), tuple(size), channels) for i in range(len(dataset))]) / 127.5 - 1
     generator = torch.Generator().manual_seed(args.seed)
     chosen = torch.randperm(len(dataset), generator=generator)[: args.prompts].tolist()
     settings = dict(flow.recipe["sample"])
@@ -51,9 +54,8 @@ def main() -> None:
             others = torch.randperm(len(dataset), generator=generator)
             gallery = torch.cat([torch.tensor([i]), others[others != i][: args.others]])
             found += int((known[gallery] - feature).square().sum(1).argmin() == 0)
-        print(
-            f"nearest of {args.others + 1} is its own picture, by {name}: {found}/{len(chosen)} = {found / len(chosen):.0%}"
-        )
+        share = f"{found}/{len(chosen)} = {found / len(chosen):.0%}"
+        print(f"nearest of {len(gallery)} is its own picture, by {name}: {share}")
     error = (generated - pictures[chosen]).square().flatten(1).mean(1).sqrt()
     print(f"root mean square error of a pixel, in [-1, 1]: {error.mean():.3f} on average, {error.max():.3f} at worst")
     if args.out:
@@ -62,4 +64,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    told(main)

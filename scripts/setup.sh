@@ -9,9 +9,18 @@ if [ -z "$python" ] || ! "$python" -c 'import sys; sys.exit(sys.version_info < (
     echo "genflow needs Python 3.11 or newer; found: $("${python:-false}" --version 2>&1 || echo none)" >&2
     exit 2
 fi
-if ! "$root/.venv/bin/python" -c 'import pip' 2>/dev/null; then # also where its making was cut short
-    rm -rf "$root/.venv"
-    "$python" -m venv "$root/.venv"
+begun="$root/.venv/begun-by-setup" # only what was begun here, and cut short, is ever removed
+if ! "$root/.venv/bin/python" -c 'import pip' 2>/dev/null; then
+    if [ ! -e "$root/.venv" ] || [ -e "$begun" ]; then
+        rm -rf "$root/.venv"
+        mkdir "$root/.venv"
+        touch "$begun"
+        "$python" -m venv "$root/.venv"
+        rm "$begun"
+    elif ! "$root/.venv/bin/python" -m ensurepip >/dev/null 2>&1; then # such as one of uv
+        echo "$root/.venv has no pip, and setup.sh did not make it: install pip there, or move it away" >&2
+        exit 2
+    fi
 fi
 # The stamp is written last, so that an install that was cut short is done again.
 stamp="$root/.venv/installed-${extras:-base}"

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from common import EMOJI, gains, merged, study, verdict
+from common import EMOJI, gains, merged, study, told, verdict
 from torch import nn
 
 from genflow.attention import attention
@@ -98,35 +98,37 @@ class DiT(nn.Module):
         return unpatchify(self.final(x), h, w, self.patch_size)
 
 
-def width(way: str, wanted: int, like: MMDiTConfig) -> int:
-    """The hidden width at which a DiT has the parameters of the MM-DiT, as near as multiples of 16 come."""
-    fits = {"in_channels": 3, "context_dim": 384, "pooled_dim": 384, "sample_size": 4}
+FITS = {"in_channels": 3, "context_dim": 384, "pooled_dim": 384, "sample_size": 4}
 
-    def off(hidden: int) -> int:
-        config = DiTConfig(depth=like.depth, hidden=hidden, heads=4, patch_size=4, way=way, **fits)
-        return abs(sum(p.numel() for p in config.build().parameters()) - wanted)
 
-    return min(range(64, 400, 16), key=off)
+def parameters(config: MMDiTConfig) -> int:
+    with torch.device("meta"):
+        return sum(p.numel() for p in config.build().parameters())
+
+
+def dit(way: str, wanted: int) -> DiTConfig:
+    """As wide as brings it to `wanted` parameters, as near as multiples of 4 come, which heads and positions ask for."""
+    configs = [DiTConfig(depth=3, hidden=each, heads=4, patch_size=4, way=way, **FITS) for each in range(64, 256, 4)]
+    return min(configs, key=lambda config: abs(parameters(config) - wanted))
 
 
 def main() -> None:
     claim = study(__file__, __doc__, steps=600)
-    fits = {"in_channels": 3, "context_dim": 384, "pooled_dim": 384, "sample_size": 4}
-    ours = MMDiTConfig(depth=3, hidden=128, heads=4, patch_size=4, **fits)
-    wanted = sum(p.numel() for p in ours.build().parameters())
+    ours = MMDiTConfig(depth=3, hidden=128, heads=4, patch_size=4, **FITS)
+    dits = {f"DiT, {way}": dit(way, parameters(ours)) for way in ("cross", "concatenated")}
     sides = {"MM-DiT": EMOJI}
-    for way in ("cross", "concatenated"):
-        model = {**EMOJI["model"], "name": "dit_of_text", "way": way, "hidden": width(way, wanted, ours)}
-        sides[f"DiT, {way}"] = merged(EMOJI, {"model": model})
+    for name, config in dits.items():
+        model = {**EMOJI["model"], "name": "dit_of_text", "way": config.way, "hidden": config.hidden}
+        sides[name] = merged(EMOJI, {"model": model})
     results = claim.sweep(sides, lambda run: claim.figures(run, steps=(10, 25)))
     said = {
         f"MM-DiT is ahead of {name} in {figure}": verdict(gains(results, "MM-DiT", name, [figure]))
         for figure in ("loss", "FD, 25 steps")
-        for name in list(sides)[1:]
+        for name in dits
     }
-    widths = ", ".join(str(section["model"]["hidden"]) for section in sides.values())
-    claim.report(results, said, note=f"About {wanted / 1e6:.2f} M parameters each; widths {widths}.")
+    sizes = [f"{name} {parameters(each):,} of width {each.hidden}" for name, each in {"MM-DiT": ours, **dits}.items()]
+    claim.report(results, said, note=f"Parameters: {', '.join(sizes)}.")
 
 
 if __name__ == "__main__":
-    main()
+    told(main)

@@ -13,13 +13,13 @@ from itertools import pairwise
 from typing import Annotated, Any
 
 import torch
-from common import Study, gains, merged, study, verdict
+from common import Study, gains, merged, study, told, verdict
 
 from genflow.cli.eval import data_of
 from genflow.config import Choice, from_dict
 from genflow.data.pictures import caption_grid
 from genflow.errors import UserError
-from genflow.evaluation.features import as_samples, feature_network
+from genflow.evaluation.features import as_samples
 from genflow.evaluation.plan import Plan
 from genflow.evaluation.reals import read_real
 from genflow.evaluation.report import Reals, evaluate
@@ -91,7 +91,7 @@ def main() -> None:
     def measure(run):
         flow = load(run)
         section, data = data_of(flow, str(run))
-        network, plan = feature_network(claim.features), Plan(("reconstruction",), n=claim.n)
+        network, plan = claim.features, Plan(("reconstruction",), n=claim.n)
         reals = shared["emoji" if section["name"] == "emoji" else "CIFAR-10"]
         found = evaluate(flow, data, plan, name=section["name"], features=network, reals=reals)
         return {each.name: each.value for each in found.figures}
@@ -110,4 +110,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    told(main)

@@ -16,20 +16,27 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from scipy.stats import t as student
 
 from genflow.cli.eval import data_of
 from genflow.config import from_dict
 from genflow.data.pictures import write_atomic
-from genflow.evaluation.features import feature_network
+from genflow.errors import UserError
+from genflow.evaluation.features import FeatureNetwork, PixelFeatures, feature_network
 from genflow.evaluation.plan import Plan, number
 from genflow.evaluation.report import Reals, evaluate
-from genflow.flows.store import load, newest_checkpoint
+from genflow.flows.store import load
+from genflow.training.config import RunConfig
+from genflow.training.precision import resolve_precision
+from genflow.training.ranks import join_processes
+from genflow.training.run import train
 
 SHOWN, OPEN, CONTRADICTED = "shown", "not shown at this size", "contradicted"
 STEPS = (5, 10, 25, 50)  # at which distances are measured
+LEAST = 1e-9  # a figure below it counts as it, or its ratio to another would be without end
 Results = dict[str, dict[str, list[float]]]  # by side and figure, one number for each seed
 
 EMOJI: dict[str, Any] = {  # a text-to-image MM-DiT that learns something in a minute of one core
@@ -67,7 +74,10 @@ def merged(section: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, 
 
 @dataclass(frozen=True)
 class Study:
-    """One claim: its words, where its runs and its table go, and how large it is."""
+    """One claim: its words, where its runs and its table go, and how large it is.
+
+    n, features: of the distances, 0 and None where there are none. precision: of every run that does not name its own.
+    """
 
     name: str
     says: str
@@ -76,24 +86,24 @@ class Study:
     seeds: Sequence[int]
     steps: int
     n: int
-    features: str | None
+    features: FeatureNetwork | None
+    precision: str
+
+    def config(self, side: str, seed: int, section: Mapping[str, Any], steps: int | None = None) -> RunConfig:
+        """Of one run, which its name and the claim's steps tell from others; `out` is its folder."""
+        folder = self.work / self.name / _plain(f"{side}-{seed}-{self.steps}")
+        own = {"precision": self.precision, **section["train"]}
+        own |= {"steps": steps or self.steps, "warmup": min(100, self.steps // 10)}
+        return from_dict(RunConfig, {**section, "seed": seed, "out": str(folder), "train": own})
 
     def train(self, side: str, seed: int, section: Mapping[str, Any], steps: int | None = None) -> Path:
-        """The folder of a run, trained to its steps unless it is already."""
-        folder = self.work / self.name / _plain(f"{side}-{seed}-{self.steps}")
-        steps = steps or self.steps
-        newest = newest_checkpoint(folder)
-        if newest is None or int(newest.name.removeprefix("step-")) < steps:
-            from genflow.training.config import RunConfig
-            from genflow.training.run import train
-
-            change = {"seed": seed, "out": str(folder), "train": {"steps": steps, "warmup": min(100, self.steps // 10)}}
-            train(from_dict(RunConfig, merged(section, change)))
-        return folder
+        """The folder of a run, trained to its steps unless it is already. Raises UserError where it is another one's."""
+        return train(self.config(side, seed, section, steps))
 
     def kept(self, key: str, make: Callable[[], dict[str, float]]) -> dict[str, float]:
-        """Figures that are made once, for these steps and this n."""
-        file = self.work / self.name / _plain(f"{key}-{self.steps}-{self.n}.json")
+        """Figures that are made once, for these steps, this n and these features."""
+        network = self.features and (self.features.digest or self.features.name)[:12]
+        file = self.work / self.name / _plain(f"{key}-{self.steps}-{self.n}-{network}.json")
         if not file.exists():
             found = json.dumps(make(), indent=2) + "\n"
             write_atomic(file, lambda out: out.write(found.encode()))
@@ -119,7 +129,7 @@ class Study:
         """The validation loss, and the Frechet distance in each number of steps; changes: of the run's sampling."""
         flow: Any = load(run)
         section, data = data_of(flow, str(run))
-        network = feature_network(self.features if len(flow.shape) == 3 else "pixels")
+        network = self.features if len(flow.shape) == 3 else PixelFeatures()
         reals = _reals.setdefault(json.dumps([section, flow.shape, network.digest, self.n]), Reals())
 
         def value(metric: str, name: str, sampling: Mapping[str, Any]) -> float:
@@ -131,74 +141,115 @@ class Study:
         distances = {f"FD, {count} steps": value("fd", "FD", {**own, "steps": count}) for count in steps}
         return {"loss": value("loss", "loss", {}), **distances}
 
-    def report(self, results: Results, verdicts: Mapping[str, str], *, note: str = "", curves: bool = True) -> None:
+    def report(self, results: Results, verdicts: Mapping[str, Verdict], *, note: str = "", curves: bool = True) -> None:
         """Print and write the table, the picture and what it shows."""
         lines = [f"# {self.name}", "", self.says, "", table(results), ""]
-        lines += [f"- {statement}: **{verdict}**" for statement, verdict in verdicts.items()]
-        seeds, threads = " ".join(map(str, self.seeds)), torch.get_num_threads()
-        features = f" --features {Path(self.features).name}" if self.features else ""
-        command = f"python scripts/claims/{self.name}.py --steps {self.steps} --seeds {seeds} -n {self.n}{features}"
-        made = f"Means with standard deviations over the seeds; torch {torch.__version__}, {threads} thread"
-        lines += ["", f"`{command}`", "", f"{made}{'s' * (threads > 1)}. {note}".rstrip()]
+        lines += [f"- {statement}: **{found.word}**{found.why}" for statement, found in verdicts.items()]
+        lines += ["", " ".join(LEGEND.split())]
+        command = f"python scripts/claims/{self.name}.py --steps {self.steps} --seeds {' '.join(map(str, self.seeds))}"
+        command += f" -n {self.n}" * (self.n > 0) + (f" --features {self.features.name}" if self.features else "")
+        made = f"Means with standard deviations over the seeds; trained in {self.precision}"
+        page = f"this page by torch {torch.__version__}, threads: {torch.get_num_threads()}"
+        lines += ["", f"`{command}`", "", f"{made}; {page}. {note}".rstrip()]
         lines += ["", f"![{self.name}]({self.name}.png)", ""]
         text = "\n".join(lines)
         write_atomic(self.out / f"{self.name}.md", lambda file: file.write(text.encode()))
         draw(results, self.out / f"{self.name}.png", curves=curves)
         print(table(results))
-        for statement, verdict in verdicts.items():
-            print(f"{statement}: {verdict}")
+        for statement, found in verdicts.items():
+            print(f"{statement}: {found.word}{found.why}")
 
 
-def study(file: str, doc: str, *, steps: int, n: int = 500) -> Study:
-    """A claim from its script and the command line. doc: what it says, what is varied and measured, when it is shown."""
+def study(file: str, doc: str, *, steps: int, n: int = 500, features: bool = True, precision: str = "auto") -> Study:
+    """A claim from its script and the command line. doc: what it says, what is varied and measured, when it is shown.
+
+    n, features: as of `Study`; 0 and False leave their options out. "auto": as the first run of the claim found, for all.
+    """
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("runs/claims"), help="where runs are kept (runs/claims)")
     parser.add_argument("--out", type=Path, default=Path("samples/claims"), help="of the table and the picture")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=steps, help=f"of each run ({steps})")
-    parser.add_argument("-n", type=int, default=n, help=f"samples of each distance ({n})")
-    parser.add_argument("--features", help="of the distances, as of genflow eval (mixed4, or pixels)")
+    if n:
+        parser.add_argument("-n", type=int, default=n, help=f"samples of each distance ({n})")
+    if features:
+        parser.add_argument("--features", help="of the distances, as of genflow eval (mixed4, or pixels)")
     args = parser.parse_args(sys.argv[1:])
+    name, n = Path(file).stem, args.n if n else 0
+    if args.steps < 1:
+        raise UserError(f"--steps {args.steps} trains nothing; the least is 1")
+    network = feature_network(args.features) if features else None
+    if precision == "auto":
+        measured = args.work / name / "precision"
+        if not measured.exists():
+            found, _ = resolve_precision("auto", join_processes())
+            write_atomic(measured, lambda out: out.write(found.encode()))
+        precision = measured.read_text()
     says = "\n\n".join(" ".join(paragraph.split()) for paragraph in doc.strip().split("\n\n"))
-    return Study(Path(file).stem, says, args.work, args.out, args.seeds, args.steps, args.n, args.features)
+    return Study(name, says, args.work, args.out, args.seeds, args.steps, n, network, precision)
+
+
+def told(main: Callable[[], None]) -> None:
+    """Run a script; a person's mistake is one line and exit code 2, as in the command line."""
+    try:
+        main()
+    except UserError as error:
+        print(f"{Path(sys.argv[0]).stem}: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 # -------------------------------------------------------------------------------------------------------------- verdicts
 
 
-def verdict(gains: Sequence[float], least: float = 0.0) -> str:
-    """What seeds say of a gain, a number for each: shown where all lie above `least`, and their mean by two standard errors.
+LEGEND = """In brackets is what a verdict hangs on. Of a gain, the log of the ratio of two figures unless said otherwise: its
+mean ± its standard error, and each seed's; shown where all are above the bound (0, or as said) and the mean is so by
+Student's two-sided 95 %. Of an equality: each seed's difference, and how much is allowed."""
 
-    Contradicted where all lie as clearly below -least; else, and of a single seed, not shown at this size.
+
+class Verdict(NamedTuple):
+    """word: SHOWN, OPEN or CONTRADICTED; why: the numbers that it hangs on, in brackets."""
+
+    word: str
+    why: str = ""
+
+
+def verdict(gains: Sequence[float], least: float = 0.0) -> Verdict:
+    """What seeds say of a gain, a number for each: shown where all lie above `least`, and their mean clearly so.
+
+    That is by more standard errors than Student's t has at two-sided 95 % for one degree of freedom less than seeds: 12.7
+    of two seeds, 4.3 of three. Contradicted where all lie as clearly below -least; else, and of a single seed, not shown
+    at this size.
     """
-    for sign, word in ((1, SHOWN), (-1, CONTRADICTED)):
-        signed = [sign * gain - least for gain in gains]
-        if len(signed) > 1 and all(each > 0 for each in signed):
-            if not all(map(math.isfinite, signed)):  # one side left the numbers at every seed, or at some
-                return word
-            if statistics.mean(signed) > 2 * statistics.stdev(signed) / math.sqrt(len(signed)):
-                return word
-    return OPEN
+    n, mean, word = len(gains), statistics.mean(gains), OPEN
+    measured = n > 1 and math.isfinite(mean)  # else one side left the numbers at every seed, or at some
+    error = statistics.stdev(gains) / math.sqrt(n) if measured else math.nan
+    for sign, each in ((1, SHOWN), (-1, CONTRADICTED)):
+        if n > 1 and all(sign * gain > least for gain in gains):
+            word = each if not measured or sign * mean - least > student.ppf(0.975, n - 1) * error else word
+    bound = f"above {least:g}? " if least else ""
+    return Verdict(word, f" ({bound}{number(mean)} ± {number(error)}: {', '.join(map(number, gains))})")
 
 
-def agreement(differences: Sequence[float], tolerance: float) -> str:
+def agreement(differences: Sequence[float], tolerance: float) -> Verdict:
     """What seeds say of an equality: shown where all differences lie within the tolerance, contradicted where none does."""
     within = [abs(each) <= tolerance for each in differences]
-    if len(within) < 2:
-        return OPEN
-    return SHOWN if all(within) else OPEN if any(within) else CONTRADICTED
+    word = SHOWN if all(within) else OPEN if any(within) else CONTRADICTED
+    why = f" ({', '.join(map(number, differences))}; {tolerance:g} allowed)"
+    return Verdict(word if len(within) > 1 else OPEN, why)
 
 
 def gains(results: Results, better: str, worse: str, figures: Sequence[str]) -> list[float]:
-    """By how much one side is below another, seed by seed: the mean log of the ratio of their figures."""
+    """By how much one side is below another, seed by seed: the mean log of the ratio of their figures.
+
+    What is not a number counts as infinite.
+    """
 
     def ratio(a: float, b: float) -> float:
-        if 0 < a < math.inf and 0 < b < math.inf:
-            return math.log(b / a)
-        return math.inf if b > a else -math.inf if a > b else 0.0
+        a, b = (math.inf if math.isnan(each) else max(each, LEAST) for each in (a, b))
+        return 0.0 if a == b else math.log(b) - math.log(a)
 
-    rows = [[ratio(a, b) for a, b in zip(results[better][f], results[worse][f])] for f in figures]
-    return [statistics.mean(each) for each in zip(*rows)]
+    rows = [[ratio(a, b) for a, b in zip(results[better][f], results[worse][f], strict=True)] for f in figures]
+    return [statistics.mean(each) for each in zip(*rows, strict=True)]
 
 
 # --------------------------------------------------------------------------------------------------- table and picture

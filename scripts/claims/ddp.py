@@ -12,26 +12,23 @@ import sys
 from pathlib import Path
 
 import torch
-from common import EMOJI, Study, agreement, merged, study
+from common import EMOJI, Study, agreement, merged, study, told
 
-from genflow.config import dump, from_dict
-from genflow.flows.store import load, newest_checkpoint
-from genflow.training.config import RunConfig
+from genflow.config import dump
+from genflow.flows.store import load
 
-SECTION = merged(
-    EMOJI, {"train": {"precision": "fp32", "log_every": 1}, "model": {"depth": 2, "hidden": 64, "heads": 2}}
-)
+SECTION = merged(EMOJI, {"train": {"log_every": 1}, "model": {"depth": 2, "hidden": 64, "heads": 2}})
 
 
 def by_two(claim: Study, seed: int) -> Path:
     """The same run by two processes."""
-    folder = claim.work / claim.name / f"two-{seed}-{claim.steps}"
-    if newest_checkpoint(folder) is None:
-        folder.mkdir(parents=True, exist_ok=True)
-        change = {"seed": seed, "train": {"steps": claim.steps, "warmup": min(100, claim.steps // 10)}}
-        dump(from_dict(RunConfig, merged(SECTION, change)), folder / "asked.yaml")
-        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "genflow", "train"]
-        subprocess.run([sys.executable, *launch, str(folder / "asked.yaml"), f"out={folder}"], check=True)
+    config = claim.config("two", seed, SECTION)
+    folder = Path(config.out)
+    folder.mkdir(parents=True, exist_ok=True)
+    dump(config, folder / "asked.yaml")
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "genflow", "train"]
+    if code := subprocess.run([sys.executable, *launch, str(folder / "asked.yaml")]).returncode:
+        raise SystemExit(code)
     return folder
 
 
@@ -48,7 +45,7 @@ def apart(a: Path, b: Path) -> dict[str, float]:
 
 
 def main() -> None:
-    claim = study(__file__, __doc__, steps=300)
+    claim = study(__file__, __doc__, steps=300, n=0, features=False, precision="fp32")
     results = {"two processes": {}, "another seed": {}}
     for seed in claim.seeds:
         one = claim.train("one", seed, SECTION)
@@ -66,4 +63,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    told(main)

@@ -8,7 +8,7 @@ integrate to 1 to a hundredth, the log-determinants agree to 0.01 nats, and the 
 """
 
 import torch
-from common import agreement, study
+from common import agreement, study, told
 
 from genflow.cli.eval import data_of
 from genflow.data.points import density_2d, extent_of
@@ -20,7 +20,6 @@ BASE = {
     "flow": "normalizing",
     "train": {
         "batch_size": 512,
-        "precision": "fp32",
         "optimizer": {"name": "adamw", "lr": 2e-3},
         "decay": 0.5,
         "log_every": 100,
@@ -60,7 +59,7 @@ def measure(run):
 
 
 def main() -> None:
-    claim = study(__file__, __doc__, steps=800)
+    claim = study(__file__, __doc__, steps=800, n=0, features=False, precision="fp32")
     results = claim.sweep(SIDES, measure)
     one, other = results.values()
     said = {"both densities integrate to 1": agreement([v - 1 for r in (one, other) for v in r["integral"]], 0.01)}
@@ -75,4 +74,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    told(main)

@@ -6,7 +6,7 @@ Measures the Frechet distance in 5, 10, 25 and 50 Euler steps. Shown where recti
 together.
 """
 
-from common import EMOJI, gains, merged, study, verdict
+from common import EMOJI, gains, merged, study, told, verdict
 
 PATHS = {
     "rectified, v": {"path": "linear", "prediction": "v"},
@@ -33,4 +33,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    told(main)

@@ -9,7 +9,7 @@ the trained 16 px and at 24 px, and the distance in 25 steps. Shown where 2D is 
 from dataclasses import dataclass
 
 import torch
-from common import EMOJI, gains, merged, study, verdict
+from common import EMOJI, gains, merged, study, told, verdict
 
 from genflow.cli.eval import data_of
 from genflow.config import from_dict
@@ -75,4 +75,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    told(main)

@@ -3,8 +3,8 @@ and when the resolution is raised (SD3, arXiv 2403.03206, sec. 5.3.2 and fig. 5)
 
 Varies the norm; trains in bf16 at a learning rate far above the usual one, looking four times on the way, then on at
 twice the resolution. Measures the largest attention logit q.k / sqrt(d) on held-out pictures and the training loss.
-Shown where the logit is smaller with the norm, at the end and after the resolution was raised. A run that leaves the
-numbers has an infinite loss.
+Shown where the logit is smaller with the norm, at the end and after the resolution was raised. Figures of a run
+that leaves the numbers are infinite from there on.
 """
 
 import json
@@ -12,7 +12,7 @@ import math
 from pathlib import Path
 
 import torch
-from common import EMOJI, Study, gains, merged, study, verdict
+from common import EMOJI, Study, gains, merged, study, told, verdict
 
 import genflow.networks.mmdit as network
 from genflow.config import from_dict
@@ -22,7 +22,7 @@ from genflow.data.prepared import PreparedConditions
 from genflow.errors import UserError
 from genflow.flows.store import load
 
-FAST = merged(EMOJI, {"train": {"precision": "bf16", "decay": 0.0, "clip": 0.0, "optimizer": {"lr": 2e-2}}})
+FAST = merged(EMOJI, {"train": {"decay": 0.0, "clip": 0.0, "keep": 4, "optimizer": {"lr": 2e-2}}})
 LOOKS = (0.25, 0.5, 0.75, 1.0)
 
 
@@ -53,26 +53,26 @@ def loss_of(run: Path) -> float:
 
 
 def follow(claim: Study, side: str, seed: int, section: dict) -> dict[str, float]:
-    found = {}
-    for part in LOOKS:
-        steps = max(round(claim.steps * part), 1)
-        try:
-            run = claim.train(side, seed, section, steps)
-            found |= {f"largest logit, {100 * part:.0f} % of training": largest_logit(run, 16), "loss": loss_of(run)}
-        except UserError as error:
-            print(f"{side}, seed {seed}: {error}")
-            return {**found, f"largest logit, {100 * part:.0f} % of training": math.inf, "loss": math.inf}
-    raised = merged(section, {"data": {"size": 32}, "init": str(run), "model": {"sample_size": 4}})
+    """The figures of one run; from the step on at which it leaves the numbers they are infinite."""
+    looks = {f"largest logit, {100 * part:.0f} % of training": max(round(claim.steps * part), 1) for part in LOOKS}
+    found = dict.fromkeys((*looks, "loss", "largest logit at 32 px", "loss at 32 px"), math.inf)
     try:
+        for figure, steps in looks.items():
+            run = claim.train(side, seed, section, steps)
+            found[figure] = largest_logit(run / "checkpoints" / f"step-{steps:08d}", 16)
+        found["loss"] = loss_of(run)
+        raised = merged(section, {"data": {"size": 32}, "init": str(run), "model": {"sample_size": 4}})
         run = claim.train(f"{side}-raised", seed, raised, max(claim.steps // 4, 1))
-        return {**found, "largest logit at 32 px": largest_logit(run, 32), "loss at 32 px": loss_of(run)}
+        return found | {"largest logit at 32 px": largest_logit(run, 32), "loss at 32 px": loss_of(run)}
     except UserError as error:
-        print(f"{side}, seed {seed}, raised: {error}")
-        return {**found, "largest logit at 32 px": math.inf, "loss at 32 px": math.inf}
+        if "gradient norm" not in str(error):
+            raise
+        print(f"{side}, seed {seed}: {error}")
+        return found
 
 
 def main() -> None:
-    claim = study(__file__, __doc__, steps=800)
+    claim = study(__file__, __doc__, steps=800, n=0, features=False, precision="bf16")
     results = {}
     for seed in claim.seeds:
         for side, on in (("QK-norm", True), ("none", False)):
@@ -82,12 +82,12 @@ def main() -> None:
                 results.setdefault(side, {}).setdefault(figure, []).append(value)
     figures = {"the largest logit is smaller": "largest logit, 100 % of training", "the loss is lower": "loss"}
     figures |= {"and at a raised resolution the logit": "largest logit at 32 px", "and the loss": "loss at 32 px"}
-    said = {}
-    for statement, figure in figures.items():
-        whole = {side: {figure: found.get(figure, [math.inf] * len(claim.seeds))} for side, found in results.items()}
-        said[f"with QK-norm {statement}"] = verdict(gains(whole, "QK-norm", "none", [figure]))
-    claim.report(results, said, note="bf16, learning rate 0.02, no clipping.")
+    said = {
+        f"with QK-norm {statement}": verdict(gains(results, "QK-norm", "none", [figure]))
+        for statement, figure in figures.items()
+    }
+    claim.report(results, said, note="Learning rate 0.02, no clipping.")
 
 
 if __name__ == "__main__":
-    main()
+    told(main)

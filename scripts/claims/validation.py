@@ -6,7 +6,7 @@ validation loss and distance in 25 steps over the fifteen models of a seed, and 
 the end. Shown where the first is above 0.7 at every seed, and clearly so on average.
 """
 
-from common import EMOJI, merged, study, verdict
+from common import EMOJI, merged, study, told, verdict
 from scipy.stats import spearmanr
 
 from genflow.flows.store import checkpoints
@@ -37,4 +37,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    told(main)
