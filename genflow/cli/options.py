@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from genflow.errors import UserError
-from genflow.registry import resolve, tag_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -243,19 +242,18 @@ def first_state(flow: Any, seeds: Sequence[int]) -> Tensor:
 
 
 def is_stochastic(settings: dict[str, Any]) -> bool:
-    tag = tag_of(resolve("sampler", settings.get("sampler", "heun")))
-    return tag is not None and tag.metadata.get("family") == "sde"
+    from genflow.flows.prepared import draws_noise
+
+    return draws_noise(settings.get("sampler", "heun"))
 
 
 def solver(flow: Any, settings: dict[str, Any], seeds: Sequence[int] = ()) -> Any:
     """The sampler with its options, and with the seeds if it draws noise. Raises UserError where it may not."""
+    from genflow.flows.prepared import check_noise
     from genflow.samplers import bound_sampler
 
     name = settings.get("sampler", "heun")
-    if is_stochastic(settings) and not flow.config.coupling.independent:
-        raise UserError(
-            f"sampler {name!r} draws noise, which is right for coupling independent alone; choose one such as 'heun'"
-        )
+    check_noise(name, flow.config.coupling.independent)
     return bound_sampler(name, settings.get("options") or {}, seeds)
 
 

@@ -89,6 +89,19 @@ def family(sampler: str) -> Any:
     return tag and tag.metadata.get("family")
 
 
+def draws_noise(sampler: str) -> bool:
+    """Whether the sampler of that name draws noise on the way."""
+    return family(sampler) == "sde"
+
+
+def check_noise(sampler: str, independent: bool) -> None:
+    """Raises UserError for a sampler that draws noise, where data and noise were not coupled independently."""
+    if draws_noise(sampler) and not independent:
+        raise UserError(
+            f"sampler {sampler!r} draws noise, which is right for coupling independent alone; choose one such as 'heun'"
+        )
+
+
 def check_cache(cache: float, network: nn.Module, sampler: str) -> None:
     """Raises UserError for a threshold that is none, and for networks and samplers that first-block caching is not for."""
     check_cached_sampler(cache, sampler)

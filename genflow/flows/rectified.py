@@ -23,7 +23,7 @@ from genflow.flows.couplings import Coupling, Independent, Paired
 from genflow.flows.densities import Density, LogitNormal
 from genflow.flows.dequantization import GREYS, UniformDequantization, bits_per_dim, importance_weighted
 from genflow.flows.paths import LinearPath, PathConfig, rows_like
-from genflow.flows.prepared import CachedSolution, PreparedVelocity, check_cache, family
+from genflow.flows.prepared import CachedSolution, PreparedVelocity, check_cache, check_noise
 from genflow.flows.sampling import SolveConfig, of_size
 from genflow.flows.velocity_likelihood import velocity_log_prob
 from genflow.functional import Rng, noise_from_seeds, resolution_shift, velocity_from_x
@@ -228,10 +228,7 @@ class RectifiedFlow(ConditionedFlow):
         shape = self.shape if size is None else of_size(self.shape, size)
         times = self.times(steps, grid, shift, size=shape[1:])
         solve = bound_sampler(sampler, options or {}, seeds)
-        if draws_noise(sampler) and not self.config.coupling.independent:
-            raise UserError(
-                f"sampler {sampler!r} draws noise, which is right for coupling independent alone; choose one such as 'heun'"
-            )
+        check_noise(sampler, self.config.coupling.independent)
         noise = self.t_max * noise_from_seeds(seeds, shape).to(self.device)
         if weak is not None and (not isinstance(weak, RectifiedFlow) or weak.shape[0] != shape[0]):
             has = f" of {tuple(weak.shape)}" if isinstance(weak, RectifiedFlow) else ""
@@ -386,11 +383,6 @@ class RectifiedFlow(ConditionedFlow):
         with evaluating(self):
             embedded = self.embed_rows(condition, len(x))
             return heun(lambda z, t: self.velocity(z, t, embedded), x.to(self.device), times).x
-
-
-def draws_noise(sampler: str) -> bool:
-    """Whether the sampler of that name draws noise on the way."""
-    return family(sampler) == "sde"
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ from torch import Tensor
 from genflow.errors import UserError
 from genflow.flows.couplings import Paired
 from genflow.flows.paths import CosinePath, LinearPath
-from genflow.flows.rectified import RectifiedFlow, RectifiedFlowConfig, draws_noise
+from genflow.flows.prepared import draws_noise
+from genflow.flows.rectified import RectifiedFlow, RectifiedFlowConfig
 from genflow.functional import noise_from_seeds
 from genflow.registry import api_export, density_export
 from genflow.samplers import Progress, Trajectory
