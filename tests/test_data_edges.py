@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import io
 import json
-import tarfile
 import warnings
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 from PIL.TiffImagePlugin import TiffImageFile
+from test_streaming import write
 
 from genflow.cli import main
 from genflow.data import latents_cache, prepared
@@ -69,15 +69,6 @@ def write_parquet(file: Path, pictures: list[bytes], captions: list) -> Path:
     return file
 
 
-def write_shard(file: Path, samples: list[tuple[str, dict[str, bytes]]]) -> None:
-    with tarfile.open(file, "w") as tar:
-        for key, members in samples:
-            for extension, data in members.items():
-                info = tarfile.TarInfo(f"{key}.{extension}")
-                info.size = len(data)
-                tar.addfile(info, io.BytesIO(data))
-
-
 # ------------------------------------------------------------------------------------------- which pictures, which split
 
 
@@ -113,7 +104,7 @@ def test_parquet_files_named_after_splits_are_those_of_the_split(tmp_path):
 
 def test_a_name_with_brackets_is_no_pattern_where_it_is_there(tmp_path):
     write_parquet(tmp_path / "v[1]" / "a.parquet", [encoded()], ["x"])
-    write_shard(tmp_path / "v[1]" / "a.tar", [("x", {"png": encoded(), "txt": b"y"})])
+    write(tmp_path / "v[1]" / "a.tar", [("x", {"png": encoded(), "txt": b"y"})])
     assert ParquetConfig(str(tmp_path / "v[1]")).build().captions == ["x"]
     assert WebDatasetConfig(str(tmp_path / "v[1]")).build().captions == ["y"]
 
@@ -148,7 +139,7 @@ def test_a_missing_class_label_is_no_caption(tmp_path):
 
 def test_a_shard_holds_pictures_of_several_kinds(tmp_path):
     samples = [(kind, {kind: encoded(kind=name)}) for kind, name in (("jpg", "JPEG"), ("png", "PNG"), ("jpeg", "JPEG"))]
-    write_shard(tmp_path / "a.tar", [(key, {**members, "txt": b"x"}) for key, members in samples])
+    write(tmp_path / "a.tar", [(key, {**members, "txt": b"x"}) for key, members in samples])
     dataset = WebDatasetConfig(str(tmp_path)).build()
     assert [dataset.image(i).size for i in range(3)] == [(16, 16)] * 3
     with pytest.raises(BadImage, match=r"it has no \.jpg"):
@@ -156,7 +147,7 @@ def test_a_shard_holds_pictures_of_several_kinds(tmp_path):
 
 
 def test_pictures_of_a_shard_that_vanished_are_bad(tmp_path):
-    write_shard(tmp_path / "a.tar", [("x", {"png": encoded(), "txt": b"x"})])
+    write(tmp_path / "a.tar", [("x", {"png": encoded(), "txt": b"x"})])
     dataset = WebDatasetConfig(str(tmp_path)).build()
     (tmp_path / "a.tar").unlink()
     with pytest.raises(BadImage, match="No such file"):
@@ -237,7 +228,7 @@ def test_pictures_that_change_within_a_file_change_what_is_told_of_it(tmp_path, 
         write_parquet(folder / "train.parquet", pictures, ["x"] * len(pictures))
         if kind is WebDatasetConfig:
             (folder / "train.parquet").unlink()
-            write_shard(folder / "a.tar", [(f"{i:02d}", {"png": p, "txt": b"x"}) for i, p in enumerate(pictures)])
+            write(folder / "a.tar", [(f"{i:02d}", {"png": p, "txt": b"x"}) for i, p in enumerate(pictures)])
         return kind(str(folder), size=32, buckets=Buckets(step=8)).build()
 
     before = written("a", [encoded((64, 64))] * 40)

@@ -274,3 +274,22 @@ def test_mistakes_cost_one_line(model, arguments, message, capsys):
     assert main(["plot", str(model), *arguments]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+
+
+def test_numbers_on_logarithmic_axes_are_plain():
+    from matplotlib.figure import Figure
+
+    from genflow.evaluation.plots import styled
+
+    @styled
+    def drawn():
+        figure = Figure()
+        figure.subplots().loglog([1e-4, 1.0, 100.0], [0.35, 0.4, 0.5])
+        return figure
+
+    figure = drawn()
+    figure.draw_without_rendering()
+    (axes,) = figure.axes
+    ticks = [axis.get_ticklabels(which=which) for axis in (axes.xaxis, axes.yaxis) for which in ("major", "minor")]
+    labels = [text.get_text() for every in ticks for text in every]
+    assert {"0.01", "1", "100"} <= {*labels} and not any("$" in label for label in labels)

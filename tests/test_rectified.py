@@ -494,3 +494,24 @@ def test_a_frozen_encoder_stays_out_of_the_state():
     del state["network.conv.weight"]
     with pytest.raises(RuntimeError, match=r"conv\.weight"):
         frozen.load_state_dict(state)
+
+
+def test_noise_of_a_flow_that_begins_below_one_is_of_its_first_time():
+    flow = make(prediction="eps")
+    seen = []
+    velocity, flow.velocity = (
+        flow.velocity,
+        lambda z, t, c: seen.append((float(z.std()), float(t.max()))) or velocity(z, t, c),
+    )
+    z = torch.randn(64, *flow.shape)
+    flow.decode(z, steps=2)
+    std, first = seen[0]
+    assert (
+        first == pytest.approx(flow.t_max)
+        and flow.t_max < 1
+        and std == pytest.approx(flow.t_max * float(z.std()), rel=1e-5)
+    )
+    seen.clear()
+    noise = flow.encode(flow.decode(z, steps=100), steps=100)
+    assert max(t for _, t in seen) <= flow.t_max + 1e-6
+    assert (noise - z).square().mean().sqrt() < 0.05

@@ -61,13 +61,27 @@ def styled(function: Callable[P, R]) -> Callable[P, R]:
     @functools.wraps(function)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
-            import matplotlib
+            import matplotlib.figure
         except ImportError as error:
             raise UserError("plots need matplotlib: pip install matplotlib") from error
         with matplotlib.rc_context(STYLE):
-            return function(*args, **kwargs)
+            drawn = function(*args, **kwargs)
+        if isinstance(drawn, matplotlib.figure.Figure):
+            _plain_ticks(drawn)
+        return drawn
 
     return wrapped
+
+
+def _plain_ticks(figure: Figure) -> None:
+    """Numbers on logarithmic axes as plain text: matplotlib writes them as formulas, which the style does not read."""
+    from matplotlib.ticker import LogFormatter, LogFormatterMathtext, StrMethodFormatter
+
+    for axis in (axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)):
+        if isinstance(axis.get_major_formatter(), LogFormatterMathtext):
+            axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        if isinstance(axis.get_minor_formatter(), LogFormatterMathtext):
+            axis.set_minor_formatter(LogFormatter())
 
 
 def _figure(width: float, height: float) -> Figure:

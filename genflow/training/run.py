@@ -18,6 +18,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
 
 from genflow.config import load, to_dict
+from genflow.data.locks import lock
 from genflow.errors import UserError, nearest
 from genflow.flows.store import newest_checkpoint, read_config
 from genflow.flows.trained import resolved
@@ -26,11 +27,6 @@ from genflow.training.config import RunConfig
 from genflow.training.loop import Trainer
 from genflow.training.precision import float32_products, resolve_precision
 from genflow.training.ranks import all_or_none, from_main, join_processes, lost_ranks_told, same_on_all
-
-try:
-    import fcntl
-except ImportError:  # not a system with such locks
-    fcntl = None  # type: ignore[assignment]
 
 # MB of gradients that DDP reduces at a time on CPUs: with its own 25 most are reduced when the backward is over.
 CPU_BUCKETS = 4
@@ -151,18 +147,12 @@ def _alone(run: Path) -> Iterator[None]:
 
     Raises UserError where another run of genflow holds it. Of several processes of one run, the main one asks.
     """
-    if fcntl is None or not PartialState().is_main_process:
+    if not PartialState().is_main_process:
         yield
         return
     with (run / ".lock").open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(
-                f"{run} is being trained by another process; wait for it, or choose another `out`"
-            ) from error
-        except OSError:  # a file system without locks
-            pass
+        if lock(file, wait=False) is False:
+            raise UserError(f"{run} is being trained by another process; wait for it, or choose another `out`")
         try:
             yield
         finally:

@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from scipy.stats import t as student
@@ -27,12 +27,16 @@ from genflow.data.pictures import write_atomic
 from genflow.errors import UserError
 from genflow.evaluation.features import FeatureNetwork, PixelFeatures, feature_network
 from genflow.evaluation.plan import Plan, number
+from genflow.evaluation.plots import save_plot, styled
 from genflow.evaluation.report import Reals, evaluate
 from genflow.flows.store import load
 from genflow.training.config import RunConfig
 from genflow.training.precision import resolve_precision
 from genflow.training.ranks import join_processes
 from genflow.training.run import train
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 SHOWN, OPEN, CONTRADICTED = "shown", "not shown at this size", "contradicted"
 STEPS = (5, 10, 25, 50)  # at which distances are measured
@@ -154,7 +158,7 @@ class Study:
         lines += ["", f"![{self.name}]({self.name}.png)", ""]
         text = "\n".join(lines)
         write_atomic(self.out / f"{self.name}.md", lambda file: file.write(text.encode()))
-        draw(results, self.out / f"{self.name}.png", curves=curves)
+        save_plot(draw(results, curves=curves), self.out / f"{self.name}.png")
         print(table(results))
         for statement, found in verdicts.items():
             print(f"{statement}: {found.word}{found.why}")
@@ -272,47 +276,42 @@ def spread(values: Sequence[float]) -> str:
     return f"{number(mean)} ± {number(statistics.stdev(values))}"
 
 
-def draw(results: Results, path: Path, *, curves: bool) -> None:
+@styled
+def draw(results: Results, *, curves: bool) -> Figure:
     """curves: figures called "NAME, X WORD" as lines over X, one for each side; others as dots, one for each seed."""
-    from genflow.evaluation.plots import STYLE, save_plot
-
     columns = list(dict.fromkeys(figure for found in results.values() for figure in found))
     split = [figure.split(", ") for figure in columns]
     groups: dict[str, list[str]] = {}
     for figure, parts in zip(columns, split, strict=True):
         groups.setdefault(parts[0] if curves and len(parts) == 2 else figure, []).append(figure)
-    import matplotlib
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context(STYLE):
-        picture = Figure(figsize=(4.2 * len(groups), 3.4), layout="constrained")
-        for axes, (name, members) in zip(
-            picture.subplots(1, len(groups), squeeze=False)[0], groups.items(), strict=True
-        ):
-            for place, (side, found) in enumerate(results.items()):
-                if len(members) > 1:
-                    x = [float(figure.split(", ")[1].split()[0]) for figure in members if figure in found]
-                    rows = [found[figure] for figure in members if figure in found]
-                    (line,) = axes.plot(x, [statistics.mean(row) for row in rows], "o-", label=side)
-                    axes.fill_between(
-                        x, [min(r) for r in rows], [max(r) for r in rows], color=line.get_color(), alpha=0.2, lw=0
-                    )
-                    axes.set(
-                        xscale="log",
-                        xlabel=members[0].split(", ")[1].split()[-1],
-                        xticks=x,
-                        xticklabels=[f"{v:g}" for v in x],
-                    )
-                    axes.minorticks_off()
-                elif name in found:
-                    axes.plot([place] * len(found[name]), found[name], "o", label=side)
-            if len(members) == 1:
-                axes.set(xticks=range(len(results)), xlim=(-0.5, len(results) - 0.5))
-                axes.set_xticklabels(list(results), rotation=20, ha="right")
-            else:
-                axes.legend()
-            values = [v for found in results.values() for m in members for v in found.get(m, ())]
-            if all(0 < v < math.inf for v in values) and max(values, default=1) > 3 * min(values, default=1):
-                axes.set_yscale("log")
-            axes.set_title(name)
-        save_plot(picture, path)
+    picture = Figure(figsize=(4.2 * len(groups), 3.4), layout="constrained")
+    for axes, (name, members) in zip(picture.subplots(1, len(groups), squeeze=False)[0], groups.items(), strict=True):
+        for place, (side, found) in enumerate(results.items()):
+            if len(members) > 1:
+                x = [float(figure.split(", ")[1].split()[0]) for figure in members if figure in found]
+                rows = [found[figure] for figure in members if figure in found]
+                (line,) = axes.plot(x, [statistics.mean(row) for row in rows], "o-", label=side)
+                axes.fill_between(
+                    x, [min(r) for r in rows], [max(r) for r in rows], color=line.get_color(), alpha=0.2, lw=0
+                )
+                axes.set(
+                    xscale="log",
+                    xlabel=members[0].split(", ")[1].split()[-1],
+                    xticks=x,
+                    xticklabels=[f"{v:g}" for v in x],
+                )
+                axes.minorticks_off()
+            elif name in found:
+                axes.plot([place] * len(found[name]), found[name], "o", label=side)
+        if len(members) == 1:
+            axes.set(xticks=range(len(results)), xlim=(-0.5, len(results) - 0.5))
+            axes.set_xticklabels(list(results), rotation=20, ha="right")
+        else:
+            axes.legend()
+        values = [v for found in results.values() for m in members for v in found.get(m, ())]
+        if all(0 < v < math.inf for v in values) and max(values, default=1) > 3 * min(values, default=1):
+            axes.set_yscale("log")
+        axes.set_title(name)
+    return picture
