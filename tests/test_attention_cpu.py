@@ -31,7 +31,7 @@ LENGTHS = [(1, 1), (7, 7), (16, 16), (24, 24), (80, 80), (5, 40), (40, 5), (33, 
 
 
 @pytest.mark.parametrize(("lq", "lk"), LENGTHS)
-@pytest.mark.parametrize(("scale", "dim"), [(None, 64), (0.3, 32), (0.05, 96)])
+@pytest.mark.parametrize(("scale", "dim"), [(None, 64), (0.3, 32), (0.05, 96), (None, 48), (0.2, 5)])
 @pytest.mark.parametrize("causal", [False, True])
 def test_output_and_gradients_are_as_near_to_float64_as_torch_s_own(lq, lk, scale, dim, causal):
     if causal and lq != lk:
@@ -68,6 +68,23 @@ def test_not_a_number_stays_one():
     assert out[1, 0].isnan().all() and out[0].isfinite().all() and out[1, 1].isfinite().all()
 
 
+def test_heads_of_odd_sizes_touch_their_own_numbers_alone():
+    q, k, v = inputs(20, 20, dim=12)
+
+    def amid_none(x):
+        whole = torch.full((*x.shape[:-1], 40), torch.nan, dtype=x.dtype)
+        whole[..., 5:17] = x.detach()
+        return whole[..., 5:17].requires_grad_()
+
+    def answers(q, k, v, cotangent):
+        out = attention(q, k, v)
+        return out, *torch.autograd.grad(out, (q, k, v), cotangent)
+
+    given = q, k, v, torch.randn_like(q)
+    for a, b in zip(answers(*given), answers(*map(amid_none, given)), strict=True):
+        assert torch.equal(a, b)
+
+
 def test_a_sample_is_bit_for_bit_the_same_alone_and_on_more_threads():
     q, k, v = inputs(40, 40, batch=5)
 
@@ -98,7 +115,7 @@ def test_nothing_is_kept_where_no_gradient_is_asked_for():
 def test_others_take_torch_s_own(monkeypatch):
     q, k, v = inputs(8, 8)
     assert cpu.serves(q, k, v)
-    assert not cpu.serves(q.float(), k.float(), v.float()) and not cpu.serves(*(x[..., :20] for x in (q, k, v)))
+    assert not cpu.serves(q.float(), k.float(), v.float()) and not cpu.serves(*(x.repeat(1, 1, 1, 9) for x in (q, k, v)))
     long = torch.zeros(1, 1, cpu.LONGEST + 1, 32, dtype=torch.bfloat16)
     assert not cpu.serves(long, long, long)
     monkeypatch.setattr(native, "matrix_units", lambda: False)

@@ -24,8 +24,7 @@ def serves(q: Tensor, k: Tensor, v: Tensor) -> bool:
         q.dtype == torch.bfloat16
         and q.is_cpu
         and q.shape[-1] == v.shape[-1]
-        and q.shape[-1] % 32 == 0
-        and q.shape[-1] <= 256
+        and 0 < q.shape[-1] <= 256
         and 0 < k.shape[2] <= LONGEST
         and native.usable(q, k, v)
         and native.matrix_units()

@@ -2,7 +2,8 @@
 //
 // FlashAttention's order of work (Dao et al. 2022, arXiv 2205.14135, alg. 1 and 4) with all keys of a head at once, for they fit the
 // cache: weights exist for 32 rows at a time and are made again in the backward from the rows' log-sum-exp. A head is the
-// work of one thread, so that no answer hangs on the batch or the number of threads.
+// work of one thread, so that no answer hangs on the batch or the number of threads. Its rows of D numbers are copied to
+// rows of W, a multiple of 32, with zeros after them.
 
 #include "matrix.h"
 #include "wide.h"
@@ -43,10 +44,16 @@ void product(const u16* a, long lda, const u16* b, long ldb, float* c, long ldc,
         }
 }
 
-// The rows, L x D, followed by zeros up to `to` rows.
-void copy(const u16* x, long row, long L, long D, u16* y, long to) {
-    for (long i = 0; i < L; i++) std::memcpy(y + i * D, x + i * row, 2 * D);
-    std::memset(y + L * D, 0, 2 * (to - L) * D);
+inline __mmask16 first(long n) { return n >= 16 ? __mmask16(0xffff) : n <= 0 ? __mmask16(0) : __mmask16((1u << n) - 1); }
+
+// Numbers d to d + 32 of a row of D; zeros beyond it.
+inline __m512i pairs_at(const u16* row, long d, long D) { return _mm512_maskz_loadu_epi16(D - d >= 32 ? ~0u : (1u << (D - d)) - 1, row + d); }
+
+// The rows, L x D, as rows of W, followed by zeros up to `to` rows.
+void copy(const u16* x, long row, long L, long D, u16* y, long W, long to) {
+    for (long i = 0; i < L; i++)
+        for (long d = 0; d < W; d += 32) _mm512_storeu_si512(y + i * W + d, pairs_at(x + i * row, d, D));
+    std::memset(y + L * W, 0, 2 * (to - L) * W);
 }
 
 // x^T in pairs: L x D contiguous -> D/2 x L x 2. L: a multiple of 16.
@@ -77,17 +84,15 @@ void transposed(const u16* pairs, long L, long D, u16* y, long wide) {
     }
 }
 
-// Rows of C, float32, each times its factor, as bf16. factor: of each row; none: 1.
+// Rows of C, float32, D numbers of each, times its factor, as bf16. factor: of each row; none: 1.
 void put(const float* c, long ldc, const float* factor, long rows, long D, u16* y, long row) {
     for (long i = 0; i < rows; i++)
         for (long d = 0; d < D; d += 16) {
             __m512 x = _mm512_loadu_ps(c + i * ldc + d);
             if (factor) x = _mm512_mul_ps(x, _mm512_set1_ps(factor[i]));
-            _mm256_storeu_si256((__m256i*)(y + i * row + d), half(x));
+            _mm256_mask_storeu_epi16(y + i * row + d, first(D - d), half(x));
         }
 }
-
-inline __mmask16 first(long n) { return n >= 16 ? __mmask16(0xffff) : n <= 0 ? __mmask16(0) : __mmask16((1u << n) - 1); }
 
 // Of one row of scores, the first n alive: weights exp(s - max) in bf16, zeros up to `wide`; 1 / their sum, and log-sum-exp.
 void softmax_row(const float* s, long n, float scale, u16* p, long wide, float* inverse, float* lse) {
@@ -113,26 +118,26 @@ void softmax_row(const float* s, long n, float scale, u16* p, long wide, float* 
 
 void forward_head(Arena arena, const u16* q, long q_row, const u16* k, long k_row, const u16* v, long v_row, u16* out, long out_row, float* lse,
                   long Lq, long Lk, long D, float scale, bool causal) {
-    const long keys = up(Lk, 16), deep = up(Lk, 32);
-    u16* rows = arena.take<u16>(deep * D);
-    u16 *kp = arena.take<u16>(keys * D), *vp = arena.take<u16>(deep * D), *qb = arena.take<u16>(BLOCK * D);
+    const long W = up(D, 32), keys = up(Lk, 16), deep = up(Lk, 32);
+    u16* rows = arena.take<u16>(deep * W);
+    u16 *kp = arena.take<u16>(keys * W), *vp = arena.take<u16>(deep * W), *qb = arena.take<u16>(BLOCK * W);
     u16* p = arena.take<u16>(BLOCK * deep);
-    float *s = arena.take<float>(BLOCK * keys), *o = arena.take<float>(BLOCK * D);
-    copy(k, k_row, Lk, D, rows, keys);
-    pairs_of_columns(rows, keys, D, kp);
-    copy(v, v_row, Lk, D, rows, deep);
-    pairs_of_rows(rows, deep, D, vp);
+    float *s = arena.take<float>(BLOCK * keys), *o = arena.take<float>(BLOCK * W);
+    copy(k, k_row, Lk, D, rows, W, keys);
+    pairs_of_columns(rows, keys, W, kp);
+    copy(v, v_row, Lk, D, rows, W, deep);
+    pairs_of_rows(rows, deep, W, vp);
     float inverse[BLOCK];
     for (long i = 0; i < Lq; i += BLOCK) {
         const long n = std::min(BLOCK, Lq - i), m = up(n, 16);
         const long seen = causal ? std::min(Lk, i + n) : Lk;  // keys
-        copy(q + i * q_row, q_row, n, D, qb, m);
-        product(qb, D, kp, 2 * keys, s, keys, m, up(seen, 16), D);
+        copy(q + i * q_row, q_row, n, D, qb, W, m);
+        product(qb, W, kp, 2 * keys, s, keys, m, up(seen, 16), W);
         for (long r = 0; r < n; r++)
             softmax_row(s + r * keys, causal ? i + r + 1 : Lk, scale, p + r * deep, up(seen, 32), inverse + r, lse + i + r);
         if (m > n) std::memset(p + n * deep, 0, 2 * (m - n) * deep);
-        product(p, deep, vp, 2 * D, o, D, m, D, up(seen, 32));
-        put(o, D, inverse, n, D, out + i * out_row, out_row);
+        product(p, deep, vp, 2 * W, o, W, m, W, up(seen, 32));
+        put(o, W, inverse, n, D, out + i * out_row, out_row);
     }
 }
 
@@ -146,31 +151,31 @@ struct Head {
 
 // dV = P^T dO, dS = P (dO V^T - rowsum(dO O)), dQ = scale dS K, dK = scale dS^T Q (alg. 4), with rows of keys.
 void backward_head(Arena arena, const Head& x, long Lq, long Lk, long D, float scale, bool causal) {
-    const long queries = up(Lq, 16), deep = up(Lq, 32), keys = up(Lk, 16), wide = up(Lk, 32);
+    const long W = up(D, 32), queries = up(Lq, 16), deep = up(Lq, 32), keys = up(Lk, 16), wide = up(Lk, 32);
     const long chunk = std::max(BLOCK, std::min(wide, PANEL / queries / 32 * 32));
-    u16 *k = arena.take<u16>(keys * D), *v = arena.take<u16>(keys * D), *kp = arena.take<u16>(keys * D), *kt = arena.take<u16>(wide * D);
-    u16 *q = arena.take<u16>(deep * D), *g = arena.take<u16>(deep * D);
-    u16 *q_columns = arena.take<u16>(queries * D), *g_columns = arena.take<u16>(queries * D);
-    u16 *q_rows = arena.take<u16>(deep * D), *g_rows = arena.take<u16>(deep * D);
+    u16 *k = arena.take<u16>(keys * W), *v = arena.take<u16>(keys * W), *kp = arena.take<u16>(keys * W), *kt = arena.take<u16>(wide * W);
+    u16 *q = arena.take<u16>(deep * W), *g = arena.take<u16>(deep * W);
+    u16 *q_columns = arena.take<u16>(queries * W), *g_columns = arena.take<u16>(queries * W);
+    u16 *q_rows = arena.take<u16>(deep * W), *g_rows = arena.take<u16>(deep * W);
     u16 *p = arena.take<u16>(BLOCK * deep), *ds = arena.take<u16>(BLOCK * deep), *panel = arena.take<u16>(chunk * queries);
-    float *s = arena.take<float>(BLOCK * queries), *dp = arena.take<float>(BLOCK * queries), *dqt = arena.take<float>(D * queries);
-    float *lse = arena.take<float>(queries), *delta = arena.take<float>(queries), *c = arena.take<float>(std::max(BLOCK * D, 16 * queries));
-    copy(x.k, x.k_row, Lk, D, k, keys);
-    copy(x.v, x.v_row, Lk, D, v, keys);
-    pairs_of_columns(k, keys, D, kp);
-    transposed(kp, keys, D, kt, wide);
-    copy(x.q, x.q_row, Lq, D, q, deep);
-    copy(x.g, x.g_row, Lq, D, g, deep);
-    pairs_of_columns(q, queries, D, q_columns);
-    pairs_of_columns(g, queries, D, g_columns);
-    pairs_of_rows(q, deep, D, q_rows);
-    pairs_of_rows(g, deep, D, g_rows);
+    float *s = arena.take<float>(BLOCK * queries), *dp = arena.take<float>(BLOCK * queries), *dqt = arena.take<float>(W * queries);
+    float *lse = arena.take<float>(queries), *delta = arena.take<float>(queries), *c = arena.take<float>(std::max(BLOCK * W, 16 * queries));
+    copy(x.k, x.k_row, Lk, D, k, W, keys);
+    copy(x.v, x.v_row, Lk, D, v, W, keys);
+    pairs_of_columns(k, keys, W, kp);
+    transposed(kp, keys, W, kt, wide);
+    copy(x.q, x.q_row, Lq, D, q, W, deep);
+    copy(x.g, x.g_row, Lq, D, g, W, deep);
+    pairs_of_columns(q, queries, W, q_columns);
+    pairs_of_columns(g, queries, W, g_columns);
+    pairs_of_rows(q, deep, W, q_rows);
+    pairs_of_rows(g, deep, W, g_rows);
     for (long i = 0; i < queries; i++) {
         __m512 sum = _mm512_setzero_ps();
         if (i < Lq)
             for (long d = 0; d < D; d += 32) {  // pairs of products, as products have them
-                sum = _mm512_dpbf16_ps(sum, (__m512bh)_mm512_loadu_si512(x.out + i * x.out_row + d),
-                                       (__m512bh)_mm512_loadu_si512(g + i * D + d));
+                const __m512i o = pairs_at(x.out + i * x.out_row, d, D);
+                sum = _mm512_dpbf16_ps(sum, (__m512bh)o, (__m512bh)_mm512_loadu_si512(g + i * W + d));
             }
         delta[i] = _mm512_reduce_add_ps(sum);
         lse[i] = i < Lq ? x.lse[i] : 0;
@@ -191,8 +196,8 @@ void backward_head(Arena arena, const Head& x, long Lq, long Lk, long D, float s
                 }
                 continue;
             }
-            product(k + j * D, D, q_columns + 2 * begin, 2 * queries, s + begin, queries, m, queries - begin, D);
-            product(v + j * D, D, g_columns + 2 * begin, 2 * queries, dp + begin, queries, m, queries - begin, D);
+            product(k + j * W, W, q_columns + 2 * begin, 2 * queries, s + begin, queries, m, queries - begin, W);
+            product(v + j * W, W, g_columns + 2 * begin, 2 * queries, dp + begin, queries, m, queries - begin, W);
             for (long r = 0; r < BLOCK; r += 2) {
                 u16* pair = panel + (j - from + r) * queries;
                 if (r >= m) {
@@ -222,23 +227,23 @@ void backward_head(Arena arena, const Head& x, long Lq, long Lk, long D, float s
                     std::memset(ds + h * deep + queries, 0, 2 * (deep - queries));
                 }
             }
-            product(p + begin, deep, g_rows + begin * D, 2 * D, c, D, m, D, deep - begin);
-            put(c, D, nullptr, n, D, x.dv + j * D, D);
-            product(ds + begin, deep, q_rows + begin * D, 2 * D, c, D, m, D, deep - begin);
-            put(c, D, nullptr, n, D, x.dk + j * D, D);
+            product(p + begin, deep, g_rows + begin * W, 2 * W, c, W, m, W, deep - begin);
+            put(c, W, nullptr, n, D, x.dv + j * D, D);
+            product(ds + begin, deep, q_rows + begin * W, 2 * W, c, W, m, W, deep - begin);
+            put(c, W, nullptr, n, D, x.dk + j * D, D);
         }
-        product(kt + from, wide, panel, 2 * queries, dqt, queries, D, queries, to - from, from > 0);
+        product(kt + from, wide, panel, 2 * queries, dqt, queries, W, queries, to - from, from > 0);
     }
     for (long i = 0; i < queries; i += 16) {
-        for (long d = 0; d < D; d += 16) transpose(dqt + d * queries + i, queries, c + d, D);
-        put(c, D, nullptr, std::min(16L, Lq - i), D, x.dq + i * D, D);
+        for (long d = 0; d < W; d += 16) transpose(dqt + d * queries + i, queries, c + d, W);
+        put(c, W, nullptr, std::min(16L, Lq - i), D, x.dq + i * D, D);
     }
 }
 
 // Bytes of scratch memory for a head, with room for every piece's alignment.
-long scratch(long Lq, long Lk, long D) {
+long scratch(long Lq, long Lk, long W) {
     const long queries = up(Lq, 32), keys = up(Lk, 32), longest = std::max(queries, keys);
-    return 2 * (16 * longest * D + 2 * BLOCK * longest + PANEL + BLOCK * queries) + 4 * (2 * BLOCK * longest + D * queries + BLOCK * D + 20 * queries) + 64 * 32;
+    return 2 * (16 * longest * W + 2 * BLOCK * longest + PANEL + BLOCK * queries) + 4 * (2 * BLOCK * longest + W * queries + BLOCK * W + 20 * queries) + 64 * 32;
 }
 
 template <typename F>
@@ -260,7 +265,7 @@ void each_head(long B, long H, long bytes, F work) {
 extern "C" void attention_forward_bf16(const u16* q, const u16* k, const u16* v, u16* out, const long* strides, float* lse, long B, long H, long Lq,
                                        long Lk, long D, float scale, long causal) {
     const long* t = strides;
-    each_head(B, H, scratch(Lq, Lk, D), [&](Arena arena, long b, long h) {
+    each_head(B, H, scratch(Lq, Lk, up(D, 32)), [&](Arena arena, long b, long h) {
         forward_head(arena, q + b * t[0] + h * t[1], t[2], k + b * t[3] + h * t[4], t[5], v + b * t[6] + h * t[7], t[8],
                      out + b * t[9] + h * t[10], t[11], lse + (b * H + h) * Lq, Lq, Lk, D, scale, causal);
     });
@@ -270,7 +275,7 @@ extern "C" void attention_forward_bf16(const u16* q, const u16* k, const u16* v,
 extern "C" void attention_backward_bf16(const u16* q, const u16* k, const u16* v, const u16* out, const u16* g, const long* strides, const float* lse,
                                         u16* dq, u16* dk, u16* dv, long B, long H, long Lq, long Lk, long D, float scale, long causal) {
     const long* t = strides;
-    each_head(B, H, scratch(Lq, Lk, D), [&](Arena arena, long b, long h) {
+    each_head(B, H, scratch(Lq, Lk, up(D, 32)), [&](Arena arena, long b, long h) {
         const long head = b * H + h;
         Head x{q + b * t[0] + h * t[1], k + b * t[3] + h * t[4], v + b * t[6] + h * t[7], out + b * t[9] + h * t[10], g + b * t[12] + h * t[13],
                t[2], t[5], t[8], t[11], t[14], lse + head * Lq, dq + head * Lq * D, dk + head * Lk * D, dv + head * Lk * D};
