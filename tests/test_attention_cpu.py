@@ -115,7 +115,9 @@ def test_nothing_is_kept_where_no_gradient_is_asked_for():
 def test_others_take_torch_s_own(monkeypatch):
     q, k, v = inputs(8, 8)
     assert cpu.serves(q, k, v)
-    assert not cpu.serves(q.float(), k.float(), v.float()) and not cpu.serves(*(x.repeat(1, 1, 1, 9) for x in (q, k, v)))
+    assert not cpu.serves(q.float(), k.float(), v.float()) and not cpu.serves(
+        *(x.repeat(1, 1, 1, 9) for x in (q, k, v))
+    )
     long = torch.zeros(1, 1, cpu.LONGEST + 1, 32, dtype=torch.bfloat16)
     assert not cpu.serves(long, long, long)
     monkeypatch.setattr(native, "matrix_units", lambda: False)
