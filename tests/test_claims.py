@@ -17,7 +17,7 @@ from genflow.evaluation.features import PixelFeatures
 from genflow.flows.store import newest_checkpoint
 
 CLAIMS = Path(__file__).parent.parent / "scripts" / "claims"
-SCRIPTS = sorted(path.stem for path in CLAIMS.glob("*.py") if path.stem != "common")
+SCRIPTS = sorted(path.stem for path in CLAIMS.glob("*.py") if path.stem not in ("common", "autoencoders"))
 PLANE = {
     "data": {"name": "toy2d", "kind": "moons", "n": 200},
     "model": {"name": "mlp", "hidden": 8, "depth": 1},

@@ -81,11 +81,14 @@ def pixel_features(images: Tensor) -> Tensor:
 
 
 class GraphFeatures(FeatureNetwork):
-    """A graph of convolutions and pools on pictures of SEEN x SEEN (bilinear), and the spatial mean of its last layer."""
+    """A graph of convolutions and pools on pictures of SEEN x SEEN (bilinear), and the spatial mean of its last layer.
+
+    path: its JSON.
+    """
 
     def __init__(self, path: Path) -> None:
         super().__init__()
-        self.graph = FeatureGraph(path)
+        self.path, self.graph = path, FeatureGraph(path)
         self.name, self.digest, self.channels = path.stem, self.graph.digest, self.graph.channels
 
     def features(self, images: Tensor) -> Tensor:
