@@ -27,9 +27,10 @@ class Choice:
 
 @dataclass(frozen=True)
 class Named:
-    """Marks a string that must be a registered name of `kind`."""
+    """Marks a string that must be a registered name of `kind`, or one of `also`."""
 
     kind: str
+    also: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -181,11 +182,9 @@ def _build(kind: Any, node: _Node, path: str) -> Any:
         if isinstance(marker, Choice):
             return _build_choice(marker.kind, node, path)
         if isinstance(marker, Named):
-            name = _build(str, node, path)
-            if name not in names(marker.kind):
-                raise UserError(
-                    f"{node.where}: {path}: no {marker.kind} is named {name!r}.{nearest(name, names(marker.kind))}"
-                )
+            name, known = _build(str, node, path), [*marker.also, *names(marker.kind)]
+            if name not in known:
+                raise UserError(f"{node.where}: {path}: no {marker.kind} is named {name!r}.{nearest(name, known)}")
             return name
         return _build(args[0], node, path)
     if is_dataclass(kind):

@@ -59,12 +59,14 @@ def batch(rows=4, size=16, seed=0):
     return SimpleNamespace(x=x, condition=NoTextConfig().build().encode([""] * rows), position=torch.arange(rows))
 
 
-def run_config(out, *, bottleneck=None, steps=2, size=16, **flow):
+def run_config(out, *, bottleneck=None, steps=2, size=16, clip=1.0, **flow):
     return RunConfig(
         data=EmojiConfig(size=size, limit=24),
         model=TinyAutoencoderConfig(width=8, blocks=1, factor=4),
         flow=AutoencoderFlowConfig(bottleneck or GaussianConfig(4), **flow),
-        train=TrainConfig(steps=steps, batch_size=8, precision="fp32", trackers=(), save_every=2, preview_every=2),
+        train=TrainConfig(
+            steps=steps, batch_size=8, precision="fp32", clip=clip, trackers=(), save_every=2, preview_every=2
+        ),
         out=str(out),
     )
 
@@ -249,6 +251,15 @@ def test_a_resumed_run_is_the_run(tmp_path):
     states = [load_file(find_model(run) / "model.safetensors") for run in (straight, resumed)]
     assert states[0].keys() == states[1].keys() and "bottleneck.running" in states[0]
     assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+
+
+def test_a_discriminator_that_is_not_heeded_yet_moves_nothing_of_the_autoencoder(tmp_path):
+    """However large its own gradients are beside the bound on theirs."""
+    wild = {"discriminator": DiscriminatorConfig(start=4, width=8, layers=2)}
+    runs = [train(run_config(tmp_path / name, steps=4, clip=0.01, **how)) for name, how in (("a", {}), ("b", wild))]
+    alone, beside = (load_file(find_model(run) / "model.safetensors") for run in runs)
+    assert any(name.startswith("discriminator") for name in beside)
+    assert all(torch.equal(value, beside[name]) for name, value in alone.items())
 
 
 def test_encode_and_decode_are_latents_and_pictures(run):

@@ -154,7 +154,7 @@ def attention(
         mask = NONE
     else:
         mask.check(batch, heads, lq, lk)
-    if lq == 0 or lk == 0:
+    if q.numel() == 0 or lk == 0:
         return q.masked_fill(torch.ones((), dtype=torch.bool, device=q.device), 0)
     scope, needed = _scope.get()
     if needed:

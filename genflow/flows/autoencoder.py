@@ -136,6 +136,14 @@ class AutoencoderFlow(Flow):
         # In training only: a trained model needs no such file. No submodule: DDP would send its weights at every step.
         self.perceptual: Callable[[Tensor, Tensor], Tensor] | None = None
 
+    def sides(self) -> list[list[nn.Parameter]]:
+        """The autoencoder, and its discriminator, whose gradients would else say how far the first may go."""
+        (both,) = super().sides()
+        if self.discriminator is None:
+            return [both]
+        rival = set(self.discriminator.parameters())
+        return [[p for p in both if p not in rival], [p for p in both if p in rival]]
+
     @property
     def vocabulary(self) -> int | None:
         """Of its tokens, where it has such."""

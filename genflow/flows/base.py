@@ -69,6 +69,10 @@ class Flow(nn.Module, ABC):
     def device(self) -> torch.device:
         return next((p.device for p in self.parameters()), torch.device("cpu"))
 
+    def sides(self) -> list[list[nn.Parameter]]:
+        """The trained parameters by the loss that they follow: of a game, each player's own. Each side is clipped alone."""
+        return [[p for p in self.parameters() if p.requires_grad]]
+
     def forward(self, batch: Batch, rng: Rng) -> LossOutput:
         """The loss, as a forward, so that wrappers of modules (DDP and its like) see it."""
         return self.loss(batch, rng)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from genflow.attention import Mask, attention
+from genflow.config import Named
 from genflow.errors import UserError
 from genflow.layers.embeddings import MLPEmbedder, PatchEmbed, sincos_2d, sinusoidal, unpatchify
 from genflow.layers.modulation import MLP, QKV, Linear, Modulation, gated_residual, joint_heads, modulated_norm
@@ -43,7 +44,7 @@ class MMDiTConfig:
     dual_attention_layers: tuple[int, ...] = ()
     sample_size: int | None = None
     pos_embed_max_size: int | None = None
-    attention: str = "auto"
+    attention: Annotated[str, Named("attention", also=("auto",))] = "auto"
 
     def __post_init__(self) -> None:
         for field in fields(self):

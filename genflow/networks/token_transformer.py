@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import cast
+from typing import Annotated, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from genflow.attention import Mask, attention
+from genflow.config import Named
 from genflow.errors import UserError
 from genflow.layers.modulation import Linear
 from genflow.networks.cache import KeyValueCache
@@ -43,7 +44,7 @@ class TokenTransformerConfig:
     heads: int | None = None
     mtp: int = 0
     context_dim: int | None = None
-    attention: str = "auto"
+    attention: Annotated[str, Named("attention", also=("auto",))] = "auto"
 
     def __post_init__(self) -> None:
         for name, least in (("vocabulary", 2), ("width", 1), ("layers", 1), ("heads", 1), ("mtp", 0)):

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from genflow.attention import attention
+from genflow.config import Named
 from genflow.errors import UserError
 from genflow.layers.embeddings import MLPEmbedder, sinusoidal
 from genflow.registry import api_export, network_export
@@ -39,7 +41,7 @@ class UNetConfig:
     dropout: float = 0.0
     shape: tuple[int, ...] | None = None
     pooled_dim: int | None = None
-    attention: str = "auto"
+    attention: Annotated[str, Named("attention", also=("auto",))] = "auto"
 
     def __post_init__(self) -> None:
         for name, least in (("channels", 1), ("blocks", 1), ("attention_size", 0)):

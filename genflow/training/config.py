@@ -13,7 +13,7 @@ from genflow.errors import UserError
 from genflow.flows.rectified import RectifiedFlowConfig
 from genflow.text.none import NoTextConfig
 from genflow.training.lora import LoRA
-from genflow.training.optimizers import AdamWConfig
+from genflow.training.optimizers import AdamW8bitConfig, AdamWConfig
 
 LEAST = {
     "steps": 1,
@@ -29,6 +29,7 @@ LEAST = {
     "validation_images": 1,
 }
 MOST = {"decay": 1.0, "clip": math.inf, "ema": 0.28, "max_bad": 1.0}  # of numbers from 0 on; no EMA profile is wider
+NARROWEST = 1e-3  # of an EMA profile that is one
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,10 @@ class TrainConfig:
         for name, most in MOST.items():
             if not 0 <= (value := getattr(self, name)) <= most:
                 raise UserError(f"{name} = {value} is not within 0 .. {most:g}")
+        if 0 < self.ema < NARROWEST:
+            raise UserError(f"ema = {self.ema} averages nothing; the least is {NARROWEST}, and 0 turns it off")
+        if self.parallel == "fsdp" and isinstance(self.optimizer, AdamW8bitConfig):
+            raise UserError("optimizer adamw8bit takes no shared-out parameters; take adamw, or parallel=ddp")
 
 
 @dataclass(frozen=True)

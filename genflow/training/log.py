@@ -75,8 +75,8 @@ class Log:
         temporary.replace(self.path)
 
     def tells(self, step: int, name: str) -> bool:
-        """Whether metrics.jsonl has a number of that name for a step."""
-        if not self.path.exists():
+        """Whether metrics.jsonl has a number of that name for a step: the main process's word, which keeps the file."""
+        if not self.main or not self.path.exists():
             return False
         return any(
             line["step"] == step and name in line for line in map(json.loads, self.path.read_text().splitlines())

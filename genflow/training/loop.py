@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
@@ -132,7 +133,7 @@ class Trainer:
             )
         if self.accelerator.is_main_process:
             self.by_time = LossByTime(state["by_time"])
-            self.bad = dict(state.get("bad", {}))
+        self.bad = dict(state.get("bad", {}))
         if self.accelerator.scaler is not None and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
 
@@ -210,6 +211,8 @@ class Trainer:
     def _optimise(self, micro: list[Batch]) -> tuple[Tensor, Tensor, bool]:
         """One optimiser step over its micro-batches: the mean loss, the gradient's norm before clipping, whether to stop.
 
+        Of a game's sides it is the largest norm.
+
         A gradient that overflows fp16 halves the loss scale, and the same step is done again: nothing else has moved.
         """
         train, accelerator = self.config.train, self.accelerator
@@ -231,7 +234,9 @@ class Trainer:
                 loss += out.loss.detach() / len(micro)
                 parts.append((out.per_sample, out.t))
                 self.parts = out.parts
-            norm = whole(accelerator.clip_grad_norm_(self.flow.parameters(), train.clip or math.inf))
+            accelerator.unscale_gradients()
+            norms = [nn.utils.clip_grad_norm_(side, train.clip or math.inf) for side in self.flow.sides()]
+            norm = torch.stack([whole(each) for each in norms]).amax()
             bad_loss, bad_norm, stop = self._outcome(loss, norm)
             overflow = accelerator.scaler is not None and bad_norm and not bad_loss
             if (bad_loss or bad_norm) and not overflow:
@@ -278,7 +283,14 @@ class Trainer:
                 f"{self.config.train.max_bad}; the last: {next(reversed(self.bad))}"
             )
 
+    def _share_bad(self) -> None:
+        """What any process could not read, to all of them."""
+        if self.accelerator.num_processes > 1:
+            for theirs in gather_object([self.bad]):
+                self.bad |= theirs
+
     def _log(self, loss: Tensor, norm: Tensor) -> None:
+        self._share_bad()
         if self.accelerator.num_processes > 1:
             loss = self.accelerator.reduce(loss, reduction="mean")  # type: ignore[assignment]
         sums = self.by_time.reduced(self.accelerator)
@@ -295,6 +307,7 @@ class Trainer:
         self.log.write(self.step, {**values, "images_per_s": rate, "bad_images": len(self.bad)})
 
     def _save(self) -> None:
+        self._share_bad()
         sums, main = self.by_time.reduced(self.accelerator), self.accelerator.is_main_process
         tensors = checkpoint_tensors(self.flow, self.optimizer.optimizer, self.ema, main=main)
         if main:
