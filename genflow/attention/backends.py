@@ -296,14 +296,14 @@ def flash() -> Attention:
 @attention_export("xformers")
 @cache
 def xformers() -> Attention:
-    """xformers' memory_efficient_attention: CUDA, half precision; pip install genflow[xformers]."""
+    """xformers' memory_efficient_attention: CUDA, half precision; pip install xformers."""
 
     @cache
     def available() -> str | None:
         try:
             from xformers.ops import memory_efficient_attention  # noqa: F401
         except Exception as error:  # a wheel built for another torch fails in many ways
-            return f"xformers cannot be imported ({type(error).__name__}: {error}); pip install genflow[xformers]"
+            return f"xformers cannot be imported ({type(error).__name__}: {error}); pip install xformers"
         return None
 
     def fn(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float | None) -> Tensor:

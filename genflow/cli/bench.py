@@ -83,7 +83,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for what, each in parsers.items():
         how = each.add_argument_group("how it is measured")
         if what != "attention":
-            how.add_argument("--against", metavar="PEER", help="time this library in turn: diffusers, normflows, zuko")
+            peers = "normflows (Glow), zuko (NSF)" if what == "flows" else "diffusers"
+            how.add_argument("--against", metavar="PEER", help=f"time this library in turn: {peers}")
         how.add_argument("--rounds", type=_count, default=ROUNDS[what], metavar="N", help=f"({ROUNDS[what]})")
         how.add_argument("--device", help="cpu, cuda, mps (default: the best there is)")
         how.add_argument("--json", metavar="FILE", help="keep everything: machine, settings, every timing")

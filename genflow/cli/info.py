@@ -56,11 +56,12 @@ def run(args: argparse.Namespace) -> int:
     else:
         kinds = [kind for kind in PLURAL if what in names(kind)]
         attrs = [(k, n) for k, group in index().items() for n, entry in group.items() if entry["attr"] == what]
-        if not kinds and not attrs:
+        found = list(dict.fromkeys([*((kind, what) for kind in kinds), *attrs]))
+        if not found:
             every = {*PLURAL, "system", "precision", *(n for kind in PLURAL for n in names(kind))}
             near = hint if (hint := nearest(what, every)).startswith(" Did") else f" Kinds: {', '.join(PLURAL)}."
             raise UserError(f"nothing is called {what!r}.{near}")
-        for kind, name in attrs or [(kind, what) for kind in kinds]:
+        for kind, name in found:
             _explain(kind, name)
     return 0
 

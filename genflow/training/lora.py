@@ -48,7 +48,7 @@ def adapted(flow: Flow, network: nn.Module, lora: LoRA) -> None:
     try:
         import peft
     except ImportError as error:
-        raise UserError("train.lora needs peft; pip install 'genflow[lora]'") from error
+        raise UserError("train.lora needs peft; pip install peft") from error
 
     linears = [name for name, module in network.named_modules() if type(module) in (Linear, nn.Linear)]
     for target in lora.targets:

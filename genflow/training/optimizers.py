@@ -61,7 +61,7 @@ class AdamW8bitConfig(AdamWConfig):
         try:
             import bitsandbytes
         except ImportError as error:
-            raise UserError("optimizer adamw8bit needs bitsandbytes; pip install 'genflow[eightbit]'") from error
+            raise UserError("optimizer adamw8bit needs bitsandbytes; pip install bitsandbytes") from error
         groups = decay_groups([p for p in model.parameters() if p.requires_grad], self.weight_decay)
         return bitsandbytes.optim.AdamW8bit(groups, lr=self.lr, betas=self.betas, eps=self.eps)
 
