@@ -32,7 +32,7 @@ from genflow.networks.token_transformer import TokenTransformerConfig
 from genflow.networks.unet import UNetConfig
 from genflow.networks.velocity import MLPVelocityConfig
 from genflow.text.none import NoTextConfig
-from genflow.text.trained import LabelsConfig
+from genflow.text.trained import LabelsConfig, LearnedTextConfig
 from genflow.training.precision import verified
 from genflow.training.run import train
 
@@ -70,6 +70,14 @@ def test_dropped_conditions_are_the_empty_one_and_hang_on_the_position():
     b = batch(flow)
     other = SimpleNamespace(**{**vars(b), "condition": flow.text.encode(["dark"] * 6)})
     assert torch.equal(flow.loss(b, Rng(0)).loss, flow.loss(other, Rng(0)).loss)
+
+
+def test_every_trained_parameter_has_a_gradient_as_several_processes_need():
+    text = LearnedTextConfig(dim=8, layers=1, max_tokens=6).build()
+    net = TokenTransformerConfig(6, (3, 4), width=32, layers=1, context_dim=8).build()
+    flow = TokenFlowConfig(GreyConfig()).build(net, text, shape=(3, 6, 8))
+    flow.loss(batch(flow), Rng(0)).loss.backward()
+    assert not [name for name, p in flow.named_parameters() if p.requires_grad and p.grad is None]
 
 
 def test_the_tokenizer_is_frozen_and_stays_in_eval_mode():

@@ -112,8 +112,8 @@ def decode(
 
     draft: where guesses come from; none, for no guesses. branching: their shape; it is cut short at the end of the sequence.
     rule: of verification (rules.py). stream: of the guesses' noise. Every row goes at its own pace. Each pass waits for the
-    device once. Raises UserError for a draft of another vocabulary, or that cannot guess such a shape, for seeds that are
-    not one for each row, and for NaN.
+    device once. Raises UserError for a draft of another vocabulary, or that cannot guess such a shape, for more guesses at
+    a place than there are tokens, for seeds that are not one for each row, and for NaN.
     """
     rows, n, device = len(target.lengths), target.tokens, target.device
     _check(target, seeds, draft, branching)
@@ -184,6 +184,10 @@ def _check(target: Reader, seeds: Sequence[int], draft: Draft | None, branching:
         raise UserError(
             f"the draft has {draft.vocabulary} tokens and the model {target.vocabulary}; both must be of one tokenizer"
         )
+    if max(branching, default=1) > target.vocabulary:
+        near = [min(width, target.vocabulary) for width in branching]
+        what = f"{max(branching)} different guesses at a place, and there are {target.vocabulary} tokens"
+        raise UserError(f"branching {list(branching)}: {what}; take {near}")
     if draft is not None and not draft.trees and max(branching, default=1) > 1:
         chain = [1] * len(branching)
         raise UserError(f"{type(draft).__name__} guesses chains, no trees; take branching {chain} or another draft")

@@ -132,6 +132,7 @@ class TokenFlow(ConditionedFlow):
         super().__init__(network, text, shape=shape, whiten=None)
         self.config = config
         self.tokenizer = tokenizer.requires_grad_(False)
+        self.text.keep_pooled()
         self._drafts: dict[str, Flow] = {}  # of runs, by their path
         self.grid = grid_of(tokenizer, shape)
         if (network.vocabulary, network.config.grid) != (tokenizer.vocabulary, self.grid):

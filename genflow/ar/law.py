@@ -37,6 +37,8 @@ class TokenLaw:
             raise UserError(
                 f"temperature = {self.temperature} must be 0 (greedy) or more, and finite; 1 is the model's own"
             )
+        if self.top_k is not None and not isinstance(self.top_k, int):
+            raise UserError(f"top_k = {self.top_k} is not a whole number; none keeps all")
         if self.top_k is not None and self.top_k < 1:
             raise UserError(f"top_k = {self.top_k} leaves no token; the least is 1 (greedy), and none keeps all")
         if not 0 < self.top_p <= 1:
@@ -50,7 +52,8 @@ class TokenLaw:
                 raise UserError(f"guidance = {self.guidance} needs the logits without a condition; 1 is none")
             logits = torch.lerp(null.to(logits.dtype), logits, self.guidance)
         if self.temperature == 0:
-            return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1)
+            most, at = logits.max(-1, keepdim=True)
+            return torch.zeros_like(logits).scatter_(-1, at, 1 + 0 * most)  # NaN stays NaN
         logits = logits / self.temperature
         if self.top_k is not None and self.top_k < logits.shape[-1]:
             kept, at = logits.topk(self.top_k)

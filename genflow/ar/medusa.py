@@ -154,7 +154,7 @@ class MedusaFlow(Flow):
     ) -> TokenSolution:
         """As the base's (`TokenFlow.sample`). draft: "medusa" is these heads, and so is none where the decoder needs one."""
         decoder = from_dict(HeadsDecodeConfig, {"decoder": how.pop("decoder", "speculative")}, where="sample").decoder
-        # Unless told otherwise, as many as the heads can guess.
+        # Unless told otherwise, as many as the heads can guess; a run's own settings spell the default out.
         if decoder == Speculative() and draft in (None, "medusa"):
             decoder = Speculative(min(decoder.window, len(self.network.inner)))
         if draft == "medusa" or (draft is None and decoder.needs_draft):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from genflow.cli.eval import add_measuring, bar, data_of, made_by, network_for
-from genflow.cli.options import add_dtype, add_solving, open_model, sampling_of, writable
+from genflow.cli.options import add_dtype, add_solving, open_model, refuse_dtype, sampling_of, writable
 from genflow.errors import UserError
 
 if TYPE_CHECKING:
@@ -79,11 +79,15 @@ def _names(paths: list[str]) -> list[str]:
 def _contestant(args: argparse.Namespace, path: str, name: str) -> Contestant:
     from genflow.cli.plot import read_lines
     from genflow.evaluation.comparison import Contestant
+    from genflow.flows.latent import velocity_flow
     from genflow.flows.prepared import family
     from genflow.flows.store import find_model
 
     asked = own_way(path, args)
     flow, sampling = open_model(asked)
+    if velocity_flow(flow) is not None:
+        asked.dtype = args.dtype
+        refuse_dtype(asked, flow)
     model = str(find_model(path))
     section, data = data_of(flow, model)
     by_steps: dict[int, dict[str, Any]] = {}

@@ -150,7 +150,11 @@ def compare(
         key = json.dumps([each.section, list(each.flow.shape), each.features.digest], default=str)
         named = partial(_of_model, bar, each.name)
         entries.append(_entry(each, plan, prompts, reals.setdefault(key, Reals()), named))
-    return Comparison(entries, plan, _notices(entries))
+    notices = _notices(entries)
+    flows: list[Any] = [each.flow for each in contestants]
+    if prompts and not any(flow.text.max_tokens for flow in flows):
+        notices.append("None of these models hears a condition: the prompts were not drawn.")
+    return Comparison(entries, plan, notices)
 
 
 def _of_model(bar: Bar, name: str, what: str, total: int) -> AbstractContextManager[Callable[[int], object]]:
@@ -159,9 +163,9 @@ def _of_model(bar: Bar, name: str, what: str, total: int) -> AbstractContextMana
 
 def _entry(who: Contestant, plan: Plan, prompts: Sequence[str], reals: Reals, bar: Bar) -> Entry:
     count = min(plan.batch, plan.n or plan.batch)
-    draw = partial(_drawing, who.model, who.ema, who.flow.device, dict(who.sampling), count, plan.seed)
-    memory = None if hasattr(who.flow, "no_samples") else peak_memory(draw, who.name, "sample", who.flow.device)
     dtype = "fp32" if velocity_flow(who.flow) is None else plan.dtype
+    draw = partial(_drawing, who.model, who.ema, who.flow.device, dict(who.sampling), count, plan.seed, dtype=dtype)
+    memory = None if hasattr(who.flow, "no_samples") else peak_memory(draw, who.name, "sample", who.flow.device)
 
     def measured(sampling: Mapping[str, Any], metrics: Sequence[str]) -> Evaluation:
         asked = replace(plan, sampling=dict(sampling), metrics=tuple(metrics), dtype=dtype)
@@ -182,7 +186,7 @@ def _entry(who: Contestant, plan: Plan, prompts: Sequence[str], reals: Reals, ba
     row["parameters"] = Cell(sum(p.numel() for p in who.flow.parameters() if p.requires_grad), on="that are trained")
     if memory is not None:
         row["memory"] = Cell(
-            memory, on=f"MiB at the peak of drawing {count} at once in a new process, with the weights"
+            memory, on=f"MiB at the peak of drawing {count} at once in {dtype}, in a new process, with the weights"
         )
     split, known = _known(reals, plan, who)
     shown = _shown(who, plan, prompts, known)
@@ -190,12 +194,25 @@ def _entry(who: Contestant, plan: Plan, prompts: Sequence[str], reals: Reals, ba
 
 
 def _drawing(
-    model: str, ema: bool, device: torch.device, sampling: dict[str, Any], count: int, seed: int, name: str
+    model: str,
+    ema: bool,
+    device: torch.device,
+    sampling: dict[str, Any],
+    count: int,
+    seed: int,
+    name: str,
+    dtype: str = "fp32",
 ) -> Side:
     """The drawing of one batch, for its memory."""
     flow: Any = load(model, ema=ema, device=device)
-    null = flow.text.null().to(device).expand(count)
-    return Side.of(flow, {"sample": lambda: flow.sample(null, seeds=range(seed, seed + count), **sampling)})
+    # A draft may have a text encoder of its own.
+    heard = [""] * count if sampling.get("draft") else flow.text.null().to(device).expand(count)
+
+    def sample() -> None:
+        with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bf16"):
+            flow.sample(heard, seeds=range(seed, seed + count), **sampling)
+
+    return Side.of(flow, {"sample": sample})
 
 
 def _threads() -> str:
@@ -268,7 +285,7 @@ def _shown(
     """Prompts, pictures of them, the real ones of these captions where they are known, and why there are none."""
     flow: Any = who.flow
     if len(flow.shape) == 1:
-        return _scatter(who, plan, known)
+        return _scatter(who, plan, prompts, known)
     own = list(dict.fromkeys(known.captions))[:SHOWN] if known is not None else []
     wanted = list(prompts) or (own * SHOWN)[:SHOWN] or [""] * SHOWN
     heard = wanted if flow.text.max_tokens else [""] * len(wanted)
@@ -282,13 +299,20 @@ def _shown(
     return heard, [to_picture(each).image for each in x], real, ""
 
 
-def _scatter(who: Contestant, plan: Plan, known: Any) -> tuple[list[str], list[Any], list[Any], str]:
+def _scatter(
+    who: Contestant, plan: Plan, prompts: Sequence[str], known: Any
+) -> tuple[list[str], list[Any], list[Any], str]:
+    """One picture of samples of the prompts, or of the data's captions, in turn."""
     flow: Any = who.flow
-    captions = known.captions if known is not None and flow.text.max_tokens else [""]
-    seeds = range(plan.seed, plan.seed + POINTS)
-    x: Tensor = flow.sample([captions[i % len(captions)] for i in range(POINTS)], seeds=seeds, **who.sampling).x.cpu()
+    asked = list(prompts) if flow.text.max_tokens else []
+    captions = asked or (known.captions if known is not None and flow.text.max_tokens else [""])
+    heard, seeds = [captions[i % len(captions)] for i in range(POINTS)], range(plan.seed, plan.seed + POINTS)
+    try:
+        x: Tensor = flow.sample(heard, seeds=seeds, **who.sampling).x.cpu()
+    except UserError as error:
+        return asked or [""], [], [], str(error)
     panels = {"samples": x} if known is None else {"data": known.x, "samples": x}
-    return [""], [point_picture(panels).image], [], ""
+    return asked or [""], [point_picture(panels).image], [], ""
 
 
 def as_json(comparison: Comparison, made: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

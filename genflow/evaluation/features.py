@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from genflow.cachedir import cache_folder
 from genflow.data.pictures import write_atomic
 from genflow.errors import UserError, nearest
-from genflow.networks.feature_graph import FeatureGraph
+from genflow.networks.feature_graph import SEEN, FeatureGraph
 from genflow.registry import api_export
 
 Features = Callable[[Tensor], Tensor]
@@ -29,9 +29,6 @@ BLOCK = 500  # pictures whose features are kept in one file
 INCEPTION = (
     "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
 )
-
-
-SEEN = 128  # pixels of a side, to which a graph's pictures are resized
 
 
 class FeatureNetwork(nn.Module, ABC):
@@ -208,6 +205,13 @@ def features_of(
 def as_samples(pictures: Tensor) -> Tensor:
     """Bytes as float32 in [-1, 1]; what is float already, as it is."""
     return pictures.float() / 127.5 - 1 if pictures.dtype == torch.uint8 else pictures
+
+
+def as_bytes(pictures: Tensor) -> Tensor:
+    """A model's pictures, [-1, 1], as a file would hold them: uint8. Raises UserError where they are not finite."""
+    if not bool(pictures.isfinite().all()):
+        raise UserError("the model's pictures are not finite; is it trained?")
+    return ((pictures + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
 def checked(*sets: Tensor) -> None:

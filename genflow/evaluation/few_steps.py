@@ -62,14 +62,14 @@ def few_steps(
     told how many samples are done since.
     """
 
-    def parts() -> list[slice]:
-        return [slice(i, i + batch) for i in range(0, len(seeds), batch)]
+    def parts(count: int) -> list[slice]:
+        return [slice(i, min(i + batch, count)) for i in range(0, count, batch)]
 
     def of(samples: Tensor) -> Tensor:
         return torch.cat([features(part) for part in samples.split(batch)])
 
     paths = []
-    for part in parts()[: -(-PATHS // batch)]:
+    for part in parts(min(PATHS, len(seeds))):
         solution = flow.sample(prompts[part], seeds=seeds[part], record=True, **{**guidance, **FINE})
         assert solution.trajectory is not None
         paths.append(straightness(solution.trajectory).cpu())
@@ -77,7 +77,7 @@ def few_steps(
     for steps in counts:
         how = {**guidance, **FINE, "sampler": "euler", "steps": steps}
         made = []
-        for part in parts():
+        for part in parts(len(seeds)):
             made.append(flow.sample(prompts[part], seeds=seeds[part], **how).x.cpu())
             progress(len(made[-1]))
         samples = torch.cat(made)

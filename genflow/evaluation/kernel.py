@@ -38,8 +38,9 @@ def kernel_distance(
     """The squared MMD of N x D and M x D features under the kernel k(x, y) = (x.y / D + 1)^3, in float64.
 
     The unbiased estimate (eq. 4, u-statistics in a and in b) of each of `subsets` pairs of subsets, drawn without
-    replacement from `seed`; it may be negative. subset: their size, by default 1000, or half of the fewer where that is
-    less. Raises UserError for fewer than two in a subset, or more than there are.
+    replacement from `seed`; it may be negative. subset: their size, by default 1000, or half of the fewer, but 2 at least,
+    where that is less; of sets of 2 all subsets are one, and the spread 0. Raises UserError for fewer than two in a subset,
+    or more than there are.
     """
     checked(a, b)
     few = min(len(a), len(b))

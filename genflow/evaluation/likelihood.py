@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,15 +70,12 @@ def likelihood(
     note = flow.likelihood_note(k, **how)
     dataset = data.build(split)
     count = len(dataset) if n is None else min(n, len(dataset))
-    places = [[(i, i) for i in range(j, min(j + batch, count))] for j in range(0, count, batch)]
     conditions = PreparedConditions.prepare(dataset, flow.text)  # type: ignore[arg-type]
     if conditions.table.mask.shape[1]:
         note = f"given the captions, {note}"
     values = []
-    for part in loader(dataset, conditions, places, shape=flow.shape):
-        if part.bad:  # the loader has put another in its place
-            raise UserError(f"{part.bad[0][0]} cannot be read ({part.bad[0][1]}); mend it, or take it out of the split")
-        values.append(_nll(flow, part.to(flow.device), k, how).double().cpu())
+    for part in _batches(flow, dataset, conditions, count, batch):
+        values.append(_nll(flow, part, k, how).double().cpu())
         if progress is not None:
             progress(len(part.ids))
     each = torch.cat(values)
@@ -87,6 +84,35 @@ def likelihood(
         raise UserError(f"the likelihood of {dataset.identifiers[row]} is {float(each[row])}; is the model trained?")
     error = float(each.std()) / math.sqrt(count) if count > 1 else math.nan
     return HeldOut(float(each.mean()), error, flow.unit, count, name, split, note)
+
+
+@torch.no_grad()
+def held_out_loss(
+    flow: Any, dataset: Any, n: int, *, batch: int = 64, progress: Callable[[int], object] = lambda done: None
+) -> dict[str, float]:
+    """What `flow.validate` tells of the first n samples of a data set, by name.
+
+    Weighted by the batches' sizes, as in training (SD3, sec. 5.3). Raises UserError for a picture that cannot be read, and
+    for a loss that is not finite.
+    """
+    conditions = PreparedConditions.prepare(dataset, flow.text)
+    sums: dict[str, float] = {}
+    for part in _batches(flow, dataset, conditions, n, batch):
+        for key, value in flow.validate(part).items():
+            sums[key] = sums.get(key, 0.0) + float(value) * len(part.ids)
+        progress(len(part.ids))
+    if not math.isfinite(loss := sums["validation_loss"] / n):
+        raise UserError(f"the loss of {n} held-out samples is {loss}; is the model trained?")
+    return {key: total / n for key, total in sums.items()}
+
+
+def _batches(flow: Any, dataset: Any, conditions: PreparedConditions, count: int, batch: int) -> Iterator[Batch]:
+    """The first `count` samples, on the flow's device. Raises UserError for a picture that cannot be read."""
+    places = [[(i, i) for i in range(j, min(j + batch, count))] for j in range(0, count, batch)]
+    for part in loader(dataset, conditions, places, shape=flow.shape):
+        if part.bad:  # the loader has put another in its place
+            raise UserError(f"{part.bad[0][0]} cannot be read ({part.bad[0][1]}); mend it, or take it out of the split")
+        yield part.to(flow.device)
 
 
 def _nll(flow: Flow, batch: Batch, k: int, how: dict[str, Any]) -> Tensor:

@@ -7,11 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from genflow.data.pictures import Picture, caption_grid
 from genflow.errors import UserError
-from genflow.evaluation.features import checked
+from genflow.evaluation.features import as_samples, checked
 from genflow.registry import api_export
 
 ROWS = 1024  # of a matrix of distances at a time
+SHOWN, NEIGHBOURS = 10, 5  # samples of a picture, and of each
 
 
 def distances(a: Tensor, b: Tensor) -> Tensor:
@@ -119,9 +121,12 @@ def copying(samples: Tensor, held_out: Tensor, known: Tensor) -> float:
 def own_found(samples: Tensor, own: Tensor, gallery: int = 256) -> float:
     """Part of N samples whose nearest of `gallery` real ones is their own: that of the same number, N x D both.
 
-    The others are those of the next numbers. By chance it is 1 / gallery. Raises UserError for sets that are none.
+    The others are those of the next numbers. By chance it is 1 / gallery, or 1 / N where N is less. Raises UserError for
+    sets that are none, and a gallery of none.
     """
     checked(samples, own)
+    if gallery < 1:
+        raise UserError(f"a gallery of {gallery} has no place for a sample's own; 256 is usual")
     if len(samples) != len(own):
         raise UserError(f"{len(samples)} samples and {len(own)} real ones: each sample needs its own")
     n, found = len(own), 0
@@ -130,3 +135,23 @@ def own_found(samples: Tensor, own: Tensor, gallery: int = 256) -> float:
         band = (rows[:, None] + torch.arange(gallery)) % n
         found += int((distances(part, own).gather(1, band).argmin(1) == 0).sum())
     return found / n
+
+
+def picture_beside_nearest(x: Tensor, features: Tensor, real: Tensor, known: Tensor, *, pixels: bool) -> Picture:
+    """The samples with the nearest real pictures of all, each beside its nearest, by features and by pixels.
+
+    x, real: N and M pictures, uint8, or float32 in [-1, 1]; features, known: of them, N x D and M x D. pixels: whether these
+    are the pixels themselves.
+    """
+    k = min(NEIGHBOURS, len(known))
+    shown = nearest_neighbours(features, known, 1)[0][:, 0].argsort(stable=True)[:SHOWN]
+    spaces = {"pixels" if pixels else "features": (features[shown], known)}
+    if not pixels:
+        spaces["pixels"] = (as_samples(x[shown]).flatten(1), as_samples(real).flatten(1))
+    columns = [(as_samples(x[shown])[:, None], [[f"sample {int(i)}"] for i in shown])]
+    for name, (mine, theirs) in spaces.items():
+        far, which = nearest_neighbours(mine, theirs, k)
+        columns.append((as_samples(real[which]), [[f"{name} {d:.3g}" for d in row] for row in far.tolist()]))
+    images = torch.cat([each for each, _ in columns], 1).flatten(0, 1)
+    captions = [text for row in zip(*(texts for _, texts in columns), strict=True) for part in row for text in part]
+    return caption_grid(images, captions, columns=1 + k * len(spaces), cell=64)

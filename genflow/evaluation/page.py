@@ -215,7 +215,12 @@ def _remarks(comparison: Comparison) -> dict[str, list[str]]:
 def _samples(comparison: Comparison) -> str:
     scattered = [entry for entry in comparison.entries if len(entry.who.flow.shape) == 1]
     drawn = [entry for entry in comparison.entries if len(entry.who.flow.shape) == 3]
-    parts = [_figure(e, e.pictures[0], f"Data, and {e.who.name}'s samples of the first seeds.") for e in scattered]
+    parts = [
+        _figure(e, e.pictures[0], f"Data, and {e.who.name}'s samples of the first seeds.")
+        if e.pictures
+        else tag("p", escape(f"{e.who.name}: {e.no_pictures}"))
+        for e in scattered
+    ]
     if drawn:
         heard = {tuple(e.prompts) for e in drawn if any(e.prompts)}  # a model that hears nothing fits in any column
         rows, known = [], set()

@@ -93,8 +93,10 @@ def _figure(width: float, height: float) -> Figure:
 @api_export("save_plot")
 @styled
 def save_plot(figure: Figure, path: Path) -> None:
-    """Write a figure, as the ending of path says (.png, .svg), whole or not at all. Raises UserError."""
+    """Write a figure, as the ending of path says, .png or .svg, whole or not at all. Raises UserError for another one."""
     kind = path.suffix.removeprefix(".")
+    if kind not in ("png", "svg"):
+        raise UserError(f"{path}: a plot is a .png or .svg")
     metadata = {"Date": None} if kind == "svg" else None
     write_atomic(path, lambda file: figure.savefig(file, format=kind, metadata=metadata))
 

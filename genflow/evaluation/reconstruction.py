@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from genflow.evaluation.features import SEEN, FeatureNetwork, GraphFeatures, as_samples, features_of
+from genflow.evaluation.features import FeatureNetwork, GraphFeatures, as_bytes, as_samples, features_of
 from genflow.evaluation.frechet import frechet_distance
 from genflow.evaluation.plan import Figure
 from genflow.flows.fidelity import SIDE, ssim
-from genflow.networks.feature_graph import PerceptualDistance
+from genflow.networks.feature_graph import SEEN, PerceptualDistance
 from genflow.networks.quantizers import perplexity
 from genflow.registry import api_export
 from genflow.samplers import psnr
@@ -59,14 +59,16 @@ def reconstruction(
     """Of pictures there and back, each as the 8-bit picture that a file would hold.
 
     flow: with `reconstruct`; pictures: N x C x H x W, uint8, or float32 in [-1, 1]; network: features of the distance.
-    progress: told how many are done since. Raises UserError for features that are not of such pictures, or too few pictures.
+    progress: told how many are done since. Raises UserError for features that are not of such pictures, too few pictures,
+    and reconstructions that are not finite.
     """
+    real = features_of(network, pictures, device=flow.device)
     made, noise, likeness, apart = [], [], [], []
     perceptual = PerceptualDistance(network.graph, SEEN).to(flow.device) if isinstance(network, GraphFeatures) else None
     counts = torch.zeros(getattr(flow, "vocabulary", None) or 0, dtype=torch.int64)
     for part in pictures.split(batch):
         x = as_samples(part).to(flow.device)
-        made.append(((flow.reconstruct(x) + 1) * 127.5).round().to(torch.uint8).cpu())
+        made.append(as_bytes(flow.reconstruct(x)).cpu())
         y = as_samples(made[-1]).to(x.device)
         noise.append(psnr(y, x).cpu())
         if min(x.shape[-2:]) >= SIDE:
@@ -76,7 +78,7 @@ def reconstruction(
         if len(counts):
             counts += torch.bincount(flow.codes(x).flatten().cpu(), minlength=len(counts))
         progress(len(part))
-    real, fake = (features_of(network, each, device=flow.device) for each in (pictures, torch.cat(made)))
+    fake = features_of(network, torch.cat(made), device=flow.device)
     return Reconstruction(
         torch.cat(noise),
         torch.cat(likeness) if likeness else None,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from types import SimpleNamespace
@@ -12,24 +12,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from genflow.data.loading import loader
-from genflow.data.pictures import Picture, caption_grid
+from genflow.ar.flow import TokenFlow
+from genflow.data.pictures import Picture
 from genflow.data.prepared import PreparedConditions
 from genflow.errors import UserError
 from genflow.evaluation.alignment import caption_ranks, fit_caption_probe, recall_at
-from genflow.evaluation.features import FeatureNetwork, as_samples, features_of
-from genflow.evaluation.frechet import frechet_distance
-from genflow.evaluation.kernel import kernel_distance
-from genflow.evaluation.likelihood import likelihood
-from genflow.evaluation.neighbours import copying, density_coverage, nearest_neighbours, own_found, precision_recall
+from genflow.evaluation.distances import distance_figures
+from genflow.evaluation.features import FeatureNetwork, as_bytes, as_samples, features_of
+from genflow.evaluation.likelihood import held_out_loss, likelihood
+from genflow.evaluation.neighbours import copying, own_found, picture_beside_nearest
 from genflow.evaluation.plan import DISTANCES, METRICS, SAMPLES, Bar, Evaluation, Figure, Plan, no_bar
 from genflow.evaluation.reals import HASHED, MOST, RealSamples, overlap, read_real
 from genflow.evaluation.reconstruction import reconstruction
 from genflow.flows.base import Flow
 from genflow.flows.couplings import Paired
+from genflow.flows.normalizing import NormalizingFlow
 from genflow.registry import api_export, resolve
 
-QUERIES, SHOWN, NEIGHBOURS = 256, 10, 5
+QUERIES = 256
+# What `reconstruction` tells of all pictures at once.
+RECONSTRUCTED = {"validation_psnr", "validation_ssim", "validation_perplexity"}
 
 
 @api_export("Reals")
@@ -114,7 +116,11 @@ class _Run:
     def _chosen(self) -> list[str]:
         if self.plan.split:
             self._dataset(self.plan.split)
+        velocity, asked = hasattr(self.flow, "velocity"), self.plan.k > 1 or bool(self.plan.likelihood)
         if self.plan.metrics:
+            if asked and self.strict and "likelihood" not in self.plan.metrics:
+                option = next(iter(self.plan.likelihood), "k")
+                raise UserError(f"{option} is of likelihoods, and none is asked for; add the metric likelihood")
             for metric in self.plan.metrics:
                 if why := self._unable(metric):
                     if self.strict:
@@ -122,12 +128,11 @@ class _Run:
                     self.left_out[metric] = why
             return [metric for metric in dict.fromkeys(self.plan.metrics) if metric not in self.left_out]
         chosen = []
-        velocity, asked = hasattr(self.flow, "velocity"), self.plan.k > 1 or bool(self.plan.likelihood)
         for metric in METRICS:
             if metric == "likelihood" and velocity and self.pictures and not asked:
                 self.left_out[metric] = "an ODE solve for each picture; it must be named"
-            elif metric == "loss" and not velocity and "likelihood" in chosen:
-                continue  # the same figure
+            elif metric == "loss" and "likelihood" in chosen and self._loss_is_likelihood:
+                continue
             elif metric == "reconstruction" and not hasattr(self.flow, "no_samples"):
                 continue  # a figure of the autoencoder, and not of a model of its latents
             elif why := self._unable(metric):
@@ -140,6 +145,13 @@ class _Run:
             metric, why = list(self.left_out.items())[-1]
             raise UserError(f"there is nothing to measure this model with; {metric}: left out, {why}")
         return chosen
+
+    @property
+    def _loss_is_likelihood(self) -> bool:
+        """Whether they are one figure, if on two scales."""
+        if isinstance(self.flow, TokenFlow):
+            return not self.flow.network.mtp
+        return isinstance(self.flow, NormalizingFlow)
 
     def _unable(self, metric: str) -> str | None:
         """Why this model, on this data, cannot honestly have a metric."""
@@ -154,6 +166,10 @@ class _Run:
                 self._dataset(self.held_out)
             if metric == "likelihood":
                 self.flow.likelihood_note(self.plan.k, **self.plan.likelihood)
+            if metric == "reconstruction" and min(self.plan.n or SAMPLES, len(self._dataset(self.held_out))) < 2:
+                return f"one picture of the {self.held_out} split is too few; 2 are the least"
+            if metric == "nearest" and min(self.n, known := len(self._dataset("train"))) < 2:
+                return f"{self.n} samples and {known} training ones are too few; 2 of each are the least"
             if (least := DISTANCES.get(metric, 0)) > (count := min(self.n, len(self._dataset(self.reference)) // 2)):
                 return f"{count} samples, and as many real ones twice, are too few; {least} are the least"
         except UserError as error:
@@ -222,15 +238,21 @@ class _Run:
         begun, made, short = time.monotonic(), [], self.plan.dtype == "bf16"
         if not self.flow.text.max_tokens:
             prompts = [""] * len(prompts)
-        conditions = PreparedConditions.prepare(SimpleNamespace(captions=list(prompts)), self.flow.text)
+        parts = torch.arange(len(prompts)).split(self.plan.batch)
+        heard: Iterator[Any]
+        if self.plan.sampling.get("draft"):  # which may have a text encoder of its own
+            heard = ([prompts[i] for i in part] for part in parts)
+        else:
+            conditions = PreparedConditions.prepare(SimpleNamespace(captions=list(prompts)), self.flow.text)
+            heard = (conditions[part] for part in parts)
         with self.bar(f"sampling, {what}", len(prompts)) as progress:
-            for part in torch.arange(len(prompts)).split(self.plan.batch):
+            for part, condition in zip(parts, heard, strict=True):
                 seeds = (seed + part).tolist()
                 with torch.autocast(self.flow.device.type, torch.bfloat16, enabled=short):
-                    solution = self.flow.sample(conditions[part], seeds=seeds, **self.plan.sampling)
+                    solution = self.flow.sample(condition, seeds=seeds, **self.plan.sampling)
                 self.nfe = max(self.nfe, solution.nfe)
                 x = solution.x.float().cpu()
-                made.append(((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8) if self.pictures else x)
+                made.append(as_bytes(x) if self.pictures else x)
                 progress(len(part))
         self.drawing += time.monotonic() - begun
         x = torch.cat(made)
@@ -257,23 +279,19 @@ class _Run:
         on = f"{self.name} {found.split}, {found.n} sample{'s' * (found.n > 1)}; {found.how}"
         return [Figure(found.unit, found.mean, on, error=None if found.n < 2 else found.error)]
 
-    @torch.no_grad()
     def _loss(self) -> list[Figure]:
-        """Weighted by the batches' sizes, as in training (SD3, sec. 5.3)."""
         dataset = self._dataset(self.held_out)
-        n, batch = min(self.plan.n or SAMPLES, len(dataset)), self.plan.batch
-        places = [[(i, i) for i in range(j, min(j + batch, n))] for j in range(0, n, batch)]
-        sums: dict[str, float] = {}
+        n = min(self.plan.n or SAMPLES, len(dataset))
         with self.bar("loss", n) as progress:
-            conditions = PreparedConditions.prepare(dataset, self.flow.text)
-            for part in loader(dataset, conditions, places, shape=self.flow.shape):
-                for key, value in self.flow.validate(part.to(self.flow.device)).items():
-                    sums[key] = sums.get(key, 0.0) + float(value) * len(part.ids)
-                progress(len(part.ids))
+            told = held_out_loss(self.flow, dataset, n, batch=self.plan.batch, progress=progress)
         self.counts["loss"] = n
         on = f"{self.name} {self.held_out}, {n} sample{'s' * (n > 1)}"
-        names = {key: key.replace("validation_loss", "loss").replace("validation_t", "loss at t = ") for key in sums}
-        return [Figure(names[key], total / n, on if key == "validation_loss" else "") for key, total in sums.items()]
+        names = {key: key.replace("validation_loss", "loss").replace("validation_t", "loss at t = ") for key in told}
+        return [
+            Figure(names[key], value, on if key == "validation_loss" else "")
+            for key, value in told.items()
+            if key not in RECONSTRUCTED
+        ]
 
     def _reconstruction(self) -> list[Figure]:
         x = self._real(self.held_out).x[: self.plan.n or SAMPLES]
@@ -289,8 +307,8 @@ class _Run:
             features = self._features(self.reference, 2 * self.n)
             samples = self._samples[1]
             real, half = features[: self.n], len(features) // 2
-            found = _of(metric, real, samples)
-            base = _of(metric, features[:half], features[half : 2 * half])
+            found = distance_figures(metric, real, samples)
+            base = distance_figures(metric, features[:half], features[half : 2 * half])
             on = f"{len(samples)} samples, {len(real)} of {self.name} {self.reference}"
             if half < self.n:  # the split is too small for twice as many
                 on += f"; real to real of {half} each"
@@ -335,13 +353,15 @@ class _Run:
         figures = []
         try:
             held = self._features(self.held_out, self.n) if self.held_out != "train" else known[:0]
+            why = f"one sample of the {self.held_out} split is too few" if len(held) == 1 else ""
         except UserError as error:
-            held = known[:0]
-            self.remarks.append(f"copying: left out, {error}")
+            held, why = known[:0], str(error)
+        if why:
+            self.remarks.append(f"copying: left out, {why}")
         if len(held) > 1:
             on = f"nearer to {searched} than {len(held)} of {self.held_out} are; 0.5 as new, 1 copies"
             figures.append(Figure("copying", copying(features, held, known), on, real=0.5))
-        captions = train.captions[: self.n]
+        captions = train.captions[: min(self.n, len(known))]
         if self.reference == "train" and self.flow.text.max_tokens and 2 * len(set(captions)) > len(captions) > 1:
             rows = len(captions)
             on = f"nearest of {min(QUERIES, rows)} training samples is that of its prompt, {len(x[:rows])} samples"
@@ -350,24 +370,9 @@ class _Run:
                 mine, theirs = (as_samples(each).flatten(1) for each in (x[:rows], train.x[:rows]))
                 figures.append(Figure("own found, pixels", own_found(mine, theirs), ""))
         if self.pictures:
-            self.picture = self._neighbours(x, features, known, train)
+            pixels, real = not self.network.channels, train.x[: len(known)]
+            self.picture = picture_beside_nearest(x, features, real, known, pixels=pixels)
         return figures
-
-    def _neighbours(self, x: Tensor, features: Tensor, known: Tensor, train: RealSamples) -> Picture:
-        """The samples with the nearest training pictures of all, each beside its nearest, by features and by pixels."""
-        k = min(NEIGHBOURS, len(known))
-        shown = nearest_neighbours(features, known, 1)[0][:, 0].argsort(stable=True)[:SHOWN]
-        spaces = {"features" if self.network.channels else "pixels": (features[shown], known)}
-        if self.network.channels:
-            flat = as_samples(train.x[: len(known)]).flatten(1)
-            spaces["pixels"] = (as_samples(x[shown]).flatten(1), flat)
-        columns = [(as_samples(x[shown])[:, None], [[f"sample {int(i)}"] for i in shown])]
-        for name, (mine, theirs) in spaces.items():
-            far, which = nearest_neighbours(mine, theirs, k)
-            columns.append((as_samples(train.x[which]), [[f"{name} {d:.3g}" for d in row] for row in far.tolist()]))
-        images = torch.cat([each for each, _ in columns], 1).flatten(0, 1)
-        captions = [text for row in zip(*(texts for _, texts in columns), strict=True) for part in row for text in part]
-        return caption_grid(images, captions, columns=1 + k * len(spaces), cell=64)
 
     def _report_overlap(self) -> None:
         if self.held_out == "train":
@@ -383,17 +388,3 @@ class _Run:
             )
             self.remarks.append(f"overlap: {what}, such as {same[0]}; figures of that split flatter the model")
         self.counts["overlap"] = len(same)
-
-
-def _of(metric: str, real: Tensor, samples: Tensor) -> dict[str, tuple[float, float | None]]:
-    """The figures of a metric of distance by name, with their spread."""
-    if metric == "fd":
-        return {"FD": (frechet_distance(real, samples), None)}
-    if metric == "kid":
-        found = kernel_distance(real, samples)
-        return {"KID": (found.mean, found.spread)}
-    if metric == "precision-recall":
-        pair = precision_recall(real, samples)
-        return {"precision": (pair.precision, None), "recall": (pair.recall, None)}
-    each = density_coverage(real, samples)
-    return {"density": (each.density, None), "coverage": (each.coverage, None)}

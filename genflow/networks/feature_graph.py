@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from genflow.cachedir import cache_folder
 from genflow.errors import UserError, nearest
+
+SEEN = 128  # pixels of a side, to which the pictures of an evaluation are resized
 
 
 class FeatureGraph(nn.Module):
@@ -36,14 +37,17 @@ class FeatureGraph(nn.Module):
             self.digest = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
             first = next(op["name"] for op in self.graph if op["op"] == "conv_relu")
             self.channels: int = weights[f"{first}.weight"].shape[1]
-        except (ValueError, LookupError, TypeError, StopIteration, OSError, SafetensorError) as error:
+            for name, w in weights.items():
+                w = w.float()
+                w = w.contiguous(memory_format=torch.channels_last) if w.dim() == 4 else w
+                self.register_buffer(name.replace(".", "_"), w, persistent=False)
+            with torch.no_grad():
+                self(torch.zeros(1, self.channels, SEEN, SEEN), SEEN)  # do they fit together?
+        except Exception as error:  # damage shows in many ways
+            why = str(error).partition("\n")[0]
             raise UserError(
-                f"{path}: no feature network ({type(error).__name__}: {error}); copy both files again"
+                f"{path}: no feature network ({type(error).__name__}: {why}); copy both files again"
             ) from error
-        for name, w in weights.items():
-            w = w.float()
-            w = w.contiguous(memory_format=torch.channels_last) if w.dim() == 4 else w
-            self.register_buffer(name.replace(".", "_"), w, persistent=False)
 
     def forward(self, images: Tensor, size: int) -> dict[str, Tensor]:
         """Every layer by name, of B x channels x H x W in [-1, 1], resized to size x size (bilinear)."""
@@ -65,7 +69,7 @@ class FeatureGraph(nn.Module):
                 return F.avg_pool2d(inputs[0], op["kernel"], op["stride"], padding, count_include_pad=counted)
             case "concat":
                 return torch.cat(inputs, dim=1)
-        raise UserError(f"{self.path}: unknown operation {op['op']!r}")
+        raise ValueError(f"unknown operation {op['op']!r}")
 
     @property
     def stages(self) -> list[str]:

@@ -44,6 +44,9 @@ class TextEncoder(nn.Module, ABC):
         """The prepared condition of guidance's other branch and of dropped captions: the empty prompt. One row."""
         return self.encode([""])
 
+    def keep_pooled(self) -> None:
+        """Train nothing that the pooled vector alone hangs on: for a model that reads the tokens only."""
+
     def drop(self, condition: Condition, rng: Rng, position: Tensor) -> Condition:
         """Prepared conditions, B rows, with what the encoder hides of them in training by its own rule: here, nothing.
 

@@ -64,6 +64,9 @@ class LearnedText(TextEncoder):
         warn_cut(long, f"{self.max_tokens - 1} bytes")
         return Condition(ids, ids > 0, torch.zeros(len(prompts), 0))
 
+    def keep_pooled(self) -> None:
+        self.pool.requires_grad_(False)
+
     def forward(self, condition: Condition) -> Condition:
         x = self.bytes(condition.tokens) + self.positions
         for layer in self.layers:

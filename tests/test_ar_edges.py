@@ -1,0 +1,46 @@
+"""Token models at the edges: no number in their probabilities, more guesses than tokens, numbers that cannot be."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from toy_tokens import model
+
+from genflow.ar.decoders import MedusaTypical, SpeculativeTree
+from genflow.ar.drafts import ModelDraft
+from genflow.ar.law import TokenLaw
+from genflow.ar.tabular import TabularModel
+from genflow.errors import UserError
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("decoder", ["ancestral", "sjd"])
+def test_a_model_of_nan_is_told_also_where_it_is_greedy(temperature, decoder):
+    flow = model()
+    with torch.no_grad():
+        flow.network.blocks[0].qkv.weight.fill_(math.nan)
+    with pytest.raises(UserError, match="the model's probabilities are not finite; samples .0. of 1"):
+        flow.sample(["dark"], seeds=[0], temperature=temperature, decoder=decoder)
+
+
+def test_greedy_is_the_first_of_the_likeliest_and_not_finite_where_any_other_law_is_not():
+    logits = torch.tensor([[0.0, 3.0, 3.0], [-math.inf, -5.0, -9.0], [math.nan, 1.0, 2.0], [math.inf, 0.0, 1.0]])
+    greedy, drawn = TokenLaw(temperature=0)(logits), TokenLaw()(logits)
+    assert torch.equal(greedy[:2], torch.tensor([[0.0, 1, 0], [0, 1, 0]]))
+    assert torch.equal(greedy.isfinite().all(1), drawn.isfinite().all(1))
+
+
+@pytest.mark.parametrize("decoder", [SpeculativeTree(), MedusaTypical((3, 1))])
+def test_more_different_guesses_than_tokens_are_refused(decoder):
+    toy = TabularModel.random(2, 4, 0)
+    with pytest.raises(UserError, match=r"3 different guesses at a place, and there are 2 tokens; take \[2, "):
+        decoder(toy.reader(1), [0], draft=ModelDraft(toy.reader(1)))
+    narrow = type(decoder)((2, 1))
+    assert narrow(toy.reader(1), [0], draft=ModelDraft(toy.reader(1))).tokens.shape == (1, 4)
+
+
+def test_top_k_is_a_whole_number():
+    with pytest.raises(UserError, match="top_k = 2.5 is not a whole number; none keeps all"):
+        model().sample(["dark"], seeds=[0], top_k=2.5)
