@@ -23,6 +23,7 @@ data: {name: emoji, size: 16, limit: 31, flip: true}
 text: {name: learned, dim: 16, heads: 2, layers: 1, max_tokens: 24}
 model: {name: mmdit, depth: 2, hidden: 32, heads: 2, patch_size: 8}
 flow: {name: rectified, prediction: x}
+sample: {sampler: euler, steps: 1, guidance: 1.0}
 """
 GLOW = """
 data: {name: emoji, size: 8, limit: 31}
@@ -32,7 +33,7 @@ flow: normalizing
 # eps: Adam would make steps of full size of gradients that are nothing but rounding.
 TRAIN = """
 train: {steps: 6, batch_size: 12, precision: fp32, optimizer: {name: adamw, lr: 3e-3, eps: 1e-3}, warmup: 3, log_every: 1,
-  preview_every: 0, validate_every: 1, validation_split: train, validation_images: 11, trackers: []}
+  preview_every: 6, validate_every: 1, validation_split: train, validation_images: 11, trackers: []}
 """
 
 
@@ -77,6 +78,7 @@ def assert_same_run(run: Path, other: Path) -> None:
     assert found.keys() == expected.keys() and (6, "validation_loss") in found
     for key, value in expected.items():
         assert math.isclose(found[key], value, rel_tol=2e-5, abs_tol=1e-7), (key, found[key], value)
+    assert (run / "previews" / "step-00000006.png").is_file()
     a, b = newest_checkpoint(run), newest_checkpoint(other)
     assert a.name == b.name == "step-00000006"
     for name in ("model.safetensors", "ema.safetensors", "optimizer.safetensors"):

@@ -56,14 +56,7 @@ class ConditionedFlow(Flow):
 
     def embed_prompts(self, prompts: Sequence[str] | Condition, n: int) -> Condition:
         """The embedded condition of n samples: n rows, or one for all. Raises UserError for numbers that do not fit."""
-        if isinstance(prompts, str):
-            raise UserError("prompts must be a list of strings, such as ['a red apple'], not one string")
-        if not isinstance(prompts, Condition) and (other := [p for p in prompts if not isinstance(p, str)]):
-            raise UserError(f"prompts must be strings, such as 'a red apple' or '3', not {other[0]!r}")
-        if n == 0:
-            raise UserError("no seeds are given, so there is nothing to sample; give one seed for each picture")
-        if len(prompts) not in (1, n):
-            raise UserError(f"{len(prompts)} prompts for {n} seeds; give one prompt, or one for each seed")
+        check_prompts(prompts, n)
         condition = prompts if isinstance(prompts, Condition) else self.text.encode(list(prompts))
         return self.embed(condition.to(self.device))
 
@@ -76,10 +69,23 @@ class ConditionedFlow(Flow):
         return embedded if len(embedded) == n else embedded.expand(n)
 
 
+def check_prompts(prompts: Sequence[str] | Condition, n: int) -> None:
+    """Raises UserError for prompts that are not of n samples."""
+    if isinstance(prompts, str):
+        raise UserError("prompts must be a list of strings, such as ['a red apple'], not one string")
+    if not isinstance(prompts, Condition) and (other := [p for p in prompts if not isinstance(p, str)]):
+        raise UserError(f"prompts must be strings, such as 'a red apple' or '3', not {other[0]!r}")
+    if n == 0:
+        raise UserError("no seeds are given, so there is nothing to sample; give one seed for each picture")
+    if len(prompts) not in (1, n):
+        raise UserError(f"{len(prompts)} prompts for {n} seeds; give one prompt, or one for each seed")
+
+
 def _without_text(_module: nn.Module, state: dict, prefix: str, _metadata: dict) -> None:
     for key in [key for key in state if key.startswith(f"{prefix}text.")]:
         del state[key]
 
 
-def _text_not_missing(_module: nn.Module, incompatible: Any) -> None:
-    incompatible.missing_keys[:] = [key for key in incompatible.missing_keys if not key.startswith("text.")]
+def _text_not_missing(module: Any, incompatible: Any) -> None:
+    own = tuple(f".text.{name}" for name in module.text.state_dict())  # behind the names of the modules around this one
+    incompatible.missing_keys[:] = [key for key in incompatible.missing_keys if not f".{key}".endswith(own)]

@@ -8,13 +8,13 @@ micro-batch: with accumulation, or on several ranks, each micro-batch is coupled
 With a condition, the noise may not tell of it: a network that is asked for a cat from noise that training joined with dogs
 only has never seen it (Cheng & Schwing 2025, arXiv 2503.10636). So noise is exchanged within equal conditions only, as the
 network hears them: those that were dropped are alike. Where almost every caption is different, nothing is left to exchange;
-`weight` instead charges an exchange by how far apart the pooled vectors are.
+`weight` instead charges an exchange by how far apart the pooled vectors are that the network is given.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Protocol
 
 import torch
@@ -28,7 +28,7 @@ from genflow.registry import coupling_export
 
 
 class Coupling(Protocol):
-    """coupling(x, noise, condition) -> the noise of each sample: x, noise: B x ...; condition: B rows, prepared, or None.
+    """coupling(x, noise, condition) -> the noise of each sample: x, noise: B x ...; condition: B rows (`heard`), or None.
 
     independent: whether noise says nothing of the sample it goes with, as stochastic samplers take for granted.
     """
@@ -110,6 +110,16 @@ class Sinkhorn:
         cost, group = transport_cost(x, noise, condition, self.weight)
         log_plan = sinkhorn_log_plan(cost, group, self.epsilon, self.iterations)
         return noise[greedy_permutation(log_plan + _gumbel(noise).to(log_plan), group)]
+
+
+def heard(coupling: Coupling, prepared: Condition, embedded: Condition, *, masked: bool) -> Condition:
+    """A batch's condition as a coupling compares it: embedded for one with a weight; else prepared, which is exact.
+
+    masked: whether the mask makes a difference to the network.
+    """
+    if getattr(coupling, "weight", None) is not None:
+        return embedded
+    return prepared if masked else replace(prepared, mask=torch.zeros_like(prepared.mask))
 
 
 def _check_weight(weight: float | None) -> None:

@@ -14,7 +14,9 @@ from genflow.conditions import Condition
 from genflow.config import Choice
 from genflow.errors import UserError
 from genflow.flows.base import Batch, Flow, LossOutput, evaluating
+from genflow.flows.couplings import Paired
 from genflow.flows.rectified import RectifiedFlowConfig
+from genflow.flows.sampling import of_size
 from genflow.functional import Rng
 from genflow.registry import api_export, flow_export
 from genflow.samplers import Solution
@@ -56,6 +58,10 @@ class LatentFlowConfig:
 
     autoencoder: Annotated[Any, Choice("autoencoder")]
     flow: Annotated[Any, Choice("flow")] = field(default_factory=RectifiedFlowConfig)
+
+    def __post_init__(self) -> None:
+        if isinstance(getattr(self.flow, "coupling", None), Paired):
+            raise UserError("flow latent: coupling paired takes the data's own noise, of pictures; take independent")
 
     @property
     def sampling(self) -> type:
@@ -122,8 +128,9 @@ class LatentFlow(Flow):
     def to_latents(self, x: Tensor, noise: Tensor | float = 0.0) -> Tensor:
         """Latents as the flow sees them, float32: the posterior's mean, and noise times its standard deviation.
 
-        x: B x C x H x W.
+        x: B x C x H x W. Raises UserError for pictures that the autoencoder does not make.
         """
+        _latent_shape(self.autoencoder, x.shape[1:])
         with torch.autocast(x.device.type, enabled=False):
             mean, std = self.autoencoder.posterior(x.float())
         return (mean + std * noise - self.autoencoder.shift) * self.autoencoder.scale
@@ -185,8 +192,9 @@ class LatentFlow(Flow):
         if tile is not None:
             self.autoencoder.tiled(tile)  # refuses before the solve, not after
         if size is not None:
-            height, width = (size, size) if isinstance(size, int) else size
-            how["size"] = _latent_shape(self.autoencoder, (self.shape[0], height, width))[1:]
+            if velocity_flow(self) is None:
+                raise UserError(f"size = {size}: a {type(self.flow).__name__} has one size of pictures; leave size out")
+            how["size"] = _latent_shape(self.autoencoder, of_size(self.shape, size))[1:]
         solution = self.flow.sample(prompts, seeds=seeds, **how)
         with evaluating(self):
             # one by one: a decoder's activations at 1024 x 1024 are of gigabytes

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from genflow.conditions import Condition
 from genflow.errors import UserError
@@ -25,8 +26,8 @@ class PreparedVelocity:
 
     A network that has prepare and denoise, as MMDiT, embeds its text once, and makes the modulation of all its blocks for
     the times to come in one product each. times: those, for `rows` samples; they are not looked at where the table would
-    be larger than the weights that it saves reading, and on paths other than the straight one, whose times are not ours.
-    cache: first-block caching, LOSSY.
+    be larger than the weights that it saves reading, where blocks are shared out among processes, and on paths other than
+    the straight one, whose times are not ours. cache: first-block caching, LOSSY.
     """
 
     def __init__(
@@ -35,7 +36,9 @@ class PreparedVelocity:
         self.flow, self.cache = flow, cache
         self.network: Any = flow.network
         small = rows * len(times) <= getattr(self.network, "hidden", 0)
-        self._step = {time: i for i, time in enumerate(times)} if flow.straight and small else {}
+        # Blocks that are shared out among processes are whole only while they run.
+        apart = any(isinstance(p, DTensor) for p in self.network.parameters())
+        self._step = {time: i for i, time in enumerate(times)} if flow.straight and small and not apart else {}
 
     def prepare(self, condition: Condition) -> tuple[Tensor, ...]:
         """Tensors of as many rows as an embedded condition has."""

@@ -19,17 +19,17 @@ from genflow.errors import UserError
 from genflow.flows.base import Batch, LossOutput, evaluating
 from genflow.flows.bijections.base import Bijection
 from genflow.flows.conditioned import ConditionedFlow
-from genflow.flows.couplings import Coupling, Independent, Paired
+from genflow.flows.couplings import Coupling, Independent, Paired, heard
 from genflow.flows.densities import Density, LogitNormal
 from genflow.flows.dequantization import GREYS, UniformDequantization, bits_per_dim, importance_weighted
 from genflow.flows.paths import LinearPath, PathConfig, rows_like
 from genflow.flows.prepared import CachedSolution, PreparedVelocity, check_cache, check_noise
-from genflow.flows.sampling import SolveConfig, of_size
+from genflow.flows.sampling import SolveConfig, from_noise, of_size
 from genflow.flows.velocity_likelihood import velocity_log_prob
 from genflow.functional import Rng, noise_from_seeds, resolution_shift, velocity_from_x
 from genflow.networks.caching import FirstBlockCache
 from genflow.registry import api_export, flow_export, resolve
-from genflow.samplers import Progress, Solution, Velocity, bound_sampler, cfg, check_grid, heun, uniform, velocity_from
+from genflow.samplers import Progress, Solution, Velocity, bound_sampler, cfg, heun, uniform, velocity_from
 from genflow.samplers.guidance import Conditioned, autoguidance
 from genflow.samplers.guides import Guide
 
@@ -42,7 +42,9 @@ class RectifiedFlowConfig:
     density: of the training times, which are the path's own. path: on which the network learns (flows/paths.py); samplers
     see the straight one. coupling: which noise a sample is joined with (flows/couplings.py). prediction: what the network
     gives: v, the path's velocity dx_s/ds; x, the clean picture, which becomes v = (z - x) / max(t, t_min) (JiT, arXiv
-    2511.13720); or eps, the noise, from which sampling starts at 1 - t_min, where it still tells of the picture.
+    2511.13720); or eps, the noise, from which sampling starts at 1 - t_min, where it still tells of the picture. Of x,
+    sampling takes the picture predicted at t_min; log_prob, encode and decode follow the clamped velocity to t = 0, which
+    leaves about t_min / e of the noise in place: without the clamp, what a network misses of the picture grows as 1 / t.
     drop_condition: part of the samples trained without their condition, for guidance. text_mask: hide padding tokens from
     the network (SD3 shows them). whiten: the ridge of a whitening of the pooled text vectors, fitted to the training
     captions (layers/whitening.py); none leaves them.
@@ -74,9 +76,7 @@ class RectifiedFlowConfig:
         Raises UserError for a bijection, and for what does not fit.
         """
         if isinstance(network, Bijection):
-            raise UserError(
-                "flow rectified: the model is a bijection; take flow normalizing, or a velocity such as mmdit"
-            )
+            raise UserError("flow rectified: the model is a bijection; take flow normalizing, or one such as mmdit")
         return RectifiedFlow(self, network, text, shape=shape)
 
 
@@ -102,6 +102,11 @@ class RectifiedFlow(ConditionedFlow):
         return min(self.path.t_max, last)
 
     @property
+    def t_min(self) -> float:
+        """The last time of ours before the predicted picture of x-prediction is taken; below it v is clamped."""
+        return max(self.config.t_min, self.path.t_min)
+
+    @property
     def dtype(self) -> torch.dtype:
         """In which the network computes."""
         return next((p.dtype for p in self.network.parameters()), torch.float32)
@@ -112,14 +117,13 @@ class RectifiedFlow(ConditionedFlow):
 
     def velocity_of(self, predict: Callable[[Tensor, Tensor], Tensor], z: Tensor, t: Tensor) -> Tensor:
         """The velocity of what the network answers. predict(x_s, s): that answer, on the path."""
-        config = self.config
-        if config.prediction == "x":
+        if self.config.prediction == "x":
             if self.straight:
-                return velocity_from_x(z, predict(z, t), t, config.t_min)
+                return velocity_from_x(z, predict(z, t), t, self.t_min)
             s = self.path.s_of_t(t.double().clamp(self.path.t_min, self.path.t_max)).to(t.dtype)
             scale = rows_like(self.path.alpha(s) + self.path.sigma(s), z)
-            return velocity_from_x(z, predict(scale * z, s), t, config.t_min)
-        if config.prediction == "v":
+            return velocity_from_x(z, predict(scale * z, s), t, self.t_min)
+        if self.config.prediction == "v":
             return predict(z, t) if self.straight else velocity_from(predict, self.path, "velocity")(z, t)
         return velocity_from(predict, replace(self.path, t_max=self.t_max), "eps")(z, t)
 
@@ -142,8 +146,9 @@ class RectifiedFlow(ConditionedFlow):
         s = config.density(rng.uniform("t", position)).float().clamp(min=self.first).to(x.device)
         keep = (rng.uniform("drop", position) >= config.drop_condition).to(x.device)
         condition = self.text.drop(batch.condition, rng, position).where(keep, self.text.null().to(x.device))
-        noise = config.coupling(x, self._noise(batch, rng), condition)
-        per_sample = self._error(x, noise, s, self.embed(condition))
+        embedded = self.embed(condition)
+        noise = self._coupled(x, self._noise(batch, rng), condition, embedded)
+        per_sample = self._error(x, noise, s, embedded)
         loss = per_sample.mean()
         name = "noise" if config.prediction == "eps" else "velocity"
         return LossOutput(loss, {name: loss.detach()}, per_sample.detach(), s)
@@ -156,6 +161,10 @@ class RectifiedFlow(ConditionedFlow):
         if own is None:
             raise UserError("coupling paired: the data holds no noise; take data pairs, or coupling independent")
         return own.float()
+
+    def _coupled(self, x: Tensor, noise: Tensor, condition: Condition, embedded: Condition) -> Tensor:
+        masked = self.config.text_mask or self.text.trainable
+        return self.config.coupling(x, noise, heard(self.config.coupling, condition, embedded, masked=masked))
 
     def _error(self, x: Tensor, noise: Tensor, s: Tensor, condition: Condition) -> Tensor:
         """Mean square error of the prediction at times s for each sample: B, float32."""
@@ -180,10 +189,10 @@ class RectifiedFlow(ConditionedFlow):
         coupled as in training, within this batch.
         """
         x, noise = batch.x.float(), self._noise(batch, Rng(0))
-        if len(x) > 1:  # what is left at the end of a split may be a single sample
-            noise = self.config.coupling(x, noise, batch.condition)
         with evaluating(self):
             condition = self.embed(batch.condition)
+            if len(x) > 1:  # what is left at the end of a split may be a single sample
+                noise = self._coupled(x, noise, batch.condition, condition)
             times = [(i + 0.5) / levels for i in range(levels)]
             losses = [self._error(x, noise, x.new_full((len(x),), t), condition).mean() for t in times]
         by_time = {f"validation_t{t:.3f}": loss for t, loss in zip(times, losses, strict=True)}
@@ -213,13 +222,13 @@ class RectifiedFlow(ConditionedFlow):
         """One picture for each prompt and seed; the picture of a seed does not depend on its batch mates.
 
         prompts: as many as seeds, or one for all of them; or a prepared condition. sampler: a registered name; options: its
-        own, such as {"rtol": 1e-3}. grid: a registered name (`times`), or the times themselves, whatever steps and shift
-        say; shift: a number, or "resolution" for the one of the picture's size (`resolution_shift`). guidance: its scale,
-        1 is none; interval: the times at which it acts; guide: how, a registered name, one with its options, {"name":
-        "apg", "eta": 0.5}, or a Guide; rescale: as in `cfg`. weak: a weaker model to move away from, in place of the
-        empty prompt (`autoguidance`). size: side, or height and width, in place of the trained size. cache: LOSSY, the
-        threshold of first-block caching (networks/caching.py), 0 is none. progress: called as progress(done, steps) after
-        every step. record: keep the trajectory.
+        own, such as {"rtol": 1e-3}. grid: a registered name (`times`), or the times themselves, from t_max down, whatever
+        steps and shift say; shift: a number, or "resolution" for the one of the picture's size (`resolution_shift`).
+        guidance: its scale, 1 is none; interval: the times at which it acts; guide: how, a registered name, one with its
+        options, {"name": "apg", "eta": 0.5}, or a Guide; rescale: as in `cfg`. weak: a weaker model to move away from, in
+        place of the empty prompt (`autoguidance`). size: side, or height and width, in place of the trained size. cache:
+        LOSSY, the threshold of first-block caching (networks/caching.py), 0 is none. progress: called as progress(done,
+        steps) after every step. record: keep the trajectory.
 
         Returns x, B x C x H x W float32 in [-1, 1], and nfe; with a cache also skipped (`CachedSolution`). Raises
         UserError for what cannot be, and for NaN.
@@ -235,12 +244,11 @@ class RectifiedFlow(ConditionedFlow):
             raise UserError(f"weak must be a rectified flow of {shape}, not a {type(weak).__name__}{has}")
         check_cache(cache, self.network, sampler)
         caches: list[FirstBlockCache] = []
-        # The blocks of a flow in training may be shared out among processes: each is whole only while it runs.
-        ahead, rows = () if self.training else times, len(seeds) * (1 if guidance == 1 or weak is not None else 2)
+        rows = len(seeds) * (1 if guidance == 1 or weak is not None else 2)
 
         def prepared(flow: RectifiedFlow) -> PreparedVelocity:
             caches.extend([FirstBlockCache(cache)] if cache else [])
-            return PreparedVelocity(flow, ahead, rows, caches[-1] if cache else None)
+            return PreparedVelocity(flow, times, rows, caches[-1] if cache else None)
 
         with evaluating(self), evaluating(self if weak is None else weak):
             condition = self.embed_prompts(prompts, len(seeds))
@@ -267,17 +275,17 @@ class RectifiedFlow(ConditionedFlow):
     ) -> list[float]:
         """The steps + 1 times of a sample: those given, or of a registered grid.
 
-        A grid of a name starts at t_max. For x-prediction it is squeezed into t_max .. t_min, and its last step takes the
-        predicted picture: below t_min, where the velocity is clamped, more steps would leave noise behind.
+        A grid falls from t_max, else UserError. One of a name is for x-prediction squeezed into t_max .. t_min, and its last
+        step takes the predicted picture: below t_min, where the velocity is clamped, more steps would leave noise behind.
         """
         if not isinstance(grid, str):
-            return check_grid(grid)
+            return from_noise(grid, self.t_max)
         if shift == "resolution":
             if len(self.shape) != 3:
                 raise UserError("shift = resolution is for pictures; this model makes vectors: give a number")
             pixels = math.prod(size or self.shape[1:])
             shift = resolution_shift(pixels // getattr(self.network, "patch_size", 1) ** 2)
-        make, first, last = resolve("grid", grid), self.t_max, self.config.t_min
+        make, first, last = resolve("grid", grid), self.t_max, self.t_min
         if self.config.prediction != "x" or steps < 2:
             return [first * t for t in make(steps, shift)]
         return [last + (first - last) * t for t in make(steps - 1, shift)] + [0.0]
@@ -321,6 +329,7 @@ class RectifiedFlow(ConditionedFlow):
     ) -> Tensor:
         """log p(x) of the unguided ODE from noise to data, nats, B: an estimate unless the divergence is exact.
 
+        It is the density of `decode`: of x-prediction that of the clamped velocity, not of `sample`.
         condition: prepared; none is the empty one. divergence, draws, rtol, atol: as of `velocity_log_prob`; by default
         exact for vectors of up to 16 numbers, else hutchinson. Raises UserError as that does.
         """
@@ -347,9 +356,8 @@ class RectifiedFlow(ConditionedFlow):
         dequantize, x = UniformDequantization().build(self.shape), x.to(self.device)
         position = torch.arange(len(x)) if position is None else position
         cell = GREYS / (GREYS - 1)  # the dequantised picture in [-1, 1) to the scale that the network was trained on
-        weights = [
-            self.log_prob(cell * dequantize(x, Rng(0, draw), position)[0], condition, **how) for draw in range(k)
-        ]
+        drawn = (dequantize(x, Rng(0, draw), position)[0] for draw in range(k))
+        weights = [self.log_prob(cell * y, condition, **how) for y in drawn]
         return bits_per_dim(importance_weighted(torch.stack(weights)), math.prod(self.shape), scale=2 * cell)
 
     def likelihood_note(self, k: int, **how: Any) -> str:
@@ -357,6 +365,7 @@ class RectifiedFlow(ConditionedFlow):
         exact = math.prod(self.shape) <= 16
         words = {"divergence": "exact" if exact else "hutchinson", "draws": 1, "rtol": 1e-4, "atol": 1e-4, **how}
         dequantised = "" if len(self.shape) == 1 else f"uniform dequantisation, K = {k}, "
+        words |= {"velocity clamped below t =": f"{self.t_min:g}"} if self.config.prediction == "x" else {}
         dtype = str(next(self.network.parameters()).dtype).removeprefix("torch.")
         return f"{dequantised}unguided ODE, {', '.join(f'{a} {b}' for a, b in words.items())}, {dtype}"
 

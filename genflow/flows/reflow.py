@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from genflow.errors import UserError
+from genflow.flows.conditioned import check_prompts
 from genflow.flows.couplings import Paired
 from genflow.flows.paths import CosinePath, LinearPath
 from genflow.flows.prepared import draws_noise
@@ -52,9 +53,10 @@ def draw_pairs(
     """The noise of each seed and what the flow makes of it: two of B x *shape, float32, on the CPU.
 
     settings: of `flow.sample`. A pair hangs on its prompt, its seed and the settings, not on the batch. Raises UserError for
-    a sampler that draws noise of its own, whose samples do not belong to their noise.
+    a sampler that draws noise of its own, whose samples do not belong to their noise, and for prompts that do not fit.
     """
     check_pairing(settings.get("sampler", "heun"))
+    check_prompts(prompts, len(seeds))
     prompts = list(prompts) * (len(seeds) if len(prompts) == 1 else 1)
     made = [
         flow.sample(prompts[i : i + batch], seeds=seeds[i : i + batch], progress=progress, **settings).x.cpu()

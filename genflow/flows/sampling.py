@@ -7,12 +7,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, get_args, get_type_hints
 
+import torch
+
 from genflow.config import Choice, Named
 from genflow.errors import UserError, nearest
 from genflow.flows.prepared import check_cached_sampler
 from genflow.registry import resolve
 from genflow.samplers import bound_sampler, cfg
 from genflow.samplers.guides import CFG
+from genflow.samplers.solution import check_grid
 
 SOME_SHIFT = 1.5  # for a picture of some size: whether a grid can be shifted at all
 
@@ -34,12 +37,15 @@ class SolveConfig:
 
     def __post_init__(self) -> None:
         """Refuse now what the sampler, the grid and the guide would refuse at the first preview."""
-        resolve("grid", self.grid)(self.steps, SOME_SHIFT if self.shift == "resolution" else self.shift)
+        make = resolve("grid", self.grid)
+        make(self.steps, shift := SOME_SHIFT if self.shift == "resolution" else self.shift)
         if self.options is not None and not isinstance(self.options, dict):
             raise UserError(f"options = {self.options!r} must be a section of keys, such as {{rtol: 1e-3}}")
-        bound_sampler(self.sampler, self.options or {}, ())
+        solve = bound_sampler(self.sampler, self.options or {}, [0])
         check_cached_sampler(self.cache, self.sampler)
-        cfg(lambda x, t: x, (), (), self.guidance, interval=self.interval, guide=self.guide, rescale=self.rescale)
+        how = {"interval": self.interval, "guide": self.guide, "rescale": self.rescale}
+        still = cfg(lambda x, t: torch.zeros_like(x), (), (), self.guidance, **how)
+        solve(still, torch.zeros(1, 1, device="cpu"), make(min(self.steps, 4), shift))
 
 
 @dataclass(frozen=True)
@@ -54,10 +60,22 @@ class InverseConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < math.inf:
             raise UserError(f"temperature = {self.temperature} must be 0 or more, and finite; 1 is the model's own")
-        if not math.isfinite(self.guidance):
-            raise UserError(f"guidance = {self.guidance} is not finite; 1 is none")
+        if not 0 <= self.guidance < math.inf:
+            raise UserError(
+                f"guidance = {self.guidance} must be 0 or more, and finite; 1 is none, 0 hears no condition"
+            )
         if self.inverse not in (ways := get_args(get_type_hints(InverseConfig)["inverse"])):
             raise UserError(f"inverse {self.inverse!r} is unknown.{nearest(self.inverse, ways)}")
+
+
+def from_noise(grid: Sequence[float], t_max: float) -> list[float]:
+    """Times given for a sample, as floats. Raises UserError where they rise, or do not start at t_max, about: 0.01."""
+    times = check_grid(grid)
+    if times[-1] > times[0] or abs(times[0] - t_max) > 0.01:
+        raise UserError(
+            f"grid: a sample goes from noise to data, from t = {t_max:g} down, not {times[0]} to {times[-1]}"
+        )
+    return times
 
 
 def of_size(shape: Sequence[int], size: int | tuple[int, int]) -> tuple[int, ...]:
