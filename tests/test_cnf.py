@@ -253,14 +253,21 @@ def test_the_penalties_of_rnode_are_integrals_of_speed_and_jacobian(kind):
     torch.testing.assert_close(grad.diagonal(), (0.25 * 2 * 2 * 2 * matrix / 3).diagonal())
 
 
-def test_no_penalty_is_computed_outside_or_backwards():
-    cnf, x = flow((3,), kinetic=1.0, jacobian=1.0), normal(2, 3)
+def test_penalties_are_of_the_path_whichever_way_it_is_gone_and_without_gradients_none():
+    cnf, x = flow((3,), kinetic=1.0, jacobian=1.0, **TIGHT), normal(2, 3)
     plain = cnf(x)[1]
-    with probing(Rng(0), torch.arange(2)) as penalties:
-        cnf.inverse(x)
-        assert penalties == {}
-        torch.testing.assert_close(cnf(x)[1], plain)
+    found = []
+    for way, start in ((cnf, x), (cnf.inv, cnf(x)[0].detach())):
+        with probing(Rng(0), torch.arange(2)) as penalties:
+            with torch.no_grad():
+                way(start)
+            assert penalties == {}
+            ladj = way(start)[1]
+        torch.testing.assert_close(ladj.abs(), plain.abs(), rtol=1e-4, atol=1e-6)
         assert set(penalties) == {"kinetic", "jacobian"}
+        found.append(torch.stack([*penalties.values()]))
+    assert (found[0] > 0).all()
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-6)
 
 
 def test_noise_within_probing_hangs_on_the_counters_and_outside_on_seed_and_row():

@@ -1,5 +1,6 @@
 """Residual blocks: Lipschitz bounds that hold, the exact ladj and its unbiased estimate, the inverse as a fixed point."""
 
+import contextlib
 import copy
 
 import pytest
@@ -9,6 +10,8 @@ from genflow.errors import UserError
 from genflow.flows.bijections.base import Chain
 from genflow.flows.bijections.memory import Reversible
 from genflow.flows.bijections.residual import ResidualBlock
+from genflow.flows.divergence import probing
+from genflow.functional import Rng
 from genflow.networks.lipschitz import ContractedConv2d, ContractedLinear, LipschitzNet, LipSwish
 
 F64 = torch.float64
@@ -171,11 +174,12 @@ def test_it_says_whether_it_is_exact():
 
 def estimates(made, x, draws):
     """Values and parameter gradients of so many draws, one row of the batch each."""
+    index = torch.arange(len(x))
     values, grads = [], []
     params = [p for name, p in made.named_parameters() if name != "network.layers.2.bias"]
     for seed in range(draws):
-        made.seed = seed
-        ladj = made(x)[1]
+        with probing(Rng(seed), index):
+            ladj = made(x)[1]
         values.append(ladj.detach())
         grads.append(torch.cat([g.flatten() for g in torch.autograd.grad(ladj.sum(), params)]))
     return torch.stack(values), torch.stack(grads)
@@ -226,8 +230,8 @@ def test_gradients_with_respect_to_the_input_are_unbiased_too():
     x = torch.randn(4, dtype=F64).expand(1000, 4).clone().requires_grad_()
     rows = []
     for seed in range(20):
-        made.seed = seed
-        rows.append(torch.autograd.grad(made(x)[1].sum(), x)[0].mean(0))
+        with probing(Rng(seed), torch.arange(1000)):
+            rows.append(torch.autograd.grad(made(x)[1].sum(), x)[0].mean(0))
     (expected,) = torch.autograd.grad(exact(x[:1])[1].sum(), x)
     rows = torch.stack(rows)
     assert ((rows.mean(0) - expected[0]).abs() < 4 * rows.std(0) / 20**0.5 + 1e-12).all()
@@ -247,8 +251,22 @@ def test_estimates_are_reproducible_and_new_for_new_weights():
     resumed.load_state_dict(made.state_dict())
     assert resumed.draws == made.draws == 2
     assert block((6,), exact=False, seed=1)(x)[1].shape == (5,)
-    rows = made(x[:1].expand(5, 6))[1]
-    assert len(rows.unique()) == 5  # in training every sample has its own signs
+    torch.testing.assert_close(made(x[[3, 0]])[1], made(x)[1][[3, 0]])  # a sample's signs hang on no place
+
+
+def test_within_probing_the_signs_hang_on_the_counters_and_are_others_in_every_block():
+    made, x = block((6,), training=True, exact=False), torch.randn(5, 6, dtype=F64)
+    twin, counters = copy.deepcopy(made), torch.tensor([7, 1, 4, 9, 2])
+
+    def ladjs(step=0, order=slice(None), same=False):
+        with probing(Rng(0, step), counters[order]):
+            return [each(x[:1].expand(5, 6) if same else x[order])[1].detach() for each in (made, twin, made)]
+
+    one, other, again = ladjs()
+    assert torch.equal(one, again) and not torch.isclose(one, other).any() and made.draws == 0
+    torch.testing.assert_close(ladjs(order=[3, 0])[0], one[[3, 0]])
+    assert not torch.isclose(ladjs(step=1)[0], one).any()
+    assert len(ladjs(same=True)[0].unique()) == 5
 
 
 def test_in_eval_mode_the_estimate_is_a_function_of_the_sample():
@@ -264,13 +282,16 @@ def test_an_invertible_checkpoint_repeats_the_draw():
     blocks = [block((6,), training=True, exact=False, seed=i) for i in range(2)]
     chain, saved = Chain(blocks), Reversible(copy.deepcopy(blocks))
     x = torch.randn(5, 6, dtype=F64)
-    found = []
-    for flow in (chain, saved):
-        z, ladj = flow(x)
-        (z.square().sum() - ladj.sum()).backward()
-        found.append([p.grad for p in flow.parameters()])
-    for plain, ours in zip(*found, strict=True):
-        torch.testing.assert_close(ours, plain)
+    for scope in (contextlib.nullcontext, lambda: probing(Rng(3), torch.arange(5))):
+        found = []
+        for flow in (chain, saved):
+            with scope():
+                z, ladj = flow(x)
+            flow.zero_grad()
+            (z.square().sum() - ladj.sum()).backward()
+            found.append([p.grad for p in flow.parameters()])
+        for plain, ours in zip(*found, strict=True):
+            torch.testing.assert_close(ours, plain)
 
 
 def test_the_inverse_is_differentiable():

@@ -82,8 +82,8 @@ class Dequantizer(nn.Module, ABC):
         """u and log q(u | k). k: B x C x H x W, float32."""
 
     def uniform(self, like: Tensor, rng: Rng, position: Tensor) -> Tensor:
-        """Uniform numbers inside (0, 1), float64, where `like` is."""
-        return rng.uniform("dequantize", position, like.shape[1:]).to(like.device)
+        """Uniform numbers inside (0, 1) like `like`, float64 on the CPU: some devices have no such floats."""
+        return rng.uniform("dequantize", position, like.shape[1:])
 
     def cells(self, x: Tensor) -> Tensor:
         """The grey level k of every value, 0 .. levels - 1, float32."""
@@ -95,6 +95,8 @@ class Dequantizer(nn.Module, ABC):
         if x.dim() != 4 or tuple(x.shape[1:]) != self.shape:
             wanted = " x ".join(str(n) for n in ("B", *self.shape))
             raise UserError(f"dequantisation takes pictures of {wanted}, not {' x '.join(str(n) for n in x.shape)}")
+        if not x.numel():
+            return
         grey = x.detach().float() * 127.5 + 127.5
         low, high, off = torch.stack([x.min().float(), x.max().float(), (grey - grey.round()).abs().max()]).tolist()
         if not (low >= -1 - 1e-4 and high <= 1 + 1e-4):
@@ -130,7 +132,7 @@ class UniformNoise(Dequantizer):
     """u uniform in the cell."""
 
     def noise(self, k: Tensor, rng: Rng, position: Tensor) -> tuple[Tensor, Tensor]:
-        return self.uniform(k, rng, position).float().clamp(max=BELOW_ONE), k.new_zeros(len(k))
+        return self.uniform(k, rng, position).float().to(k.device).clamp(max=BELOW_ONE), k.new_zeros(len(k))
 
 
 @dequantization_export("variational")
@@ -175,7 +177,7 @@ class VariationalNoise(Dequantizer):
         self.register_buffer("checkers", checkers.float(), persistent=False)
 
     def noise(self, k: Tensor, rng: Rng, position: Tensor) -> tuple[Tensor, Tensor]:
-        u, log_q = self.warp(torch.logit(self.uniform(k, rng, position)).float(), k)
+        u, log_q = self.warp(torch.logit(self.uniform(k, rng, position)).float().to(k.device), k)
         return u.clamp(max=BELOW_ONE), log_q
 
     def warp(self, v: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:

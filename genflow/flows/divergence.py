@@ -17,6 +17,7 @@ from torch import Tensor
 
 from genflow.attention import attention_backend
 from genflow.errors import UserError, nearest
+from genflow.flows.bijections.jacobian import check_recording
 from genflow.functional import Rng
 from genflow.registry import api_export
 from genflow.samplers.solution import Velocity
@@ -59,19 +60,24 @@ class Divergence:
             raise UserError(f"draws = {self.draws}: the exact divergence has none to take; leave it at 1")
 
     def probes(self, x: Tensor, rng: Rng, index: Tensor, stream: str = "divergence") -> Tensor | None:
-        """The draws of a whole solve, K x B x ..., like x: those of a row by rng and its index alone; None for exact."""
+        """The draws of a whole solve, K x B x ..., like x: those of a row by rng and its index alone; None for exact.
+
+        The sketches of hutch++, its first half, are normal: of few numbers, signs are often alike, and span too little.
+        """
         if self.kind == "exact":
             return None
         if len(index) != len(x):
             raise UserError(f"divergence: {len(index)} counters for {len(x)} samples; give one for each")
-        draw = _gaussian if self.kind == "hutchinson_gaussian" else _rademacher
-        count = self.draws * (2 if self.kind == "hutch++" else 1)
-        return torch.stack([draw(rng, f"{stream}/{k}", index, x.shape[1:]) for k in range(count)]).to(x)
+        draws = [_gaussian if self.kind == "hutchinson_gaussian" else _rademacher] * self.draws
+        if self.kind == "hutch++":
+            draws = [_gaussian] * self.draws + draws
+        return torch.stack([draw(rng, f"{stream}/{k}", index, x.shape[1:]) for k, draw in enumerate(draws)]).to(x)
 
     def __call__(self, velocity: Velocity, x: Tensor, t: Tensor, probes: Tensor | None = None) -> Evaluated:
         """v, its divergence and the square of its Jacobian's norm at (x, t). Gradients flow where they are enabled.
 
-        x: B x ...; t: B, or 1 where the velocity allows. probes: of `probes`.
+        x: B x ...; t: B, or 1 where the velocity allows. probes: of `probes`. Raises UserError where there is nothing to
+        differentiate: in torch.inference_mode, and for a velocity that follows x but is detached from it.
         """
         return _KINDS[self.kind](_Products(velocity, x, t), probes)
 
@@ -85,6 +91,8 @@ class _Products:
     def __init__(self, velocity: Velocity, x: Tensor, t: Tensor) -> None:
         self.velocity, self.t = velocity, t
         self.pushforward: Callable[..., tuple[Tensor, Tensor]] | None = getattr(velocity, "pushforward", None)
+        if self.pushforward is None:
+            check_recording("a divergence")
         self.graph = torch.is_grad_enabled()
         self.x = x if self.pushforward or (self.graph and x.requires_grad) else x.detach().requires_grad_()
         self._v: Tensor | None = None
@@ -103,19 +111,30 @@ class _Products:
             if self._v is None:
                 with attention_backend(needs=("double_backward",) if self.graph or batched else ()):
                     self._v = self.velocity(self.x, self.t).to(self.x.dtype)
-            if not self._v.requires_grad:
-                return torch.zeros_like(vectors)
-            (pulled,) = torch.autograd.grad(
-                self._v,
-                self.x,
-                vectors if batched else vectors[0],
-                retain_graph=True,
-                create_graph=self.graph,
-                allow_unused=True,
-                materialize_grads=True,
-                is_grads_batched=batched,
-            )
+            pulled = None
+            if self._v.requires_grad:
+                (pulled,) = torch.autograd.grad(
+                    self._v,
+                    self.x,
+                    vectors if batched else vectors[0],
+                    retain_graph=True,
+                    create_graph=self.graph,
+                    allow_unused=True,
+                    is_grads_batched=batched,
+                )
+        if pulled is None:
+            self._check_constant()
+            return torch.zeros_like(vectors)
         return pulled if batched else pulled.unsqueeze(0)
+
+    @torch.no_grad()
+    def _check_constant(self) -> None:
+        """Raises UserError where a velocity without a gradient to x is not the same beside x."""
+        moved = self.velocity(1.01 * self.x + 0.01, self.t).to(self.x.dtype)
+        if not torch.allclose(moved, self.v, rtol=0, atol=0, equal_nan=True):
+            raise UserError(
+                "the velocity follows x, but has no gradient to it, and so no divergence: torch.no_grad or detach() in it?"
+            )
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
@@ -177,7 +196,7 @@ def _rademacher(rng: Rng, stream: str, index: Tensor, shape: torch.Size) -> Tens
     """-1 and 1 with equal chance, B x *shape float32 on the CPU: 64 from every number of a counter."""
     size = math.prod(shape)
     words = rng.bits(stream, index).unsqueeze(1) + torch.arange(-(-size // 64))
-    bits = rng.bits(f"{stream}/words", words.flatten()).view(len(index), -1, 1) >> torch.arange(64)
+    bits = rng.bits(f"{stream}/words", words.flatten()).view(*words.shape, 1) >> torch.arange(64)
     return (bits & 1).flatten(1)[:, :size].mul(2).sub(1).float().view(len(index), *shape)
 
 
@@ -193,11 +212,16 @@ def fingerprint(x: Tensor) -> Tensor:
 
 
 class Probing(NamedTuple):
-    """Where the noise of the solves within comes from, and where they leave their penalties, B each, by name."""
+    """Where the noise of what is within comes from, and where solves leave their penalties, B each, by name."""
 
     rng: Rng
     counters: Tensor
     penalties: dict[str, Tensor]
+    places: dict[torch.nn.Module, int]
+
+    def place(self, module: torch.nn.Module) -> int:
+        """The place of a module among those that asked for theirs: a stream of its own for each."""
+        return self.places.setdefault(module, len(self.places))
 
 
 _probing: ContextVar[Probing | None] = ContextVar("probing", default=None)
@@ -206,15 +230,22 @@ _probing: ContextVar[Probing | None] = ContextVar("probing", default=None)
 @api_export("probing")
 @contextmanager
 def probing(rng: Rng, index: Tensor) -> Iterator[dict[str, Tensor]]:
-    """Within, as around the loss of a training step: continuous flows draw their noise from rng at index, B int64.
+    """Within, as around the loss of a training step: estimated volumes draw their noise from rng at index, B int64.
 
-    Yields the penalties of RNODE (kinetic, jacobian), weighted, B each, that those forward passes add up, to be added to
-    the loss. Outside, a row's noise hangs on the flow's seed and its own numbers, and no penalty is computed.
+    Yields the penalties of RNODE (kinetic, jacobian), weighted, B each, that the solves with gradients within add up, to be
+    added to the loss. Outside, a row's noise hangs on the flow's seed and its own numbers, and no penalty is computed.
     """
-    penalties: dict[str, Tensor] = {}
-    token = _probing.set(Probing(rng, index, penalties))
+    scope = Probing(rng, index, {}, {})
+    with probing_again(scope):
+        yield scope.penalties
+
+
+@contextmanager
+def probing_again(scope: Probing | None) -> Iterator[None]:
+    """Within, what `current_probing` gave elsewhere, as where a forward is computed again."""
+    token = _probing.set(scope)
     try:
-        yield penalties
+        yield
     finally:
         _probing.reset(token)
 

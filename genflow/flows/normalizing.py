@@ -6,7 +6,8 @@ Rezende & Mohamed 2015 (arXiv 1505.05770); Dinh et al. 2017 (arXiv 1605.08803).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
@@ -90,7 +91,7 @@ class NormalizingFlow(ConditionedFlow):
     ) -> None:
         super().__init__(network, text, shape=shape, whiten=config.whiten)
         self.config = config
-        self._measured = 0  # the batch size for which a tarflow's windows were measured
+        self._measured: dict[int, list[int | None]] = {}  # a tarflow's windows, by the batch size they were tried with
         asked = config.dequantization
         if len(self.shape) == 1 and asked is not None:
             raise UserError("dequantization is for pictures of grey levels; vectors are continuous: leave it out")
@@ -122,6 +123,13 @@ class NormalizingFlow(ConditionedFlow):
         return None if self.dequantize is None else self.dequantize.levels
 
     @property
+    def unit(self) -> str:
+        """Of the loss, and of what evaluation says of its likelihood."""
+        if not isinstance(self.dequantize, Dequantizer):
+            return "nats"
+        return "bits/dim" if self.dequantize.honest else "nats/dim"
+
+    @property
     def dims(self) -> int:
         return math.prod(self.shape)
 
@@ -150,18 +158,19 @@ class NormalizingFlow(ConditionedFlow):
         return standard_normal(z) + ladj
 
     def loss(self, batch: Batch, rng: Rng) -> LossOutput:
-        """-log p: bits per dimension of pictures (an upper bound of the true ones), nats of others; and penalties.
+        """-log p in `unit`: bits per dimension of pictures (an upper bound of the true ones), nats of others; and penalties.
 
+        Noise-augmented pictures have nats per dimension, which bound nothing.
         Penalties are those that continuous flows ask for (bijections/continuous.py). Draws by batch.position: stream "drop",
-        and those of the dequantisation and of the divergences of continuous flows.
+        and those of the text encoder's own drops, of the dequantisation and of estimated volumes.
         """
-        condition = batch.condition
+        condition = self.text.drop(batch.condition, rng, batch.position)
         if self.config.drop_condition:
             keep = rng.uniform("drop", batch.position) >= self.config.drop_condition
             condition = condition.where(keep.to(batch.x.device), self.text.null().to(batch.x.device))
         with probing(rng, batch.position) as penalties:
             per_sample = self._nll(batch.x, self._pooled(self.embed(condition)), rng, batch.position)
-        name = "nll" if self._levels is None else "bits_per_dim"
+        name = "bits_per_dim" if self.unit == "bits/dim" else "nll"
         parts = {name: per_sample.mean(), **{each: penalty.mean() for each, penalty in penalties.items()}}
         loss = torch.stack(list(parts.values())).sum()
         return LossOutput(loss, {each: part.detach() for each, part in parts.items()}, per_sample.detach())
@@ -169,7 +178,11 @@ class NormalizingFlow(ConditionedFlow):
     def _nll(self, x: Tensor, condition: Tensor | None, rng: Rng, position: Tensor) -> Tensor:
         y, log_q = self._continuous(x, rng, position)
         log_prob = self._log_prob(y, condition) - log_q
-        return -log_prob if self._levels is None else bits_per_dim(log_prob, self.dims, self._levels)
+        if not isinstance(self.dequantize, Dequantizer):
+            return -log_prob
+        if not self.dequantize.honest:
+            return -log_prob / self.dims
+        return bits_per_dim(log_prob, self.dims, self.dequantize.levels)
 
     @torch.no_grad()
     def validate(self, batch: Batch) -> dict[str, Tensor]:
@@ -286,11 +299,8 @@ class NormalizingFlow(ConditionedFlow):
             embedded = self.embed_prompts(prompts, len(seeds))
             pooled = self._pooled(embedded if len(embedded) == len(seeds) else embedded.expand(len(seeds)))
             certificate = None
-            if isinstance(self.network, TarFlow):
-                self._choose_inverse(self.network, inverse, noise, pooled)
-            elif inverse != "auto":
-                raise UserError(f"inverse = {inverse!r} is of tarflow; this model has one inverse: leave it out")
-            y = self._guided(noise, pooled, guidance)
+            with self._inverting(inverse, noise, pooled):
+                y = self._guided(noise, pooled, guidance)
             if isinstance(self.network, TarFlow) and guidance == 1:
                 certificate = float((self.network(y, pooled)[0] - noise).abs().max())
             if isinstance(self.config.dequantization, GaussianDequantization):
@@ -303,15 +313,29 @@ class NormalizingFlow(ConditionedFlow):
         solution.checked()
         return solution
 
-    def _choose_inverse(self, network: TarFlow, inverse: str, z: Tensor, condition: Tensor | None) -> None:
-        if inverse == "measured":
-            if self._measured != len(z):
-                measure_inverse(network, z, condition)
-                self._measured = len(z)
+    @contextmanager
+    def _inverting(self, inverse: str, z: Tensor, condition: Tensor | None) -> Iterator[None]:
+        """Within, the blocks of a tarflow are inverted as asked; after, as before."""
+        if not isinstance(self.network, TarFlow):
+            if inverse != "auto":
+                raise UserError(f"inverse = {inverse!r} is of tarflow; this model has one inverse: leave it out")
+            yield
             return
-        self._measured = 0
-        for block in network:
-            block.window = {"auto": None, "sequential": 1, "jacobi": block.tokens}[inverse]
+        blocks = list(self.network)
+        before = [block.window for block in blocks]
+        try:
+            if inverse == "measured":
+                if len(z) not in self._measured:
+                    self._measured[len(z)] = [plan.window for plan in measure_inverse(self.network, z, condition)]
+                windows = self._measured[len(z)]
+            else:
+                windows = [{"auto": None, "sequential": 1, "jacobi": block.tokens}[inverse] for block in blocks]
+            for block, window in zip(blocks, windows, strict=True):
+                block.window = window
+            yield
+        finally:
+            for block, window in zip(blocks, before, strict=True):
+                block.window = window
 
     def _guided(self, z: Tensor, condition: Tensor | None, guidance: float) -> Tensor:
         if guidance == 1:

@@ -170,7 +170,7 @@ class VQ(Quantizer):
         rows = _rows(h)
         generator = torch.Generator().manual_seed(0)
         picked = torch.randperm(len(rows), generator=generator).repeat(-(-self.vocabulary // len(rows)))
-        noise = 0.01 * torch.randn(self.codebook.shape, generator=generator) * rows.std().cpu()
+        noise = 0.01 * torch.randn(self.codebook.shape, generator=generator) * rows.std(correction=0).cpu()
         self.codebook.copy_(rows[picked[: self.vocabulary].to(rows.device)] + noise.to(rows.device))
         self.sums.copy_(self.codebook)
         self.counts.fill_(1.0)

@@ -53,8 +53,8 @@ class MaskedAutoregressive(Bijection):
         channels_and_places(shape)
         if univariate not in ("affine", "spline"):
             raise UserError(f"univariate {univariate!r} is none.{nearest(univariate, ('affine', 'spline'))}")
-        if not bound > 0:
-            raise UserError(f"bound = {bound} must be positive, such as 3")
+        if not 0 < bound < math.inf:
+            raise UserError(f"bound = {bound} must be positive and finite, such as 3")
         self.condition_dim, self.univariate, self.bound = condition_dim, univariate, bound
         self.network = MADE(
             features := math.prod(shape),

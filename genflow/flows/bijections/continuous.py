@@ -30,7 +30,8 @@ class CNF(Bijection):
     small `ConcatSquash`. solver: dopri5, tsit5 or bosh3 to rtol and atol, or any of `TABLEAUS` in so many equal steps.
     divergence, draws: see `Divergence`; the noise of a row is fixed for a solve, and hangs on `probing` or on seed and the
     row. gradient: "checkpoint", "adjoint" or "interpolated" (flows/adjoint.py). kinetic, jacobian: weights of the penalties
-    int |v|^2 / D and int |dv/dx|^2 / D of RNODE (arXiv 2002.02798), accumulated in the same solve within `probing`.
+    int |v|^2 / D and int |dv/dx|^2 / D of RNODE (arXiv 2002.02798), accumulated in the same solve, either way, within
+    `probing`.
 
     Where gradients flow, a batch shares its steps, to the tolerance in the root mean square over it; elsewhere every sample
     has its own, and is the same alone and in a batch. The ladj chooses no steps. Raises UserError for what cannot be.
@@ -109,7 +110,7 @@ class CNF(Bijection):
             with torch.no_grad():
                 z, ladj, *_ = path_integral(flow, x, self.divergence, probes, self.stepping, start, end)
             return z, ladj.mean(0)
-        wanted = [] if scope is None or end < start else [name for name, weight in self.weights.items() if weight]
+        wanted = [] if scope is None else [name for name, weight in self.weights.items() if weight]
         dims = math.prod(self.shape)
 
         def dynamics(y: Tensor, t: float, rates: bool) -> tuple[Tensor, Tensor | None]:
@@ -123,7 +124,7 @@ class CNF(Bijection):
         ladj, *penalties = solved.q.unbind(1)
         for name, penalty in zip(wanted, penalties, strict=True):
             assert scope is not None
-            scope.penalties[name] = scope.penalties.get(name, 0.0) + self.weights[name] * penalty
+            scope.penalties[name] = scope.penalties.get(name, 0.0) + self.weights[name] * (end - start) * penalty
         return solved.x, ladj
 
     def _integrate(self, dynamics: Any, x: Tensor, condition: Tensor | None, start: float, end: float) -> Any:

@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from genflow.errors import UserError
+
 _ROWS_AT_ONCE = 8192
 
 
@@ -20,3 +22,9 @@ def jacobian(y: Tensor, x: Tensor, *, create_graph: bool = False) -> Tensor:
         for part in rows.split(max(1, _ROWS_AT_ONCE // max(1, len(x))))
     ]
     return torch.cat(parts).flatten(2).transpose(0, 1)
+
+
+def check_recording(what: str) -> None:
+    """Raises UserError in torch.inference_mode, where autograd records nothing, whatever enable_grad says."""
+    if torch.is_inference_mode_enabled():
+        raise UserError(f"{what} needs derivatives, which torch.inference_mode rules out; take torch.no_grad")

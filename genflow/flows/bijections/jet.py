@@ -15,6 +15,7 @@ from torch import Tensor
 
 from genflow.errors import UserError, nearest
 from genflow.flows.bijections.base import Bijection, check_condition, per_sample
+from genflow.flows.bijections.elementwise import wide
 from genflow.networks.vit import ViT
 from genflow.registry import bijection_export
 
@@ -50,8 +51,8 @@ class ViTCoupling(Bijection):
         attention: str = "auto",
     ) -> None:
         super().__init__()
-        self.condition_dim = condition_dim
-        kept, changed = _division(tuple(shape), patch, divide, seed)
+        self.shape, self.condition_dim = tuple(shape), condition_dim
+        kept, changed = _division(self.shape, patch, divide, seed)
         if flip:
             kept, changed = changed, kept
         # Where in the flat picture the numbers of each half lie: tokens x numbers of a token.
@@ -71,23 +72,28 @@ class ViTCoupling(Bijection):
         )
 
     def forward(self, x: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        flat = x.flatten(1)
+        flat = self._flat(x)
         shift, log_scale = self._affine(flat, condition)
         changed = (_take(flat, self.changed) + shift) * log_scale.exp()
         return _put(flat, self.changed, changed).view_as(x), per_sample(log_scale)
 
     def inverse(self, z: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        flat = z.flatten(1)
+        flat = self._flat(z)
         shift, log_scale = self._affine(flat, condition)
         changed = _take(flat, self.changed) * (-log_scale).exp() - shift
         return _put(flat, self.changed, changed).view_as(z), -per_sample(log_scale)
+
+    def _flat(self, x: Tensor) -> Tensor:
+        if tuple(x.shape[1:]) != self.shape:
+            raise UserError(f"vit_coupling: a sample of {tuple(x.shape[1:])}; this coupling is of {self.shape}")
+        return wide(x).flatten(1)
 
     def _affine(self, flat: Tensor, condition: Tensor | None) -> tuple[Tensor, Tensor]:
         """b and log 2 sigmoid(u), each B x tokens x numbers of the changed half, float32 or wider."""
         check_condition(condition, self.condition_dim, len(flat))
         kept = F.pad(_take(flat, self.kept), (0, 0, 0, self.tokens - len(self.kept)))
-        output = self.network(kept, condition)[:, : len(self.changed)]
-        shift, u = output.to(torch.promote_types(flat.dtype, torch.float32)).chunk(2, dim=-1)
+        output = self.network(kept.to(self.network.embed.weight.dtype), condition)[:, : len(self.changed)]
+        shift, u = output.to(flat.dtype).chunk(2, dim=-1)
         return shift, math.log(2) + F.logsigmoid(u)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from genflow.flows.bijections.base import Bijection, zero_ladj
 from genflow.flows.bijections.elementwise import channels_and_places, wide
+from genflow.native.library import untransformed
 from genflow.registry import bijection_export
 
 
@@ -35,7 +36,7 @@ class InvertibleConv1x1(Bijection):
         self.log_diagonal = nn.Parameter(diagonal.abs().log().float())
         self.register_buffer("order", permutation.argmax(1))  # row i of P M is row order[i] of M
         self.register_buffer("sign", diagonal.sign().float())
-        self._cached: dict[str, tuple[Any, Tensor]] = {}
+        self._cached: dict[str, tuple[Any, list[Tensor], Tensor]] = {}
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """L, and U with its diagonal: C x C each, W = (L U)[order]."""
@@ -63,13 +64,15 @@ class InvertibleConv1x1(Bijection):
     def _kept(self, name: str, compute: Any) -> Tensor:
         """What compute gives, in eval mode without gradients only once for the same weights."""
         with torch.autocast(self.lower.device.type, enabled=False):
-            if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
-                return compute()
             tensors = (self.lower, self.upper, self.log_diagonal, self.sign, self.order)
+            plain = untransformed() and not torch.compiler.is_compiling() and not any(t.is_inference() for t in tensors)
+            if self.training or torch.is_grad_enabled() or not plain:
+                return compute()
             key = tuple((t.data_ptr(), t._version, t.dtype, t.device) for t in tensors)
             if name not in self._cached or self._cached[name][0] != key:
-                self._cached[name] = (key, compute())
-            return self._cached[name][1]
+                held = [t.detach() for t in tensors]  # lest others get their addresses
+                self._cached[name] = (key, held, compute())
+            return self._cached[name][2]
 
     def forward(self, x: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return mix(wide(x), self.weight()), self.ladj(x)

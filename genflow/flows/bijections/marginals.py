@@ -46,8 +46,8 @@ class Marginals(Bijection):
     @torch.no_grad()
     def initialise(self, x: Tensor, condition: Tensor | None = None) -> None:
         """Count the grey levels of a batch."""
-        cell = self._cell(x.transpose(0, 1).flatten(1))
-        count = torch.zeros(self.channels, self.cells + 2, dtype=torch.float64, device=x.device)
+        cell = self._cell(x.transpose(0, 1).flatten(1)).cpu()  # some devices have no float64
+        count = torch.zeros(self.channels, self.cells + 2, dtype=torch.float64)
         self._fit(count.scatter_add_(1, cell, torch.ones_like(cell, dtype=torch.float64)))
 
     def _fit(self, count: Tensor) -> None:
@@ -112,7 +112,7 @@ class Marginals(Bijection):
 
 
 def _quantile(below: Tensor, above: Tensor) -> Tensor:
-    """Phi^-1(below), below + above = 1, from the smaller of the two: exact in both tails."""
+    """Phi^-1(below), below + above = 1, from the smaller of the two: exact in both tails, but finite."""
     low = below < above
-    z = torch.special.ndtri(torch.where(low, below, above))
+    z = torch.special.ndtri(torch.where(low, below, above).clamp(min=torch.finfo(below.dtype).tiny))
     return torch.where(low, z, -z)

@@ -15,6 +15,8 @@ from torch.autograd.function import once_differentiable
 
 from genflow.errors import UserError
 from genflow.flows.bijections.base import Bijection, Chain, zero_ladj
+from genflow.flows.bijections.continuous import CNF
+from genflow.flows.divergence import current_probing, probing_again
 from genflow.registry import bijection_export
 
 
@@ -29,8 +31,9 @@ class Reversible(Chain):
     tolerance: where given, the backward compares the input that it arrives at with the true one, which is kept, and raises
     UserError if any value is further off; this waits for the device once a step.
 
-    Raises UserError for dropout and batch norms, which are another map in the second forward. Gradients of gradients are
-    refused by autograd; under torch.func's transforms and without gradients it is the plain chain.
+    Raises UserError for dropout and batch norms, which are another map in the second forward, and for a CNF, whose own
+    gradient keeps little, and whose penalties would be lost. Gradients of gradients are refused by autograd; under
+    torch.func's transforms and without gradients it is the plain chain.
     """
 
     def __init__(self, bijections: Iterable[Bijection], *, tolerance: float | None = None) -> None:
@@ -39,6 +42,11 @@ class Reversible(Chain):
             raise UserError(f"tolerance = {tolerance} must be positive, such as 1e-3, or none")
         self.tolerance = tolerance
         for name, module in self.named_modules():
+            if isinstance(module, CNF):
+                raise UserError(
+                    f"an invertible checkpoint is not for a CNF ({name}), which keeps little for its backward already; "
+                    "train without the checkpoint"
+                )
             dropout = isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0
             if dropout or isinstance(module, nn.modules.batchnorm._BatchNorm):
                 raise UserError(
@@ -94,6 +102,9 @@ class _WalkBack(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         ctx.chain, ctx.steps, ctx.device = chain, steps, x.device.type
         ctx.autocast = (torch.is_autocast_enabled(ctx.device), torch.get_autocast_dtype(ctx.device))
+        if (scope := current_probing()) is not None:
+            scope = scope._replace(penalties={})  # which hold graphs, and this node in them
+        ctx.probing = scope
         first = x if chain.tolerance is not None else None
         kept, total = [], zero_ladj(x)
         with _autocast(ctx):
@@ -118,7 +129,7 @@ class _WalkBack(torch.autograd.Function):
         if condition is not None:
             condition = condition.detach().requires_grad_(wants_condition)
         sums: dict[Tensor, Tensor] = {}
-        with _autocast(ctx):
+        with _autocast(ctx), probing_again(ctx.probing):
             for step in reversed(ctx.steps):
                 with torch.no_grad():
                     x = kept.pop() if step.keep_input else step.decode(x, condition)

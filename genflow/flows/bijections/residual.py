@@ -11,7 +11,8 @@ from torch import Tensor
 from genflow.errors import UserError
 from genflow.flows.bijections.base import Bijection, check_condition, per_sample, zero_ladj
 from genflow.flows.bijections.elementwise import channels_and_places, wide
-from genflow.flows.bijections.jacobian import jacobian
+from genflow.flows.bijections.jacobian import check_recording, jacobian
+from genflow.flows.divergence import current_probing, fingerprint
 from genflow.functional import Rng
 from genflow.networks.lipschitz import LipschitzNet
 from genflow.registry import bijection_export
@@ -33,11 +34,13 @@ class ResidualBlock(Bijection):
     of value and gradient, as |J^k| <= lipschitz^k. Its gradient is that of a Neumann series (eq. 8): memory does not grow
     with N. `exact` says which it is; exact: one of the two, always.
 
-    seed: of the estimates. In training v and N are drawn anew for new weights, so that repeated calls are the same map; the
-    count of draws is in the state dict. In eval mode they are the same for all samples and calls.
+    seed: of the estimates. In training v hangs on the counters of `probing`, another one in every block, or outside on the
+    row's own numbers; and v and N are drawn anew for new weights, so that repeated calls are the same map; the count of
+    draws is in the state dict. In eval mode they are the same for all samples and calls.
 
-    The inverse x = z - g(x) iterates until within `tolerance` of the limit, or a few units of the last place of z; the
-    loop is differentiated as it ran. It raises UserError where it does not arrive.
+    The inverse x = z - g(x) of a row iterates until within `tolerance` of the limit, or a few units of the last place of z;
+    the loop is differentiated as it ran. Raises UserError where it does not arrive, and, as no ladj is without derivatives,
+    in torch.inference_mode.
     """
 
     keep_input = True  # the inverse is slow, and not exact
@@ -74,6 +77,7 @@ class ResidualBlock(Bijection):
         return self.dims <= self.exact_dims[self.training] if self._asked_exact is None else self._asked_exact
 
     def forward(self, x: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        check_recording("the ladj of residual")
         x = wide(x)
         watched = torch.is_grad_enabled()
         # Never in bf16: powers of J, and an inverse that arrives, need a g that is smooth.
@@ -90,16 +94,24 @@ class ResidualBlock(Bijection):
     def decode(self, z: Tensor, condition: Tensor | None = None) -> Tensor:
         z = wide(z)
         L = self.lipschitz
-        last_place = torch.finfo(z.dtype).eps * (1 + z.detach().abs().amax().item() if z.numel() else 1)
-        tolerance = max(self.tolerance * (1 - L) / L, 4 * last_place)  # the limit is within L / (1 - L) of a change
+        tolerance = self.tolerance * (1 - L) / L  # the limit is within L / (1 - L) of a change
+        size = z.detach().abs().unsqueeze(-1).flatten(1).amax(1)
+        least = 4 * torch.finfo(z.dtype).eps * (1 + size)
+        # A row in units in which its tolerance is that of all: powers of two, which round nothing.
+        unit = (least / tolerance).clamp(min=1).log2().ceil().exp2()
+        by = unit.view(-1, *[1] * (z.dim() - 1))
         with torch.autocast(z.device.type, enabled=False):
-            found = fixed_point(lambda x: z - self._g(x, condition), z, tolerance=tolerance, max_sweeps=self.max_sweeps)
-        if not (found.change <= tolerance).all():
-            raise UserError(
-                f"the inverse of residual still moved by {found.change.max().item():.2g} after {found.sweeps} sweeps, more "
-                f"than {tolerance:.2g}: z is not finite, or g no contraction; try a smaller lipschitz than {L}"
+            found = fixed_point(
+                lambda x: (z - self._g(x * by, condition)) / by, z / by, tolerance=tolerance, max_sweeps=self.max_sweeps
             )
-        return found.x
+        if not (found.change <= tolerance).all():
+            row = int((~(found.change <= tolerance)).int().argmax())
+            moved, allowed = (float(each * unit[row]) for each in (found.change[row], tolerance))
+            raise UserError(
+                f"the inverse of residual still moved by {moved:.2g} in row {row} after {found.sweeps} sweeps, more than "
+                f"{allowed:.2g}: z is not finite, or g no contraction; try a smaller lipschitz than {L}"
+            )
+        return found.x * by
 
     def _g(self, x: Tensor, condition: Tensor | None) -> Tensor:
         check_condition(condition, self.condition_dim, len(x))
@@ -129,15 +141,18 @@ class ResidualBlock(Bijection):
 
     def _draw(self, x: Tensor) -> tuple[Tensor, list[float]]:
         """v, shaped like x, and P(N >= k) for k = 1 .. N."""
-        if self.training:
+        scope, zero, stream = current_probing(), torch.zeros(1, dtype=torch.int64), ""
+        if not self.training:
+            draw, index = Rng(self.seed), zero
+        elif scope is not None:
+            draw, index, stream = scope.rng, scope.counters, f"residual/{self.seed}/{scope.place(self)}/"
+        else:
             weights = tuple(p._version for p in self.parameters())
             self.draws += weights != self._weights
             self._weights = weights
-        draw = Rng(self.seed, self.draws if self.training else 0)
-        zero = torch.zeros(1, dtype=torch.int64)
-        index = torch.arange(len(x) if self.training else 1)
-        signs = torch.where(draw.uniform("signs", index, x.shape[1:]) < 0.5, -1.0, 1.0)
-        more = math.floor(math.log(float(draw.uniform("terms", zero))) / math.log(self.lipschitz))
+            draw, index = Rng(self.seed, self.draws), fingerprint(x)
+        signs = torch.where(draw.uniform(f"{stream}signs", index, x.shape[1:]) < 0.5, -1.0, 1.0)
+        more = math.floor(math.log(float(draw.uniform(f"{stream}terms", zero))) / math.log(self.lipschitz))
         sure = self.sure_terms[self.training]
         return signs.to(x).expand_as(x), [self.lipschitz ** max(0, k - sure) for k in range(1, sure + more + 1)]
 

@@ -36,7 +36,7 @@ class Squeeze(Bijection):
 
     def forward(self, x: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
         B, (C, H, W), f = len(x), self.output_shape, self.factor
-        z = wide(x).reshape(B, -1, H, f, W, f).permute(0, 2, 4, 1, 3, 5)  # channels last in memory
+        z = wide(x).reshape(B, C // f**2, H, f, W, f).permute(0, 2, 4, 1, 3, 5)  # channels last in memory
         return z.reshape(B, H, W, C).permute(0, 3, 1, 2), zero_ladj(x)
 
     def inverse(self, z: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from genflow.errors import UserError, nearest
 from genflow.flows.bijections.base import Bijection, check_condition, per_sample
+from genflow.flows.bijections.jacobian import check_recording
 from genflow.layers.embeddings import patchify
 from genflow.networks.causal import CausalTransformer
 from genflow.registry import api_export, bijection_export
@@ -196,7 +197,9 @@ def tweedie(log_prob: Callable[[Tensor], Tensor], y: Tensor, sigma: float) -> Te
     """E[x | y] of y = x + N(0, sigma^2) noise, from the log density of y: y + sigma^2 grad log p(y) (Efron 2011).
 
     How samples of a flow that was trained with added noise are cleaned (TarFlow, arXiv 2412.06329, sec. 2.6). y: B x ...
+    Raises UserError in torch.inference_mode.
     """
+    check_recording("denoising")
     with torch.enable_grad():
         at = y.detach().requires_grad_()
         (grad,) = torch.autograd.grad(log_prob(at).sum(), at)

@@ -1,0 +1,162 @@
+"""Bijections and normalizing flows at their edges: no samples, outliers, other shapes and dtypes, foreign weights."""
+
+import copy
+import math
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.func import functional_call, vmap
+
+from genflow.errors import UserError
+from genflow.flows.bijections.autoregressive import MaskedAutoregressive
+from genflow.flows.bijections.base import Bijection, per_sample
+from genflow.flows.bijections.jet import ViTCoupling
+from genflow.flows.bijections.linear import InvertibleConv1x1
+from genflow.flows.bijections.marginals import Marginals
+from genflow.flows.bijections.residual import ResidualBlock
+from genflow.flows.dequantization import VariationalDequantization
+from genflow.flows.models.ffjord import FFJORDConfig
+from genflow.flows.models.glow import GlowConfig
+from genflow.flows.models.tarflow import TarFlowConfig
+from genflow.flows.normalizing import NormalizingFlowConfig
+from genflow.functional import Rng
+from genflow.networks.quantizers import VQConfig
+from genflow.text.none import NoTextConfig
+
+PICTURES = (1, 4, 4)
+
+
+def normalizing(model, **config):
+    network = replace(model, shape=PICTURES, condition_dim=0).build()
+    return NormalizingFlowConfig(**config).build(network, NoTextConfig().build(), shape=PICTURES)
+
+
+def shaken(module, noise=0.3):
+    with torch.no_grad():
+        for p in module.parameters():
+            p.add_(noise * torch.randn_like(p))
+    return module
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        GlowConfig(levels=1, steps=1, hidden=8),
+        TarFlowConfig(blocks=1, layers=1, width=16, heads=1, patch=2, marginals=True),
+        FFJORDConfig(hidden=(4,)),
+    ],
+)
+@pytest.mark.parametrize("dequantization", [None, VariationalDequantization(hidden=4, steps=1)])
+def test_no_samples_go_through_every_verb(model, dequantization):
+    flow, x = normalizing(model, dequantization=dequantization), torch.zeros(0, *PICTURES)
+    assert flow.log_prob(x).shape == flow.bits_per_dim(x).shape == (0,)
+    assert flow.encode(x).shape == flow.decode(x).shape == x.shape
+
+
+def test_sampling_leaves_the_inverse_of_a_tarflow_as_it_was():
+    torch.manual_seed(0)
+    flow = normalizing(TarFlowConfig(blocks=2, layers=1, width=16, heads=1, patch=1)).eval()
+    z = torch.randn(3, *PICTURES)
+    shaken(flow.network)
+    before = flow.decode(z)
+    for inverse in ("jacobi", "measured", "measured"):
+        flow.sample([""], seeds=[0], inverse=inverse)
+        assert torch.equal(flow.decode(z), before)
+
+
+class Heard(Bijection):
+    """The identity, that keeps the condition that it was given."""
+
+    condition_dim = 2
+
+    def forward(self, x, condition=None):
+        self.condition = condition
+        return x, per_sample(torch.zeros_like(x))
+
+    inverse = forward
+
+
+def test_a_normalizing_flow_hides_what_its_text_encoder_hides_in_training():
+    text = NoTextConfig().build()
+    text.drop = lambda condition, rng, position: replace(
+        condition, pooled=condition.pooled * (rng.uniform("drop_part", position) < 0.5)[:, None]
+    )
+    flow = NormalizingFlowConfig().build(Heard(), text, shape=(3,))
+    position = torch.arange(8)
+    condition = replace(text.encode([""] * 8), pooled=torch.ones(8, 2))
+    flow.loss(SimpleNamespace(x=torch.zeros(8, 3), condition=condition, position=position), Rng(4))
+    assert torch.equal(flow.network.condition[:, 0] == 1, Rng(4).uniform("drop_part", position) < 0.5)
+
+
+# ------------------------------------------------------------------------------------------------------------- bijections
+
+
+def test_an_outlier_does_not_spoil_the_inverses_of_its_mates():
+    torch.manual_seed(0)
+    made = shaken(ResidualBlock((2,), hidden=(16,)).eval(), 2.0)
+    x = torch.randn(4, 2)
+    with torch.no_grad():
+        z = made(x)[0]
+        alone = made.decode(z)
+        beside = made.decode(torch.cat([z, torch.full((1, 2), 1e6)]))
+    torch.testing.assert_close(alone, x, rtol=0, atol=5e-6)
+    torch.testing.assert_close(beside[:4], alone, rtol=0, atol=2e-7)
+
+
+def test_the_weights_of_a_1x1_convolution_are_never_those_of_before():
+    torch.manual_seed(0)
+    made, x = InvertibleConv1x1((64,)).eval(), torch.eye(64)
+    base = {name: p.detach() for name, p in made.named_parameters()}
+    with torch.no_grad():
+        for i in range(30):
+            weights = {name: p * (1 + 0.1 * i) for name, p in base.items()}
+            z = functional_call(made, weights, (x,))[0]
+            fresh = copy.deepcopy(made)
+            fresh._cached = {}
+            assert torch.equal(z, functional_call(fresh, weights, (x,))[0])
+            del weights, z, fresh
+        stacked = {name: torch.stack([p, 2 * p]) for name, p in base.items()}
+        each = vmap(lambda weights: functional_call(made, weights, (x,))[0])(stacked)
+        torch.testing.assert_close(each[0], made(x)[0])
+    with torch.inference_mode():
+        made = InvertibleConv1x1((3,)).eval()
+        assert made.inverse(made(torch.eye(3))[0])[0].allclose(torch.eye(3), atol=1e-5)
+
+
+@pytest.mark.parametrize("bound", [math.inf, 0.0, math.nan])
+def test_a_spline_without_bounds_is_refused(bound):
+    with pytest.raises(UserError, match=r"bound = .* must be positive and finite"):
+        MaskedAutoregressive((3,), univariate="spline", bound=bound)
+
+
+@pytest.mark.parametrize("far", [9.0, 12.0, 1e4])
+def test_marginals_have_a_density_however_far_away(far):
+    made = Marginals((1, 1, 2))
+    x = torch.tensor([far, -far]).view(1, 1, 1, 2).requires_grad_()
+    z, ladj = made(x)
+    log_prob = (-0.5 * (z.square() + math.log(2 * math.pi))).sum() + ladj[0]
+    expected = 2 * (-math.log(258) - math.log(0.1) - (far - 1) / 0.1)  # one of 258 cells, and its tail
+    assert log_prob.item() == pytest.approx(expected, rel=1e-5)
+    (grad,) = torch.autograd.grad(log_prob, x)
+    torch.testing.assert_close(grad.flatten(), torch.tensor([-10.0, 10.0]))
+
+
+def test_a_vit_coupling_takes_half_precision_and_refuses_other_pictures():
+    torch.manual_seed(0)
+    made, x = shaken(ViTCoupling((2, 4, 4), width=16, depth=1, heads=1, patch=2)), torch.rand(3, 2, 4, 4)
+    half = x.bfloat16()
+    z, ladj = made(half)
+    assert z.dtype == ladj.dtype == torch.float32
+    torch.testing.assert_close(z, made(half.float())[0])
+    assert made.bfloat16()(x)[0].dtype == torch.float32
+    for way in (made, made.inverse):
+        with pytest.raises(UserError, match=r"a sample of \(2, 4, 6\); this coupling is of \(2, 4, 4\)"):
+            way(torch.rand(3, 2, 4, 6))
+
+
+def test_a_codebook_of_a_single_number_is_finite():
+    codes = VQConfig(vocabulary=4, channels=1).build()
+    codes.initialise(torch.full((1, 1, 1, 1), 0.7))
+    torch.testing.assert_close(codes.codebook, torch.full((4, 1), 0.7))
