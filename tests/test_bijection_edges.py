@@ -16,6 +16,7 @@ from genflow.flows.bijections.jet import ViTCoupling
 from genflow.flows.bijections.linear import InvertibleConv1x1
 from genflow.flows.bijections.marginals import Marginals
 from genflow.flows.bijections.residual import ResidualBlock
+from genflow.flows.bijections.transformer import guide
 from genflow.flows.dequantization import VariationalDequantization
 from genflow.flows.models.ffjord import FFJORDConfig
 from genflow.flows.models.glow import GlowConfig
@@ -160,3 +161,10 @@ def test_a_codebook_of_a_single_number_is_finite():
     codes = VQConfig(vocabulary=4, channels=1).build()
     codes.initialise(torch.full((1, 1, 1, 1), 0.7))
     torch.testing.assert_close(codes.codebook, torch.full((4, 1), 0.7))
+
+
+def test_a_product_is_not_guided_below_zero():
+    a, b = ((torch.zeros(1, 2), torch.tensor([[s, 0.0]])) for s in (-1.0, 0.5))
+    with pytest.raises(UserError, match="guidance = -1.0: rule product needs 0 or more; take linear"):
+        guide(a, b, -1.0)
+    assert all(x.isfinite().all() for x in guide(a, b, 0.0))

@@ -64,10 +64,10 @@ def likelihood(
     for what, value in (("n", n), ("k", k), ("batch", batch)):
         if value is not None and value < 1:
             raise UserError(f"{what} = {value} is too few; the least is 1")
+    note = flow.likelihood_note(k, **how)
     if k > 1 and flow.unit != "bits/dim":
         why = "vectors are continuous" if len(flow.shape) == 1 else "tokens are counted"
         raise UserError(f"k = {k}: {why}, and there is no dequantisation to draw; leave it at 1")
-    note = flow.likelihood_note(k, **how)
     dataset = data.build(split)
     count = len(dataset) if n is None else min(n, len(dataset))
     conditions = PreparedConditions.prepare(dataset, flow.text)  # type: ignore[arg-type]

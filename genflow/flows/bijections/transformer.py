@@ -180,13 +180,15 @@ def guide(
     With w = guidance - 1: "linear", each of mu, alpha <- conditional + w (conditional - null) (TarFlow, arXiv 2412.06329,
     sec. 2.5). "product", p_c^(1 + w) / p_0^w, which is a Gaussian of precision (1 + w - w s) / sigma_c^2 and mean
     mu_c + w s / (1 + w - w s) (mu_c - mu_0), s = sigma_c^2 / sigma_0^2 clipped at 1 (STARFlow, arXiv 2506.06276, sec. 3.4):
-    stable at high guidance. Raises UserError for another rule.
+    stable at high guidance, and nothing below 0. Raises UserError there, and for another rule.
     """
     (mu, alpha), (mu_0, alpha_0), w = conditional, null, guidance - 1
     if rule == "linear":
         return mu + w * (mu - mu_0), alpha + w * (alpha - alpha_0)
     if rule != "product":
         raise UserError(f"rule = {rule!r} is none.{nearest(rule, ('product', 'linear'))}")
+    if guidance < 0:
+        raise UserError(f"guidance = {guidance}: rule product needs 0 or more; take linear")
     s = torch.exp(2 * (alpha - alpha_0)).clamp(max=1)
     precision = 1 + w - w * s
     return mu + w * s / precision * (mu - mu_0), alpha - 0.5 * precision.log()
