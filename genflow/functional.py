@@ -160,7 +160,7 @@ class Rng:
         """
         bits = self.bits(stream, index)
         if shape:
-            steps = torch.arange(1, math.prod(shape) + 1) * _signed(_GAMMA)
+            steps = torch.arange(1, math.prod(shape) + 1, device="cpu") * _signed(_GAMMA)
             bits = mix(bits[:, None] + steps).view(len(bits), *shape)
         return (_shift_right(bits, 12).double() + 0.5) * 2.0**-52
 
@@ -173,7 +173,7 @@ class Rng:
             np.random.Generator(np.random.PCG64(seed & _MASK)).standard_normal(tuple(shape), dtype=np.float32)
             for seed in self.bits(stream, index).tolist()
         ]
-        return torch.from_numpy(np.stack(rows)) if rows else torch.empty(0, *shape)
+        return torch.from_numpy(np.stack(rows)) if rows else _nothing(shape)
 
 
 @api_export("noise_from_seeds")
@@ -188,5 +188,9 @@ def noise_from_seeds(seeds: Sequence[int], shape: Sequence[int], *, step: int = 
             raise UserError(f"seed {seed!r} is not a whole number")
         if not 0 <= seed < 2**63:
             raise UserError(f"seed {seed} is out of range; the nearest valid one is {min(max(seed, 0), 2**63 - 1)}")
-    zero = torch.zeros(1, dtype=torch.int64)
-    return torch.cat([torch.empty(0, *shape), *(Rng(seed, step).normal(stream, zero, shape) for seed in seeds)])
+    zero = torch.zeros(1, dtype=torch.int64, device="cpu")
+    return torch.cat([_nothing(shape), *(Rng(seed, step).normal(stream, zero, shape) for seed in seeds)])
+
+
+def _nothing(shape: Sequence[int]) -> Tensor:
+    return torch.empty(0, *shape, dtype=torch.float32, device="cpu")

@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors import safe_open
+from safetensors.torch import load_file
 
 import genflow.config
 from genflow.cli import main
@@ -18,6 +19,7 @@ from genflow.data.emoji import EmojiConfig
 from genflow.data.pictures import read_settings
 from genflow.flows.rectified import RectifiedFlowConfig
 from genflow.flows.store import load, save_model
+from genflow.flows.tuned import save_tuned
 from genflow.networks.mmdit import MMDiTConfig
 from genflow.text.trained import LearnedTextConfig
 
@@ -28,12 +30,13 @@ MODEL = MMDiTConfig(
 FLOW = RectifiedFlowConfig()
 
 
-def make_model(folder: Path) -> Path:
+def make_model(folder: Path, of: RectifiedFlowConfig | None = None) -> Path:
     torch.manual_seed(0)
-    flow = FLOW.build(MODEL.build(), TEXT.build(), shape=(3, 16, 16))
+    own = of or FLOW
+    flow = own.build(MODEL.build(), TEXT.build(), shape=(3, 16, 16))
     for p in flow.network.parameters():
         torch.nn.init.normal_(p, std=0.2)
-    sections = {"model": ("mmdit", MODEL), "flow": ("rectified", FLOW), "text": ("learned", TEXT)}
+    sections = {"model": ("mmdit", MODEL), "flow": ("rectified", own), "text": ("learned", TEXT)}
     config = {key: {"name": name, **genflow.config.to_dict(each)} for key, (name, each) in sections.items()}
     config |= {"sample": {"sampler": "euler", "steps": 3, "guidance": 2.0}, "shape": [3, 16, 16]}
     save_model(folder, config=config, state=flow.state_dict())
@@ -106,6 +109,34 @@ def test_invert_prints_the_error_of_every_round_trip_and_writes_the_noise(genflo
         back = genflow.euler(flow.guided(condition), noise[:1], genflow.shifted(64)).x
     given = torch.from_numpy(original(where / "p0.png")).permute(2, 0, 1) / 127.5 - 1
     assert (back[0] - given).square().mean().sqrt() < 0.12
+
+
+def test_noise_in_the_file_is_that_of_encode_and_strength_begins_within_the_grid(tmp_path, where):
+    make_model(tmp_path / "eps", RectifiedFlowConfig(prediction="eps", t_min=0.3))
+    asked = [str(tmp_path / "eps"), str(where / "p0.png"), "--device", "cpu"]
+    assert main(["invert", *asked, "--sampler", "heun", "--steps", "8", "--out", str(tmp_path / "in")]) == 0
+    flow = load(tmp_path / "eps")
+    given = torch.from_numpy(original(where / "p0.png")).permute(2, 0, 1)[None] / 127.5 - 1
+    noise = load_file(tmp_path / "in" / "noise.safetensors")["noise"]
+    torch.testing.assert_close(noise, flow.encode(given, steps=8), rtol=0, atol=0.02)  # of bytes rounded once more
+    assert flow.t_max == 0.7
+    assert main(["edit", *asked, "--prompt", "red", "--from", "a", "--out", str(tmp_path / "out")]) == 0
+    settings = read_settings(tmp_path / "out" / "grid.png")
+    assert settings["strength"] == 0.7 and "sampler" not in settings
+
+
+def test_every_number_of_steps_has_its_own_tuned_grid(tmp_path, where):
+    shutil.copytree(where / "model", tmp_path / "model")
+    save_tuned(tmp_path / "model", 3, {"sampler": "unipc", "grid": [1.0, 0.9, 0.2, 0.0]})
+    asked = ["invert", str(tmp_path / "model"), str(where / "p0.png"), "--out", str(tmp_path / "out"), "--steps"]
+    assert main([*asked, "3"]) == 0
+    alone = read_settings(tmp_path / "out" / "grid.png")
+    assert (alone["sampler"], alone["grid"], alone["steps"]) == ("unipc", [1.0, 0.9, 0.2, 0.0], [3])
+    assert main([*asked, "3", "4"]) == 0
+    both = read_settings(tmp_path / "out" / "grid.png")
+    assert both["sampler"] == ["unipc", "euler"] and both["psnr"][0][0] == alone["psnr"][0][0]
+    with safe_open(tmp_path / "out" / "noise.safetensors", framework="pt") as file:
+        assert json.loads(file.metadata()["genflow"])["sampler"] == "euler"
 
 
 def test_a_picture_of_a_batch_is_the_picture_alone(genflow_):
@@ -239,6 +270,16 @@ def test_a_model_of_oblong_pictures_edits_and_inverts_oblong_ones(where, tmp_pat
         (["edit", "p0.png", "--into", "no.png"], "no.png: No such file"),
         (["edit", "p0.png", "--prompt", "x", "--mask", "no.png"], "no.png: No such file"),
         (["edit", "p0.png", "--prompt", "x", "--sampler", "huen"], "no sampler is named 'huen'. Did you mean 'heun'?"),
+        (["edit", "p0.png", "--prompt", "x", "--from", "y", "--sampler", "rk4"], "--sampler does nothing in FlowEdit"),
+        (["edit", "p0.png", "--prompt", "x", "--from", "y", "--option", "a=1"], "--option does nothing in FlowEdit"),
+        (
+            ["edit", "p0.png", "--prompt", "x", "--strength", "0.15", "--sampler", "restart"],
+            "restart interval = (0.1, 0.3) reaches above the grid, which starts at 0.15; try (0.05, 0.15)",
+        ),
+        (
+            ["edit", "p0.png", "--prompt", "x", "--rf", "--sampler", "dopri5", "--option", "max_steps=2"],
+            "stopped at t = ",
+        ),
         (["edit", "p0.png", "--prompt", "x", "--seed", "-1"], "seed -1 is out of range"),
         (["edit", "p0.png", "--prompt", "x", "--steps", "0"], "steps = 0 is too few"),
         (["edit", "p0.png", "--prompt", "x", "--batch", "0"], "--batch must be 1 or more"),

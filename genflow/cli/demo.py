@@ -57,7 +57,7 @@ def build_page(players: Sequence[Player]) -> Any:
     try:
         import gradio
     except ImportError as error:
-        raise UserError('the page needs gradio: pip install gradio') from error
+        raise UserError("the page needs gradio: pip install gradio") from error
     from genflow.flows.autoencoder import AutoencoderFlow
     from genflow.flows.base import Flow
 

@@ -98,6 +98,8 @@ def run(args: argparse.Namespace) -> int:
     flow, settings = open_model(args, unguided=way == "interpolation")
     refuse_unheard(args, flow, *args.prompt, *filter(None, (getattr(args, "from"), args.to)))
     canvas = Canvas.of(flow)
+    if way == "FlowEdit":  # takes Euler steps
+        settings = {key: value for key, value in settings.items() if key not in ("sampler", "options")}
     if canvas is None:
         return _between(args, way, used, flow, files, out)
     if is_stochastic(settings) and (way not in ("image-to-image", "inpainting") or used.get("repeats", 1) > 1):
@@ -105,6 +107,8 @@ def run(args: argparse.Namespace) -> int:
             f"sampler {settings['sampler']!r} draws noise, which has no place here; take one such as 'heun'"
         )
     grid = time_grid(canvas.flow, settings, settings.get("steps", 20))
+    if args.strength is None and "strength" in used:
+        used["strength"] = min(used["strength"], grid[0])
     x = torch.stack([fit_image(file, flow) for file in files])
     mask = _read_mask(args, files, flow) if args.mask else None
     if way == "interpolation":
@@ -182,6 +186,8 @@ def _way(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
             raise UserError(f"{option} must be 0 or more and below 1, not {value}; try 0.75")
         if way in ways:
             used[name] = ways[way] if value is None else value
+    if way == "FlowEdit" and (given := [name for name in ("sampler", "option") if getattr(args, name) is not None]):
+        raise UserError(f"--{given[0]} does nothing in FlowEdit, which takes Euler steps; leave it out")
     if way == "interpolation" and len(args.prompt) > 1:
         raise UserError(f"an interpolation begins at one --prompt, not at {len(args.prompt)}; --to says where it ends")
     if way != "interpolation" and not args.prompt:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from genflow.cli.options import (
     add_lora,
     add_solving,
     embed,
+    first_time,
     fit_image,
     guided,
     is_stochastic,
@@ -20,6 +22,7 @@ from genflow.cli.options import (
     read_image,
     refuse_sampling,
     refuse_unheard,
+    sampling_of,
     solver,
     time_grid,
     writable,
@@ -64,11 +67,12 @@ def run(args: argparse.Namespace) -> int:
     canvas = Canvas.of(flow)
     if canvas is None:
         return _by_bijection(args, prompts, flow, torch.stack([fit_image(file, flow) for file in files]), out)
-    if is_stochastic(settings):
-        raise UserError(f"sampler {settings['sampler']!r} draws noise, so it has no inverse; choose one such as 'heun'")
     counts = args.steps or [settings.get("steps", 20)]
-    settings.pop("steps", None)
-    grids = [time_grid(canvas.flow, settings, steps) for steps in counts]
+    ways = [sampling_of(argparse.Namespace(**{**vars(args), "steps": n}), flow, unguided=True) for n in counts]
+    for each in ways:
+        if is_stochastic(each):
+            raise UserError(f"sampler {each['sampler']!r} draws noise, so it has no inverse; choose one such as 'heun'")
+    grids = [time_grid(canvas.flow, each, steps) for each, steps in zip(ways, counts, strict=True)]
     pictures = torch.stack([fit_image(file, flow) for file in files])
     x = canvas.lay(pictures)
     chunks = torch.arange(len(x)).split(args.batch)
@@ -81,12 +85,12 @@ def run(args: argparse.Namespace) -> int:
 
         condition = embed(canvas.flow, prompts)
         condition = condition.expand(len(x)) if len(prompts) == 1 else condition
-        for grid in grids:
+        for each, grid in zip(ways, grids, strict=True):
             back.append(torch.empty_like(pictures))
             for rows in chunks:
-                velocity = guided(canvas.flow, condition[rows], settings)
-                trip = round_trip(velocity, x[rows], grid, sampler=solver(canvas.flow, settings), progress=progress)
-                back[-1][rows], noise[rows] = canvas.show(trip.x), trip.noise
+                velocity = guided(canvas.flow, condition[rows], each)
+                trip = round_trip(velocity, x[rows], grid, sampler=solver(canvas.flow, each), progress=progress)
+                back[-1][rows], noise[rows] = canvas.show(trip.x), trip.noise / first_time(canvas.flow)
             nfe.append(trip.nfe)
 
     seen = canvas.show(x)  # of latents, the pictures that the autoencoder makes of them
@@ -95,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
     if canvas.latent:
         lost = ", ".join(f"{db:.1f} dB" for db in psnr(seen, pictures).tolist())
         print(f"beside what the autoencoder alone gives back of them, at {lost}")
-    about = {"pictures": args.pictures, "prompts": prompts, "model": str(args.run), "ema": not args.no_ema, **settings}
+    about = {"pictures": args.pictures, "prompts": prompts, "model": str(args.run), "ema": not args.no_ema}
     about |= {"lora": args.lora} if args.lora else {}
     captions = [
         caption
@@ -106,11 +110,17 @@ def run(args: argparse.Namespace) -> int:
         )
     ]
     sheet = torch.stack([pictures, *back], 1).flatten(0, 1)
-    grid_settings = {**about, "steps": counts, "nfe": nfe, "psnr": errors}
+    grid_settings = {**about, **_together(ways), "steps": counts, "nfe": nfe, "psnr": errors}
     caption_grid(sheet, captions, columns=1 + len(counts), settings=grid_settings).save_atomic(out / "grid.png")
-    _save_noise(out / "noise.safetensors", noise, {**about, "steps": counts[-1], "nfe": nfe[-1]})
+    _save_noise(out / "noise.safetensors", noise, {**about, **ways[-1], "steps": counts[-1], "nfe": nfe[-1]})
     print(f"grid.png and noise.safetensors, of {counts[-1]} steps, in {out}")
     return 0
+
+
+def _together(ways: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The settings that all ways share, and a list of those in which they differ."""
+    each = {key: [way.get(key) for way in ways] for way in ways for key in way}
+    return {key: values[0] if all(v == values[0] for v in values) else values for key, values in each.items()}
 
 
 def _by_bijection(args: argparse.Namespace, prompts: list[str], flow: Any, x: Tensor, out: Path) -> int:

@@ -238,7 +238,12 @@ def first_state(flow: Any, seeds: Sequence[int]) -> Tensor:
     """Where the samples of these seeds begin: noise, of the standard deviation at the flow's first time."""
     from genflow.functional import noise_from_seeds
 
-    return getattr(flow, "t_max", 1.0) * noise_from_seeds(seeds, flow.shape).to(flow.device)
+    return first_time(flow) * noise_from_seeds(seeds, flow.shape).to(flow.device)
+
+
+def first_time(flow: Any) -> float:
+    """Where its samples begin, which is also the standard deviation of the state there."""
+    return getattr(flow, "t_max", 1.0)
 
 
 def is_stochastic(settings: dict[str, Any]) -> bool:
@@ -322,6 +327,8 @@ def read_options(flag: str, words: list[str]) -> dict[str, Any]:
 
 
 def _value(text: str) -> Any:
+    if text in ("True", "False"):
+        return text == "True"
     for read in (json.loads, float):
         with contextlib.suppress(ValueError):
             return read(text)

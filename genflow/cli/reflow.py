@@ -79,7 +79,9 @@ def _next_run(args: argparse.Namespace, flow: Any, out: Path) -> tuple[Any, Any]
     config = replace(
         config,
         data=PairsConfig(str(out / "pairs")),
-        text=replace(config.text, drop=0.0) if hasattr(config.text, "drop") else config.text,  # guidance is in the pairs
+        text=replace(config.text, drop=0.0)
+        if hasattr(config.text, "drop")
+        else config.text,  # guidance is in the pairs
         flow=reflow_config(flow.config, distill=args.distill),
         sample=replace(sample, sampler="euler", options=None, steps=1, grid="uniform") if args.distill else sample,
         train=replace(config.train, validate_every=0),

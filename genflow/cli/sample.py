@@ -64,6 +64,7 @@ def run(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from genflow.data.pictures import caption_grid, to_picture
+    from genflow.flows.latent import velocity_flow
     from genflow.flows.store import load
     from genflow.networks.graphs import record
     from genflow.training.apply import compile_blocks
@@ -79,8 +80,9 @@ def run(args: argparse.Namespace) -> int:
     if args.size and len(args.size) > 2:
         raise UserError(f"--size takes one or two numbers, not {len(args.size)}")
     more: dict[str, Any] = {"size": (args.size[0], args.size[-1])} if args.size else {}
-    takes = inspect.signature(flow.sample).parameters
-    if args.graphs and "cache" not in takes:
+    inner = velocity_flow(flow)
+    takes = {name for each in (flow, inner or flow) for name in inspect.signature(each.sample).parameters}
+    if args.graphs and inner is None:
         raise UserError(f"--graphs is for models of a velocity; {args.run} is a {type(flow).__name__}")
     if args.graphs and settings.get("cache"):
         raise UserError("--graphs: first-block caching waits for the device at every step; leave one of the two out")
@@ -92,7 +94,10 @@ def run(args: argparse.Namespace) -> int:
     if args.weak and settings.get("guidance", 1) == 1:
         raise UserError("--weak does nothing without guidance; add --guidance 2, or any number but 1")
     if args.weak:
-        more["weak"] = load(args.weak, ema=not args.no_ema, device=flow.device)
+        weak = load(args.weak, ema=not args.no_ema, device=flow.device)
+        if inner is not flow and getattr(weak.config, "autoencoder", None) != flow.config.autoencoder:
+            raise UserError(f"--weak {args.weak} is not of the latents of {args.run}, whose autoencoder is another")
+        more["weak"] = velocity_flow(weak) or weak
     models = [flow, *([more["weak"]] if args.weak else [])]
     speed = _in_dtype(args, models)
     if args.compile:

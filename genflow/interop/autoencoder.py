@@ -9,7 +9,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from genflow.errors import UserError
 from genflow.flows.autoencoder import AutoencoderFlow
 from genflow.flows.latent import Autoencoder
+from genflow.interop.settings import setting
 from genflow.interop.tensors import Lazy, numbers
 from genflow.networks.autoencoders import EncoderDecoder
 from genflow.networks.bottlenecks import Continuous
@@ -211,11 +212,17 @@ def vae_from_diffusers(source: Mapping[str, Any]) -> KLAutoencoderConfig:
     given = {**plain.config, **source, "shift_factor": source.get("shift_factor") or 0.0}
     if source.get("_class_name", "AutoencoderKL") != "AutoencoderKL":
         raise UserError(f"the autoencoder is a {source['_class_name']}; only an AutoencoderKL is known here")
-    values = {name: given[keys[0]] for name, keys in FIELDS.items()}
-    config = KLAutoencoderConfig(**{**values, "channels": tuple(values["channels"])})
+    kinds = get_type_hints(KLAutoencoderConfig)
+    config = KLAutoencoderConfig(
+        **{name: setting(kinds[name], given, keys[0], "the autoencoder's config") for name, keys in FIELDS.items()}
+    )
+    if config.groups < 1 or any(width % config.groups for width in config.channels):
+        raise UserError(
+            f"the autoencoder has block_out_channels = {config.channels}, no multiples of norm_num_groups = {config.groups}"
+        )
     known = {**plain.config, **vae_to_diffusers(config), "sample_size": None, "force_upcast": None}
     for key, value in known.items():
-        there = tuple(given[key]) if isinstance(value, tuple) else given[key]
+        there = tuple(given[key]) if isinstance(given[key], list) else given[key]
         if key not in ("sample_size", "force_upcast") and not key.startswith("_") and there != value:
             raise UserError(f"the autoencoder has {key} = {there}, and only {value} is known here")
     return config

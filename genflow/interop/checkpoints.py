@@ -33,6 +33,7 @@ from genflow.interop.autoencoder import (
 from genflow.interop.diffusers import config_from_diffusers
 from genflow.interop.families import looks_like
 from genflow.interop.layouts import DIFFUSERS, STABILITY, config_from_shapes, to_genflow
+from genflow.interop.settings import setting
 from genflow.interop.tensors import Lazy, read_file, read_folder, strip
 from genflow.networks.bottlenecks import GaussianConfig
 from genflow.networks.mmdit import MMDiTConfig
@@ -151,7 +152,8 @@ def _open_pipeline(folder: Path) -> Checkpoint:
     checkpoint = _open_transformer(folder / "transformer")
     autoencoder = vae_from_diffusers(read_json(folder / "vae" / CONFIG))
     _check_channels(checkpoint.model, autoencoder)
-    there = [name for name in ENCODERS if (index.get(name) or [None])[0] is not None]
+    kinds = {name: setting(list[Any] | None, index, name, str(folder / INDEX)) or [None] for name in ENCODERS}
+    there = [name for name, kind in kinds.items() if kind[0] is not None]
     return replace(
         checkpoint,
         vae=read_folder(folder / "vae"),

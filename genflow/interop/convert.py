@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import replace
@@ -30,6 +31,7 @@ from genflow.interop.checkpoints import (
 from genflow.interop.diffusers import config_to_diffusers
 from genflow.interop.layouts import DIFFUSERS, STABILITY, from_genflow
 from genflow.interop.lora import save_lora
+from genflow.interop.settings import setting
 from genflow.interop.tensors import refuse_full, write_file
 from genflow.registry import api_export
 from genflow.text.sd3 import FOLDERS, SD3TextConfig
@@ -50,6 +52,9 @@ PARTS = {
 LIKE = "--like a diffusers pipeline, which has both, adds them"
 # As StableDiffusion3Pipeline draws unless told otherwise.
 SAMPLE: dict[str, Any] = {"sampler": "euler", "grid": "double_shifted", "shift": 3.0, "steps": 28, "guidance": 7.0}
+
+# diffusers' schedulers of flows, and the samplers that they are on the double-shifted grid.
+SCHEDULERS = {"FlowMatchEulerDiscreteScheduler": "euler", "FlowMatchHeunDiscreteScheduler": "heun"}
 
 Layout = Literal["genflow", "diffusers", "stability", "lora"]
 
@@ -124,17 +129,21 @@ def recipe_of(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _schedule(pipeline: Path | None) -> dict[str, Any]:
-    """What a pipeline's scheduler says of how to sample. Raises UserError where it is not that of a flow."""
+    """What a pipeline's scheduler says of how to sample. Raises UserError where that is not said in genflow's words."""
     path = Path() if pipeline is None else pipeline / "scheduler" / "scheduler_config.json"
     if pipeline is None or not path.exists():
         return {}
+    from genflow.interop.schedulers import FOREIGN
+
     config = read_json(path)
-    if not str(config.get("_class_name", "")).startswith("FlowMatch"):
-        raise UserError(f"{path}: a {config.get('_class_name')} is no scheduler of flows that is known here")
-    sampler = {"sampler": "heun"} if config["_class_name"] == "FlowMatchHeunDiscreteScheduler" else {}
-    if config.get("use_dynamic_shifting"):
-        return {**sampler, "grid": "shifted", "shift": "resolution"}
-    return {**sampler, "shift": float(config.get("shift", 1.0))}
+    if (kind := str(config.get("_class_name"))) not in SCHEDULERS:
+        raise UserError(
+            f"{path}: a {kind} is no scheduler of flows that is known here; those are: {', '.join(SCHEDULERS)}"
+        )
+    if found := [name for name in ("use_dynamic_shifting", *FOREIGN) if config.get(name)]:
+        what = f"{found[0]} = {json.dumps(config[found[0]])} has no counterpart here"
+        raise UserError(f"{path}: {what}; remove it there, and set shift to a number")
+    return {"sampler": SCHEDULERS[kind], "shift": setting(float, {"shift": 1.0, **config}, "shift", str(path))}
 
 
 def shift_of(recipe: Mapping[str, Any]) -> float:

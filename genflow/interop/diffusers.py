@@ -10,6 +10,7 @@ from torch import Tensor
 
 from genflow.errors import UserError
 from genflow.interop.layouts import DIFFUSERS, TABLE, from_genflow, to_genflow
+from genflow.interop.settings import setting
 from genflow.interop.tensors import Lazy
 from genflow.networks.mmdit import MMDiT, MMDiTConfig
 from genflow.registry import api_export
@@ -46,8 +47,9 @@ def config_from_diffusers(source: Mapping[str, object]) -> MMDiTConfig:
         raise UserError(f"not the config of an SD3Transformer2DModel: it has no {missing[0]}")
 
     def get(key: str) -> int:
-        if not isinstance(value := source[key], int):
-            raise UserError(f"the config of the transformer has {key} = {value!r}, not a whole number; copy it again")
+        if isinstance(value := source[key], bool) or not isinstance(value, int) or value < 1:
+            what = "not a whole number of 1 or more; copy it again"
+            raise UserError(f"the config of the transformer has {key} = {value!r}, {what}")
         return value
 
     heads, head_dim = get("num_attention_heads"), get("attention_head_dim")
@@ -57,6 +59,7 @@ def config_from_diffusers(source: Mapping[str, object]) -> MMDiTConfig:
         raise UserError(f"caption_projection_dim must be heads x head_dim = {heads * head_dim}")
     if source.get("out_channels") not in (None, source["in_channels"]):
         raise UserError("out_channels differs from in_channels in the diffusers model")
+    dual = setting(tuple[int, ...] | None, source, "dual_attention_layers", "the config of the transformer")
     return MMDiTConfig(
         depth=get("num_layers"),
         hidden=heads * head_dim,
@@ -66,7 +69,7 @@ def config_from_diffusers(source: Mapping[str, object]) -> MMDiTConfig:
         context_dim=get("joint_attention_dim"),
         pooled_dim=get("pooled_projection_dim"),
         qk_norm=qk_norm is not None,
-        dual_attention_layers=tuple(source.get("dual_attention_layers") or ()),  # type: ignore[arg-type]
+        dual_attention_layers=dual or (),
         sample_size=get("sample_size") // get("patch_size"),
         pos_embed_max_size=get("pos_embed_max_size"),
     )

@@ -18,6 +18,7 @@ from genflow.flows.lora import Factors, factors_of, is_factor, lora_scale, merge
 from genflow.flows.store import CONFIG, EMA, MODEL, _read_tensors, find_model, read_config
 from genflow.interop.families import looks_like
 from genflow.interop.layouts import DIFFUSERS
+from genflow.interop.settings import setting
 from genflow.interop.tensors import PICKLES, Lazy, read_file, refuse_full, write_file
 from genflow.networks.mmdit import MMDiT, MMDiTConfig
 from genflow.registry import api_export
@@ -138,6 +139,8 @@ def _pair(
             "it is a LoRA of another one"
         )
     alpha = tensors.pop(f"{stem}.alpha", None)
+    if alpha is not None and math.prod(alpha.shape) != 1:
+        raise UserError(f"{file}: {stem}.alpha is {list(alpha.shape)}, not one number; copy the file again")
     return a.read().float(), b.read().float() * (scale(stem, rank) if alpha is None else alpha.read().item() / rank)
 
 
@@ -147,12 +150,16 @@ def _scale_by_header(file: Path) -> Callable[[str, int], float]:
         text = (opened.metadata() or {}).get("lora_adapter_metadata", "{}")
     try:
         about = {key.removeprefix(PREFIX): value for key, value in json.loads(text).items()}
-        alphas = {re.compile(rf"(.*\.)?({key})"): alpha for key, alpha in about.get("alpha_pattern", {}).items()}
-    except (ValueError, AttributeError, re.error) as error:
+        pattern = about.get("alpha_pattern", {})
+        alphas = {re.compile(rf"(.*\.)?({key})"): setting(float, pattern, key, "alpha_pattern") for key in pattern}
+        rest = setting(float, about, "lora_alpha", "LoraConfig") if "lora_alpha" in about else None
+    except (ValueError, AttributeError, TypeError, re.error) as error:
         raise UserError(f"{file}: the LoRA's settings in its header are damaged ({error}); copy it again") from error
 
     def scale(stem: str, rank: int) -> float:
-        alpha = next((alpha for names, alpha in alphas.items() if names.fullmatch(stem)), about.get("lora_alpha", rank))
+        alpha = next(
+            (alpha for names, alpha in alphas.items() if names.fullmatch(stem)), rank if rest is None else rest
+        )
         return alpha / (math.sqrt(rank) if about.get("use_rslora") else rank)
 
     return scale

@@ -66,8 +66,8 @@ class GenflowScheduler(SchedulerMixin, ConfigMixin):
 
     sampler: a name such as "heun", or the function; grid: a name, or the times themselves, N + 1 that fall from 1 to 0;
     shift: of a named grid; options: further arguments of the sampler. The others have diffusers' names and meaning:
-    with use_dynamic_shifting the pipeline gives the shift, as mu. grid="double_shifted" has the times of diffusers' own
-    FlowMatchEulerDiscreteScheduler. The state is float32 or wider, whatever the pipeline's latents are.
+    with use_dynamic_shifting the pipeline gives the shift, as mu. grid="double_shifted" has the times that diffusers' own
+    FlowMatchEulerDiscreteScheduler makes for a number of steps. The state is float32 or wider, whatever the latents are.
 
     timesteps holds one entry per evaluation, so that a pipeline of N steps calls its model as often as the sampler does.
     Latents that the pipeline changes between two steps (inpainting, callbacks) are taken up: the sampler begins anew from
@@ -146,12 +146,16 @@ class GenflowScheduler(SchedulerMixin, ConfigMixin):
             shift = math.exp(mu) if self.config["time_shift_type"] == "exponential" else mu
         if sigmas is not None:
             given = np.asarray(sigmas, dtype=np.float64)
+            if not len(given):
+                raise UserError("sigmas is empty; give one for each step, falling from 1, or num_inference_steps")
             if not np.allclose(given, np.linspace(1, 1 / len(given), len(given)), rtol=0, atol=1e-6):
                 return check_grid([*(shift_time(float(s), shift) for s in given), 0.0])
             steps = len(given)
         grid = self.config["grid"]
         if isinstance(grid, str):
-            return resolve("grid", grid)(steps, shift)
+            # diffusers shifts its last time twice only where the shift is fixed
+            once = grid == "double_shifted" and self.config["use_dynamic_shifting"]
+            return resolve("grid", grid)(steps, shift, **({"t_min": 1 / 1000} if once else {}))
         if steps != len(grid) - 1:
             raise UserError(f"num_inference_steps = {steps}, but the grid given has {len(grid) - 1} steps")
         return check_grid(grid)

@@ -1,7 +1,8 @@
 """Editing pictures with a velocity: inversion, image-to-image, inpainting, FlowEdit, RF-inversion.
 
 Plain functions over any velocity v(x, t). Grids fall from noise to data, as for sampling. sampler: any solver of fixed
-steps, called as sampler(velocity, x, grid, progress=...). A picture's result does not depend on its batch mates.
+steps, called as sampler(velocity, x, grid, progress=...). A picture's result does not depend on its batch mates. Under
+a sampler that takes rows apart (adaptive, picard) a velocity with conditions by the row must have `take`.
 """
 
 from __future__ import annotations
@@ -153,17 +154,17 @@ def _resample(
     progress: Progress | None,
 ) -> Solution:
     check_seeds(seeds, z)
-    nfe, steps = 0, len(times) - 1
+    nfe, steps, stopped = 0, len(times) - 1, dict[int, str]()
     for step in range(steps):
         t, t_next = times[step : step + 2]
         for again in range(repeats):
             if again:
                 z = renoise(z, noise_like(z, seeds, step, f"resample {again}"), t_next, t)
             solution = sampler(velocity, z, [t, t_next])
-            z, nfe = solution.x, nfe + solution.nfe
+            z, nfe, stopped = solution.x, nfe + solution.nfe, {**solution._stopped, **stopped}
         if progress is not None:
             progress(step + 1, steps)
-    return replace(solution, nfe=nfe)
+    return replace(solution, nfe=nfe, _stopped=stopped)
 
 
 @dataclass(frozen=True)
@@ -276,7 +277,7 @@ def rf_inversion(
     to_picture = Drawn(velocity_target, x, 0.0, eta, interval)
     there = sampler(to_noise, x, times[::-1], progress=progress)
     back = sampler(to_picture, there.x, times, progress=progress)
-    return replace(back, nfe=there.nfe + back.nfe)
+    return replace(back, nfe=there.nfe + back.nfe, _stopped={**back._stopped, **there._stopped})
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,7 @@ def fixed_point(
     while sweeps < max_sweeps and not (change <= tolerance).all():
         arrived = change <= tolerance
         new = step(x)
-        moved = (new - x).detach().abs().flatten(1).amax(1)
+        moved = (new - x).detach().abs().unsqueeze(-1).flatten(1).amax(1)
         x = torch.where(arrived.view(-1, *[1] * (x.dim() - 1)), x, new)
         change = torch.where(arrived, change, moved)
         sweeps += 1

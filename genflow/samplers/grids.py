@@ -56,14 +56,15 @@ def shifted(steps: int, shift: float = 1.0) -> list[float]:
 
 
 @grid_export("double_shifted")
-def double_shifted(steps: int, shift: float = 1.0) -> list[float]:
+def double_shifted(steps: int, shift: float = 1.0, *, t_min: float | None = None) -> list[float]:
     """diffusers' and Stability's grid: from 1 to the *shifted* 1/1000 in steps - 1, shifted again, then 0.
 
     With shift 3 the last time before 0 is 0.0089, where one shift gives 0.0030. For samples as diffusers draws them
-    (FlowMatchEulerDiscreteScheduler) and as the released SD3 code does.
+    (FlowMatchEulerDiscreteScheduler) and as the released SD3 code does. t_min: in place of that shifted 1/1000; 1/1000
+    itself is diffusers' where the shift is by the picture's size.
     """
     _check(steps, shift)
-    last = shift_time(1 / 1000, shift)
+    last = shift_time(1 / 1000, shift) if t_min is None else t_min
     return [shift_time(t, shift) for t in (_falling(steps - 1, last) if steps > 1 else [1.0])] + [0.0]
 
 

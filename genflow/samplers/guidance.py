@@ -194,7 +194,8 @@ class Guided:
 
     Momentum is memory along one solve. It begins anew when time rises, when the batch changes and outside the interval;
     at a time seen last, as in Heun's method, the new difference takes the place of the old, so that each time of the
-    grid counts once. Rows with times of their own have no common past: then a guide with momentum raises UserError.
+    grid counts once. Nothing tells it where a solve ends: one that begins below where the last ended needs a Guided of its
+    own. Rows with times of their own have no common past: then a guide with momentum raises UserError.
     """
 
     branches: OneNetwork | TwoNetworks

@@ -22,7 +22,7 @@ def slerp(a: Tensor, b: Tensor, fraction: float | Tensor) -> Tensor:
     a, b = state(a), state(b)
     column = (-1, *[1] * (a.dim() - 1))
     weight = torch.as_tensor(fraction, dtype=a.dtype, device=a.device).reshape(column)
-    u, v = (torch.nn.functional.normalize(each.flatten(1), dim=1) for each in (a, b))
+    u, v = (torch.nn.functional.normalize(each.unsqueeze(-1).flatten(1), dim=1) for each in (a, b))
     # the angle between, over pi, as precise for small ones as for any (Kahan)
     angle = torch.atan2((u - v).norm(dim=1), (u + v).norm(dim=1)).view(column) * (2 / math.pi)
     # sin(f angle) / sin(angle), as a ratio that has a limit at 0

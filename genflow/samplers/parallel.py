@@ -60,8 +60,8 @@ def picard(
     size = min(int(window), steps)
 
     # The host keeps the times, and for each row the step that is verified (its window begins there) and what it spent.
-    clock, places = torch.tensor(grid, dtype=torch.float64), torch.arange(size + 1)
-    at, spent, sweeps = torch.zeros(len(x), dtype=torch.int64), torch.zeros(len(x), dtype=torch.int64), 0
+    clock, places = torch.tensor(grid, dtype=torch.float64, device="cpu"), torch.arange(size + 1, device="cpu")
+    at, spent, sweeps = *torch.zeros(2, len(x), dtype=torch.int64, device="cpu"), 0
     states = x.unsqueeze(1).repeat_interleave(size + 1, dim=1)  # B x window + 1: the verified one, then guesses
     path = _Path(x, grid) if record else None
     part, part_of = velocity, None
@@ -83,7 +83,7 @@ def picard(
         sums = torch.stack(list(accumulate((_over(h, x) * v).unbind(1), initial=states[:, 0])), dim=1)
 
         # ... see which states stayed: the one after them is right too, as the step from the last of them ...
-        change = (sums - states)[:, 1:].flatten(2).square().mean(2).sqrt()
+        change = (sums - states)[:, 1:].unsqueeze(-1).flatten(2).square().mean(2).sqrt()
         settled = torch.minimum(verified(change, tolerance).cpu(), (h != 0).sum(1))
         if path is not None:
             path.add(sums, at, settled, spent)
@@ -92,7 +92,7 @@ def picard(
         at = at + settled
         kept = (places + settled[:, None]).clamp(max=size)
         ahead = _over(clock[(at[:, None] + places).clamp(max=steps)] - times.gather(1, kept), x)
-        states = sums[_to(torch.arange(len(x)), x)[:, None], _to(kept, x)]
+        states = sums[torch.arange(len(x), device=x.device)[:, None], _to(kept, x)]
         states = torch.where(ahead == 0, states, states + ahead * v[:, -1:])  # a guess may be NaN, and 0 NaN is too
         if progress is not None:
             progress(int(at.min()), steps)
@@ -107,10 +107,10 @@ class _Path:
     def __init__(self, x: Tensor, grid: list[float]) -> None:
         self.grid = grid
         self.states = x.unsqueeze(0).repeat_interleave(len(grid), dim=0)
-        self.nfe = torch.zeros(len(grid), dtype=torch.int64)
+        self.nfe = torch.zeros(len(grid), dtype=torch.int64, device="cpu")
 
     def add(self, sums: Tensor, at: Tensor, settled: Tensor, spent: Tensor) -> None:
-        rows, places = (torch.arange(sums.shape[1] - 1) < settled[:, None]).nonzero(as_tuple=True)
+        rows, places = (torch.arange(sums.shape[1] - 1, device="cpu") < settled[:, None]).nonzero(as_tuple=True)
         steps = at[rows] + places + 1
         self.states[_to(steps, sums), _to(rows, sums)] = sums[_to(rows, sums), _to(places + 1, sums)]
         self.nfe.scatter_reduce_(0, steps, spent[rows], "amax")

@@ -34,6 +34,7 @@ import torch
 from torch import Tensor
 
 from genflow.errors import UserError, nearest
+from genflow.functional import Time
 from genflow.registry import api_export
 from genflow.samplers.solution import Velocity, as_state, state
 
@@ -211,9 +212,9 @@ class Converted:
         return scale / det * (as_state(self.model(scale * z, rows), z) - total * z)
 
     def __call__(self, z: Tensor, t: Tensor) -> Tensor:
-        s = self._s(t.double())
+        s = self._s(_double(t))
         scale, total, det = (_rows(a, z) for a in self.path.terms(s, self.prediction))
-        return scale / det * (as_state(self.model(scale * z, s.to(_dtype(s, z))), z) - total * z)
+        return scale / det * (as_state(self.model(scale * z, s.to(z.device, _dtype(s, z))), z) - total * z)
 
     @property
     def take(self) -> Callable[[Tensor], Converted]:  # where the model has it
@@ -238,17 +239,24 @@ def model_from(velocity: Velocity, path: Path, prediction: Prediction) -> Model:
     _check(path, prediction)
 
     def model(x: Tensor, s: Tensor | float) -> Tensor:
-        times = torch.as_tensor(s, dtype=torch.float64, device=x.device).expand(len(x))
+        times = _double(s).expand(len(x))
         z, t = state(x), path.t_of_s(times)
         scale, total, det = (_rows(a, z) for a in path.terms(times, prediction))
         z = z / scale
-        return (det / scale * as_state(velocity(z, t.to(z.dtype)), z) + total * z).to(x.dtype)
+        return (det / scale * as_state(velocity(z, t.to(z)), z) + total * z).to(x.dtype)
 
     return model
 
 
 def _rows(a: Tensor, x: Tensor) -> Tensor:
-    return a.to(x.dtype).view(-1, *[1] * (x.dim() - 1))
+    return a.to(x).view(-1, *[1] * (x.dim() - 1))
+
+
+def _double(t: Time) -> Tensor:
+    """Times in float64; on the CPU those of MPS, which has none."""
+    if isinstance(t, Tensor):
+        return (t.cpu() if t.is_mps else t).double()
+    return torch.tensor(t, dtype=torch.float64, device="cpu")
 
 
 def _dtype(s: Tensor, x: Tensor) -> torch.dtype:

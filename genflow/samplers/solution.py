@@ -158,7 +158,7 @@ class Solve:
         return v if v.shape == x.shape and v.dtype == x.dtype else as_state(v, x)
 
     def _add_times(self, times: list[float]) -> None:
-        column = torch.tensor(times, dtype=self.x.dtype).unsqueeze(1).to(self.x.device, non_blocking=True)
+        column = torch.tensor(times, dtype=self.x.dtype, device="cpu").unsqueeze(1).to(self.x.device, non_blocking=True)
         rows = column.repeat(1, len(self.x))
         self._times.update(zip(times, rows.unbind(), strict=True))
 
@@ -185,10 +185,28 @@ class Solve:
         return Solution(self.x, self.nfe, self.trajectory, _sums=self._sums)
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+_OPTIONS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "float": ("a number", _is_number),
+    "int": ("a whole number", lambda value: isinstance(value, int) and not isinstance(value, bool)),
+    "bool": ("true or false", lambda value: isinstance(value, bool)),
+    "bool | None": ("true, false or null", lambda value: value is None or isinstance(value, bool)),
+    "str": ("a name", lambda value: isinstance(value, str)),
+    "tuple[float, float]": (
+        "two numbers, such as [0.1, 0.3]",
+        lambda value: isinstance(value, list | tuple) and len(value) == 2 and all(map(_is_number, value)),
+    ),
+}
+"""What an option of a sampler must be, by its annotation."""
+
+
 def bound_sampler(name: str, options: Mapping[str, Any], seeds: Sequence[int]) -> Callable[..., Solution]:
     """The sampler of that name with its own options, and with the seeds if it draws noise.
 
-    Raises UserError for an unknown name or option.
+    Raises UserError for an unknown name or option, and for a value of another type.
     """
     sampler = resolve("sampler", name)
     kinds = {p.name: str(p.annotation) for p in signature(sampler).parameters.values() if p.kind is p.KEYWORD_ONLY}
@@ -196,8 +214,9 @@ def bound_sampler(name: str, options: Mapping[str, Any], seeds: Sequence[int]) -
     if unknown := [option for option in options if option not in own - {"seeds"}]:
         raise UserError(f"sampler {name} has no option {unknown[0]!r}.{nearest(unknown[0], own - {'seeds'})}")
     for option, value in options.items():
-        if kinds[option] in ("float", "int") and (isinstance(value, bool) or not isinstance(value, int | float)):
-            raise UserError(f"sampler {name}: {option} = {value!r} is not a number")
+        kind = "str" if kinds[option].startswith("Literal") else kinds[option]
+        if kind in _OPTIONS and not (test := _OPTIONS[kind])[1](value):
+            raise UserError(f"sampler {name}: {option} = {value!r} is not {test[0]}")
     return partial(sampler, **options, **({"seeds": seeds} if "seeds" in own else {}))
 
 

@@ -36,7 +36,7 @@ def reflected(z: Tensor, delta: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     z: B x ..., standard normal, of the guess m_q + z; delta: m_q - m_p, as z; u: B, uniform in (0, 1). Returns what to add
     to m_p for a draw from N(m_p, I), and whether that is the guess itself, B, which has probability 2 Phi(-|delta| / 2).
     """
-    flat, d = z.flatten(1), delta.flatten(1)
+    flat, d = (each.unsqueeze(-1).flatten(1) for each in (z, delta))
     along, square = (flat * d).sum(1), d.square().sum(1)
     stands = u.log() <= -along - square / 2  # phi(z + delta) / phi(z)
     turned = flat - 2 * (along / square.clamp(min=torch.finfo(square.dtype).tiny))[:, None] * d
@@ -74,14 +74,16 @@ def speculative(
     w = _diffusion(diffusion, scale)
     solve = _falling(velocity, x, grid, seeds, progress, record)
     grid, x = solve.grid, solve.x
-    steps, places = len(grid) - 1, torch.arange(min(int(window), len(grid) - 1))
-    times = torch.tensor(grid, dtype=torch.float64)
+    steps, places = len(grid) - 1, torch.arange(min(int(window), len(grid) - 1), device="cpu")
+    times = torch.tensor(grid, dtype=torch.float64, device="cpu")
     h = -times.diff()
-    rate = torch.tensor([w(t, t_next**2 / (t - t_next)) for t, t_next in pairwise(grid)], dtype=torch.float64)
+    rate = times.new_tensor([w(t, t_next**2 / (t - t_next)) for t, t_next in pairwise(grid)])
+    still = torch.where(rate * h > 0, steps - 1, torch.arange(steps, device="cpu"))
+    reach = still.flip(0).cummin(0).values.flip(0)  # the first step without noise from each on: there a window ends
     noise = _Noise(seeds, x)
 
     # The host keeps for each row the step up to which it is settled, and what it spent.
-    at, spent, tested, held = (torch.zeros(len(x), dtype=torch.int64) for _ in range(4))
+    at, spent, tested, held = torch.zeros(4, len(x), dtype=torch.int64, device="cpu")
     foretold: Tensor | None = None
     path, sweeps = _Path(x, grid) if record else None, 0
     part, part_of = velocity, None
@@ -97,7 +99,8 @@ def speculative(
 
     while (at < steps).any():
         # Guess the states of the window, with the picture foretold last ...
-        width = 1 if foretold is None else len(places)
+        ahead = reach[at.clamp(max=steps - 1)] - at  # -1 where a row has arrived
+        width = 1 if foretold is None else min(len(places), 1 + int(ahead.max()))
         guessed, means = [x], []
         number = (at[:, None] + places[:width]).clamp(max=steps - 1)  # beyond the end nothing is used
         for i in range(width - 1):
@@ -108,7 +111,7 @@ def speculative(
 
         # ... evaluate the velocity at all of them ...
         states = torch.stack(guessed, 1)
-        rows, slots = (at[:, None] + places[:width] < steps).nonzero(as_tuple=True)
+        rows, slots = (places[:width] <= ahead[:, None]).nonzero(as_tuple=True)
         cells = _to(rows, x), _to(slots, x)
         if hasattr(velocity, "take") and (part_of is None or not torch.equal(part_of, rows)):
             part, part_of = velocity.take(cells[0]), rows
@@ -127,11 +130,11 @@ def speculative(
             if i < width - 1:
                 delta = torch.where(s > 0, (means[i] - m) / s.clamp(min=1e-30), 0)
                 z, stands = reflected(z, delta, noise.uniform(k))
-                good = stands.cpu() & (rate * h > 0)[k]
+                good = stands.cpu()
             else:
                 good = torch.zeros_like(going)
             new.append(torch.where(_to(going, x).view_as(numbers(h, k)), m + s * z, new[-1] if new else x))
-            follows = going & (at + i + 1 < steps)
+            follows = going & (i < ahead)
             settled += going
             tested += follows & (i < width - 1)
             held += follows & good & (i < width - 1)
@@ -139,7 +142,7 @@ def speculative(
         sums = torch.stack([x, *new], 1)
         if path is not None:
             path.add(sums, at, settled, spent)
-        every, last = _to(torch.arange(len(x)), x), _to((settled - 1).clamp(min=0), x)
+        every, last = torch.arange(len(x), device=x.device), _to((settled - 1).clamp(min=0), x)
         t_last = numbers(times, number.gather(1, (settled - 1).clamp(min=0)[:, None])[:, 0])
         foretold = x_from_velocity(states[every, last], v[every, last], t_last)
         x, at = sums[every, _to(settled, x)], at + settled
@@ -172,9 +175,9 @@ class _Noise:
 
     def uniform(self, k: Tensor) -> Tensor:
         """Uniform in (0, 1), B: row i that of step k[i]."""
-        zero = torch.zeros(1, dtype=torch.int64)
+        zero = torch.zeros(1, dtype=torch.int64, device="cpu")
         each = [Rng(seed, step).uniform("accept", zero) for seed, step in zip(self.seeds, k.tolist(), strict=True)]
-        return torch.cat([torch.empty(0, dtype=torch.float64), *each]).to(self.x.device).to(self.x.dtype)
+        return torch.cat([zero.new_empty(0, dtype=torch.float64), *each]).to(self.x.dtype).to(self.x.device)
 
     def forget(self, at: Tensor) -> None:
         """Drop the steps before at[i] of each row i."""

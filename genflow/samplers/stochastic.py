@@ -159,8 +159,8 @@ def restart(
     and comes down again in `inner` equal steps of Heun, `times` times. That is 2 x times x inner evaluations more than
     `heun` has, one less each time where lo is 0. times 0 is `heun`. interval: (lo, hi).
 
-    Raises UserError for an interval that is not 0 <= lo < hi <= 1 or lies below the whole grid, and for counts that are
-    not whole numbers.
+    Raises UserError for an interval that is not 0 <= lo < hi <= 1, reaches above the grid or lies below it, and for counts
+    that are not whole numbers.
     """
     solve = _falling(velocity, x, grid, seeds, progress, record)
     lo, hi = interval
@@ -169,6 +169,11 @@ def restart(
     if not 0 <= lo < hi <= 1:
         near = (hi, lo) if 0 <= hi < lo <= 1 else (0.1, 0.3)
         raise UserError(f"restart interval = ({lo}, {hi}) is not 0 <= lo < hi <= 1; try {near}")
+    if hi > (first := solve.grid[0]):
+        below_it = f"({first / 3:.2g}, {first:.2g})"
+        raise UserError(
+            f"restart interval = ({lo}, {hi}) reaches above the grid, which starts at {first}; try {below_it}"
+        )
     if not (below := [t for t in solve.grid[1:] if t < hi]):
         raise UserError(f"restart interval = ({lo}, {hi}) lies below the grid, which ends at {solve.grid[-1]}")
     lo = min(below, key=lambda t: abs(t - lo))

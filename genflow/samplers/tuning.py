@@ -137,7 +137,7 @@ class _Contest:
 
     def judge(self, sampler: str, name: str, grid: Sequence[float], learnt: bool) -> Candidate:
         solution = resolve("sampler", sampler)(self.velocity, self.noise, grid)
-        squares = (solution.x - self.reference).flatten(1).square().mean(1).double().cpu()
+        squares = (solution.x - self.reference).unsqueeze(-1).flatten(1).square().mean(1).cpu().double()
         parts = squares[: self.fitted], squares[self.fitted :]
         error, held_out = (rmse if math.isfinite(rmse := part.mean().sqrt().item()) else math.inf for part in parts)
         return Candidate(sampler, name, list(grid), solution.nfe, error, held_out, learnt)
@@ -167,7 +167,7 @@ def plan(
         v = evaluate(velocity, state, t)[:rows]
         lengths = torch.tensor(times[i + 1 :]).to(v) - t
         ends = path[i] + lengths.view(-1, *[1] * v.dim()) * v
-        costs[i, i + 1 :] = (ends - path[i + 1 :]).flatten(1).square().mean(1).double().cpu()
+        costs[i, i + 1 :] = (ends - path[i + 1 :]).flatten(1).square().mean(1).cpu().double()
     return {f"planned {weight}": [times[i] for i in _cheapest(costs, steps, weight)] for weight in WEIGHTS}
 
 

@@ -1,0 +1,146 @@
+"""Edges of other people's files: schedulers that genflow has no words for, and settings that cannot be."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from PIL import Image
+from safetensors.torch import save_file
+
+from genflow.cli import main
+from genflow.data.pictures import read_settings
+from genflow.errors import UserError
+from genflow.interop.checkpoints import open_checkpoint
+from genflow.interop.convert import convert, recipe_of
+from genflow.interop.lora import load_lora
+from genflow.interop.schedulers import as_scheduler
+from genflow.networks.mmdit import MMDiTConfig
+from tests import tiny_sd3
+
+
+@pytest.fixture(scope="module")
+def pipe(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("edges") / "pipe"
+    tiny_sd3.pipeline().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def changed(pipe, tmp_path):
+    """Opens a copy of the pipeline, of whose file some settings are others."""
+
+    def openit(file, **settings):
+        shutil.copytree(pipe, tmp_path / "pipe")
+        path = tmp_path / "pipe" / file
+        path.write_text(json.dumps({**json.loads(path.read_text()), **settings}))
+        return recipe_of(open_checkpoint(tmp_path / "pipe"))
+
+    return openit
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"use_dynamic_shifting": True}, "use_dynamic_shifting = true has no counterpart here"),
+        ({"use_karras_sigmas": True}, "use_karras_sigmas = true"),
+        ({"shift_terminal": 0.1}, "shift_terminal = 0.1"),
+        ({"stochastic_sampling": True}, "stochastic_sampling = true"),
+        ({"_class_name": "FlowMatchLCMScheduler"}, "a FlowMatchLCMScheduler is no scheduler of flows"),
+        ({"_class_name": ["x"]}, "is no scheduler of flows"),
+        ({"shift": None}, "shift must be a number, not nothing"),
+        ({"shift": "a"}, "shift must be a number, not 'a'"),
+    ],
+)
+def test_a_scheduler_without_a_counterpart_is_refused(changed, settings, message):
+    with pytest.raises(UserError, match=message) as error:
+        changed("scheduler/scheduler_config.json", **settings)
+    assert "scheduler_config.json: " in str(error.value)
+
+
+@pytest.mark.parametrize(("kind", "sampler"), [("Euler", "euler"), ("Heun", "heun")])
+def test_euler_and_heun_are_samplers_on_the_double_shifted_grid(changed, kind, sampler):
+    sample = changed("scheduler/scheduler_config.json", _class_name=f"FlowMatch{kind}DiscreteScheduler", shift=2.5)[
+        "sample"
+    ]
+    assert (sample["sampler"], sample["grid"], sample["shift"]) == (sampler, "double_shifted", 2.5)
+
+
+@pytest.mark.parametrize(
+    ("file", "settings", "message"),
+    [
+        ("transformer/config.json", {"dual_attention_layers": "x"}, "dual_attention_layers must be a list, not 'x'"),
+        ("transformer/config.json", {"dual_attention_layers": -1}, "dual_attention_layers must be a list, not -1"),
+        ("transformer/config.json", {"patch_size": 0}, "patch_size = 0, not a whole number of 1 or more"),
+        ("vae/config.json", {"block_out_channels": None}, "block_out_channels must be a list, not nothing"),
+        ("vae/config.json", {"down_block_types": None}, "down_block_types = None"),
+        ("vae/config.json", {"up_block_types": 0}, "up_block_types = 0"),
+        ("vae/config.json", {"norm_num_groups": 0}, "no multiples of norm_num_groups = 0"),
+        ("vae/config.json", {"layers_per_block": "x"}, "layers_per_block must be a whole number, not 'x'"),
+        ("model_index.json", {"text_encoder_2": -1}, "text_encoder_2 must be a list, not -1"),
+    ],
+)
+def test_a_damaged_setting_costs_one_line(changed, file, settings, message):
+    with pytest.raises(UserError, match=message):
+        changed(file, **settings)
+
+
+@pytest.mark.parametrize(
+    ("header", "alpha", "message"),
+    [
+        ({"transformer.lora_alpha": None}, None, "lora_alpha must be a number, not nothing"),
+        ({"transformer.lora_alpha": "8"}, None, "lora_alpha must be a number, not '8'"),
+        ({"transformer.alpha_pattern": {"to_q": None}}, None, "to_q must be a number, not nothing"),
+        ({"transformer.alpha_pattern": None}, None, "damaged"),
+        (None, torch.ones(2), r"attn.to_q.alpha is \[2\], not one number"),
+    ],
+)
+def test_a_damaged_lora_costs_one_line(tmp_path, header, alpha, message):
+    network = MMDiTConfig(
+        depth=1, hidden=32, heads=2, patch_size=2, in_channels=3, context_dim=8, pooled_dim=8, sample_size=2
+    ).build()
+    stem = "transformer.transformer_blocks.0.attn.to_q"
+    tensors = {f"{stem}.lora_A.weight": torch.ones(4, 32), f"{stem}.lora_B.weight": torch.ones(32, 4)}
+    tensors |= {} if alpha is None else {f"{stem}.alpha": alpha}
+    about = None if header is None else {"lora_adapter_metadata": json.dumps(header)}
+    save_file(tensors, tmp_path / "lora.safetensors", metadata=about)
+    with pytest.raises(UserError, match=message):
+        load_lora(network, tmp_path / "lora.safetensors")
+
+
+@pytest.mark.parametrize("kind", ["exponential", "linear"])
+@pytest.mark.parametrize("steps", [1, 7])
+def test_the_double_shifted_grid_is_that_of_diffusers_for_a_shift_by_size_too(kind, steps):
+    theirs = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, time_shift_type=kind)
+    ours = as_scheduler("euler", grid="double_shifted", like=theirs)
+    for scheduler in (ours, theirs):
+        scheduler.set_timesteps(steps, mu=1.15)
+    torch.testing.assert_close(ours.sigmas, theirs.sigmas, rtol=0, atol=1e-6)
+
+
+def test_no_sigmas_are_refused():
+    with pytest.raises(UserError, match="sigmas is empty"):
+        as_scheduler("euler").set_timesteps(sigmas=[])
+
+
+def test_a_latent_flow_is_guided_away_from_a_weaker_one_of_its_latents(pipe, tmp_path, capsys):
+    convert(pipe, tmp_path / "weak")
+    asked = ["sample", str(pipe), "--prompt", "a", "--steps", "2", "--guidance", "3", "--device", "cpu"]
+    assert main([*asked, "--weak", str(tmp_path / "weak"), "--out", str(tmp_path / "a")]) == 0
+    assert main([*asked, "--guidance", "1", "--out", str(tmp_path / "b")]) == 0
+    assert read_settings(tmp_path / "a" / "grid.png")["weak"] == str(tmp_path / "weak")
+    weak, plain = (np.asarray(Image.open(tmp_path / name / "0000-a-0.png")).astype(int) for name in "ab")
+    assert abs(weak - plain).max() <= 1  # as strong as the other is, there is nothing to move away from
+
+    config = json.loads((tmp_path / "weak" / "config.json").read_text())
+    config["flow"]["autoencoder"]["scale"] = 2.0
+    (tmp_path / "weak" / "config.json").write_text(json.dumps(config))
+    capsys.readouterr()
+    assert main([*asked, "--weak", str(tmp_path / "weak"), "--out", str(tmp_path / "c")]) == 2
+    assert "whose autoencoder is another" in capsys.readouterr().err
+    assert main([*asked, "--graphs", "--out", str(tmp_path / "c")]) == 2
+    assert "--graphs records CUDA graphs, and this is cpu" in capsys.readouterr().err
