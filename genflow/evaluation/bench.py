@@ -6,6 +6,7 @@ import ctypes
 import gc
 import os
 import platform
+import signal
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -198,7 +199,8 @@ def peak_memory(build: Callable[[str], Side], name: str, task: str, device: torc
     """
     if device.type not in ("cpu", "cuda") or (device.type == "cpu" and platform.system() != "Linux"):
         return None
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+    quiet = {"initializer": signal.signal, "initargs": (signal.SIGINT, signal.SIG_DFL)}  # of Ctrl-C we say enough
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn"), **quiet) as pool:
         try:
             return pool.submit(_peak_memory, build, name, task, device).result()
         except BrokenProcessPool:
