@@ -199,8 +199,8 @@ def peak_memory(build: Callable[[str], Side], name: str, task: str, device: torc
     """
     if device.type not in ("cpu", "cuda") or (device.type == "cpu" and platform.system() != "Linux"):
         return None
-    quiet = {"initializer": signal.signal, "initargs": (signal.SIGINT, signal.SIG_DFL)}  # of Ctrl-C we say enough
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn"), **quiet) as pool:
+    end_at_once = (signal.SIGINT, signal.SIG_DFL)  # of Ctrl-C this process says enough
+    with ProcessPoolExecutor(1, get_context("spawn"), initializer=signal.signal, initargs=end_at_once) as pool:
         try:
             return pool.submit(_peak_memory, build, name, task, device).result()
         except BrokenProcessPool:
