@@ -304,3 +304,11 @@ def test_without_a_text_there_is_no_prefix():
     none = Condition(torch.zeros(2, 0, 0), torch.zeros(2, 0, dtype=torch.bool), torch.zeros(2, 0))
     x = tokens(2)
     torch.testing.assert_close(TransformerReader(net, none).step(symbols(x)[:, :N]), forward(net, x, none))
+
+
+def test_the_lengths_that_a_cache_was_cut_to_are_its_own():
+    cache, lengths = make().cache(2, 8), torch.tensor([3, 4])
+    cache.open(5)
+    cache.truncate(lengths)
+    lengths.fill_(1)
+    assert cache.lengths.tolist() == [3, 4]

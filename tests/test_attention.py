@@ -370,3 +370,11 @@ def test_genflow_s_kernel_is_of_sdpa_alone_and_a_named_kernel_is_torch_s(monkeyp
     assert not ours
     attention(q, q, q, backend="sdpa")
     assert ours == [backends.MatrixAttention]
+
+
+def test_what_an_outer_context_needs_holds_within_an_inner_one():
+    with attention_backend(needs="double_backward"):
+        with attention_backend("auto"):
+            assert used() == "math"
+        with attention_backend("sdpa"), pytest.raises(UserError, match="has no double backward"):
+            used()

@@ -123,3 +123,14 @@ def test_others_take_torch_s_own(monkeypatch):
     monkeypatch.setattr(native, "matrix_units", lambda: False)
     assert not cpu.serves(q, k, v)
     assert type(attention(q, k, v).grad_fn).__name__ != "MatrixAttentionBackward"
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_gradients_add_up_over_keys_that_are_taken_in_parts(causal):
+    """So many weights that those kept for the gradient of the queries do not fit at once."""
+    q, k, v = inputs(640, 640, batch=1, heads=1)
+    cotangent = torch.randn(1, 640, 1, 32, generator=torch.Generator().manual_seed(1)).bfloat16().transpose(1, 2)
+    got = torch.autograd.grad(attention(q, k, v, Mask(causal=causal)), (q, k, v), cotangent)
+    _, exact = gradients(*(x.detach().double().requires_grad_() for x in (q, k, v)), cotangent, is_causal=causal)
+    for a, b in zip(got, exact, strict=True):
+        assert worst(a, b) <= 2**-6 * float(b.abs().max())

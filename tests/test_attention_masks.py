@@ -172,3 +172,19 @@ def test_what_a_backend_makes_of_a_mask_is_made_once():
     like = torch.empty(2, 2, 1)
     assert mask.full(like, 6, 6) is mask.full(like, 6, 6)
     assert mask.packing(2, 6, 6, like.device) is mask.packing(2, 6, 6, like.device)
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "math", "tiled"])
+def test_a_mask_that_was_used_serves_other_numbers_of_keys(backend):
+    """As the mask of a cache does, of windows of one width one after another."""
+    mask, q = Mask(causal=True), torch.randn(1, 2, 3, 8)
+    for keys in (4, 7, 3):
+        k, v = torch.randn(1, 2, keys, 8), torch.randn(1, 2, keys, 8)
+        expected = attention(q, k, v, Mask(causal=True), backend=backend)
+        assert torch.equal(attention(q, k, v, mask, backend=backend), expected)
+
+
+def test_a_tree_of_more_queries_than_keys_is_refused():
+    q, k = torch.randn(1, 1, 4, 8), torch.randn(1, 1, 3, 8)
+    with pytest.raises(UserError, match="mask.tree is int64 4, not integers 4 or 1 x 4 for 3 keys"):
+        attention(q, k, k, Mask(tree=torch.tensor([-1, 0, 1, 2])))

@@ -470,3 +470,10 @@ def test_a_flow_of_latents_can_be_asked_what_its_autoencoder_loses(run, tmp_path
     assert "reconstruction" not in evaluate(flow, EmojiConfig(size=16, limit=24), Plan(n=2), **how).metrics
     with pytest.raises(UserError, match="reconstruction: a RectifiedFlow has no autoencoder"):
         evaluate(flow.flow, EmojiConfig(size=16, limit=24), Plan(("reconstruction",), n=6), **how)
+
+
+def test_the_measured_scale_and_shift_follow_latents_that_move():
+    plain = PlainConfig(1).build().train()
+    for step in range(600):
+        plain(torch.full((1, 1, 1, 1), float(step >= 300)), Rng(0, step), torch.arange(1))
+    assert abs(plain.shift - (1 - 0.99**300)) < 0.01

@@ -300,3 +300,14 @@ def test_genflow_sample_says_what_was_skipped_and_in_which_dtype(common, tmp_pat
     assert "LOSSY" not in capsys.readouterr().out and "dtype" not in read_settings(tmp_path / "out" / "grid.png")
     assert main([*common, "--cache", "-1"]) == 2
     assert "cache = -1.0 is not a threshold" in capsys.readouterr().err
+
+
+@torch.no_grad()
+def test_padding_is_hidden_from_every_block_also_with_a_cache(flow):
+    net, cache = flow.network, FirstBlockCache(0.0)
+    context, vector, _ = net.prepare(torch.randn(2, 5, 8), torch.randn(2, 8))
+    x, mask = torch.randn(2, 3, 8, 8), torch.tensor([[True, True, False, False, False], [True] * 5])
+    for time in (0.8, 0.7):
+        t = torch.full((2,), time)
+        expected = net.denoise(x, t, context, vector, context_mask=mask)
+        assert torch.equal(net.denoise(x, t, context, vector, context_mask=mask, cache=cache), expected)

@@ -335,3 +335,20 @@ def test_progress_goes_from_the_first_token_to_the_last():
     seen = []
     SpeculativeJacobi(2)(model().reader(3), range(3), progress=lambda *a: seen.append(a))
     assert seen == sorted(seen) and seen[-1] == (4, 4)
+
+
+def test_a_tree_wider_than_what_its_draft_ever_guesses_is_exact():
+    """The children beyond come with no probability of having been drawn, and must never stand."""
+    draft = ModelDraft(other().reader(FEWER, TokenLaw(top_k=1)))
+    out = SpeculativeTree((3, 2))(model().reader(FEWER), range(FEWER), draft=draft)
+    assert abs(z_score(out.tokens, TokenLaw())) < 4
+
+
+def test_a_token_above_epsilon_is_typical_however_sure_the_model_is():
+    p = torch.tensor([[[0.85, 0.15], [0.5, 0.5]]])  # delta exp(-H) = 0.2
+    guess = rules.Guess(torch.tensor([[1]]), p[:, :1])
+    for epsilon, holds in ((0.09, 1), (0.18, 0), (0.9, 0)):
+        node, _ = rules.typical(
+            guess, p, None, torch.zeros(1, dtype=torch.int64), Shape((1,)), epsilon=epsilon, delta=0.3
+        )
+        assert node.tolist() == [holds], epsilon

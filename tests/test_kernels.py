@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.autograd import forward_ad
 
+from genflow.layers.kernels import trains_on_matrix_units
 from genflow.layers.modulation import QKV, Linear, gated_residual, gelu, joint_heads, modulated_norm
 from genflow.native import library as kernels
 
@@ -241,3 +242,13 @@ def test_without_a_compiler_the_plain_formula_serves(monkeypatch, tmp_path):
         assert kernels.library() is None
     finally:
         kernels.library.cache_clear()
+
+
+@pytest.mark.skipif(not kernels.matrix_units(), reason="this processor does not multiply bf16")
+@pytest.mark.parametrize(("inputs", "outputs", "served"), [(64, 96, True), (48, 64, False), (64, 48, False)])
+def test_only_weights_of_whole_tiles_train_by_the_kernel_of_products(inputs, outputs, served):
+    """It writes 32 x 32 numbers at a time, and would write beyond the end of others."""
+    made, x = Linear(inputs, outputs), torch.randn(2, 5, inputs).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert trains_on_matrix_units(x, made.weight) == served
+    assert not trains_on_matrix_units(x, made.weight)  # bf16 and float32 do not mix: torch says so

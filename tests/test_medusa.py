@@ -202,3 +202,9 @@ def test_what_does_not_fit_the_base_is_refused(tmp_path):
         MedusaHeadsConfig(0)
     with pytest.raises(UserError, match="no base to tell them"):
         MedusaHeadsConfig().build()
+
+
+def test_the_base_stays_in_eval_mode_while_the_heads_train():
+    medusa = heads(model()).train()
+    assert medusa.training and medusa.network.training
+    assert not any(part.training for part in medusa.base.modules())

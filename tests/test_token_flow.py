@@ -472,3 +472,20 @@ def test_genflow_eval_reports_nats_of_tokens_and_distances(trained, capsys, tmp_
         capsys, "eval", trained, "--metrics", "likelihood", "fd", "--features", "pixels", "-n", 8, "--out", tmp_path
     )
     assert "nats of tokens" in out and "of a picture's 16 tokens of 6" in out and "FD" in out
+
+
+def test_a_sample_does_not_hang_on_the_autocast_of_who_asks():
+    flow, seen = model().float(), []
+    flow.network.blocks[0].qkv.register_forward_hook(lambda _layer, _inputs, out: seen.append(out.dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        flow.sample(["dark"], seeds=[0])
+    assert set(seen) == {torch.float32}
+
+
+def test_a_draft_of_another_text_hears_prompts_alone():
+    """A prepared condition of the model would be another class to it."""
+    flow, other = model(), model(1, text=LabelsConfig(CLASSES[::-1], dim=5))
+    how = {"seeds": [0], "decoder": "speculative", "draft": other}
+    assert flow.sample(["dark"], **how).x.shape == (1, *flow.shape)
+    with pytest.raises(UserError, match="the draft has another text encoder than the model; give prompts"):
+        flow.sample(flow.text.encode(["dark"]), **how)

@@ -256,3 +256,11 @@ def test_two_ranks_have_the_codebook_of_one(tmp_path):
     one, two = (load_file(find_model(tmp_path / name) / "model.safetensors") for name in ("one", "two"))
     for name, value in one.items():
         torch.testing.assert_close(two[name], value, atol=2e-5, rtol=1e-4, msg=name)
+
+
+def test_a_revived_code_is_where_the_first_rank_puts_it(monkeypatch):
+    monkeypatch.setattr("genflow.networks.quantizers.of_first_rank", lambda rows: torch.full_like(rows, 7.0))
+    quantizer = vq(decay=0.0).train()
+    quantizer.codebook[2] = torch.tensor([90.0, 90.0])
+    quantizer(torch.randn(4, 2, 3, 3), Rng(0))
+    torch.testing.assert_close(quantizer.codebook[2], torch.tensor([7.0, 7.0]))

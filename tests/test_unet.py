@@ -153,3 +153,20 @@ def test_impossible_networks_are_refused_in_one_line(make, message):
     with pytest.raises(UserError, match=message) as error:
         make()
     assert "\n" not in str(error.value)
+
+
+def test_the_attention_backend_of_the_config_is_the_one_asked():
+    with pytest.raises(UserError, match="attention backend 'xformers' cannot serve"):
+        ask(awake(UNetConfig(**UNET, pooled_dim=0, attention="xformers")), torch.randn(1, 3, 8, 8, dtype=torch.float64))
+
+
+def test_dropout_is_heard_in_training_alone():
+    network, x = awake(UNetConfig(**UNET, pooled_dim=0, dropout=0.5)), torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    assert torch.equal(ask(network, x), ask(network, x))
+    network.train()
+    assert not torch.equal(ask(network, x), ask(network, x))
+
+
+def test_the_levels_that_attend_go_by_the_longer_side():
+    network = UNetConfig(**{**UNET, "shape": (3, 16, 4)}, pooled_dim=0).build()
+    assert [name for name, _ in network.named_modules() if name.endswith("attention.qkv")] == ["middle.0.attention.qkv"]
