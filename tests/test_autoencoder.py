@@ -477,3 +477,45 @@ def test_the_measured_scale_and_shift_follow_latents_that_move():
     for step in range(600):
         plain(torch.full((1, 1, 1, 1), float(step >= 300)), Rng(0, step), torch.arange(1))
     assert abs(plain.shift - (1 - 0.99**300)) < 0.01
+
+
+def test_the_perceptual_distance_counts_by_its_weight(graph):
+    flow, b = flow_of(PlainConfig(4), perceptual=PerceptualConfig(0.3, str(graph))), batch()
+    flow.prepare_training()
+    out = flow.loss(b, Rng(0))
+    assert out.parts["perceptual"] > 0
+    torch.testing.assert_close(out.loss.detach(), out.parts["l1"] + 0.3 * out.parts["perceptual"])
+
+
+def test_validation_tells_the_loss_without_chance_and_the_figures_of_pictures_in_range():
+    flow, b = flow_of(GaussianConfig(4, kl=0.3)), batch()
+    with torch.no_grad():
+        for p in flow.network.parameters():
+            p.mul_(3)  # so that pictures leave -1 .. 1
+        mean, std = flow.bottleneck.moments(flow.network.encode(b.x))
+        y = flow.network.decode(mean)
+    told = flow.validate(b)
+    expected = (y - b.x).abs().mean() + 0.3 * gaussian_kl(mean, std).mean() / b.x[0].numel()
+    torch.testing.assert_close(told["validation_loss"], expected)
+    assert y.abs().max() > 1
+    torch.testing.assert_close(told["validation_psnr"], psnr(y.clamp(-1, 1), b.x).mean())
+    assert flow.reconstruct(b.x).abs().max() <= 1
+
+
+def test_features_of_other_channels_than_the_pictures_are_refused(graph):
+    network = TinyAutoencoderConfig(
+        width=8, blocks=1, factor=4, in_channels=2, encoder_channels=4, latent_channels=4
+    ).build()
+    config = AutoencoderFlowConfig(PlainConfig(4), perceptual=PerceptualConfig(0.5, str(graph)))
+    flow = config.build(network, NoTextConfig().build(), shape=(2, 16, 16))
+    with pytest.raises(UserError, match="its features are of 3 channels, pictures have 2"):
+        flow.prepare_training()
+
+
+def test_a_trained_autoencoder_is_in_full_precision_inside_autocast(run):
+    part = TrainedAutoencoderConfig(str(run)).build()
+    x = batch().x
+    z, _ = part.posterior(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = part.posterior(x)[0]
+    assert torch.equal(inside, z)

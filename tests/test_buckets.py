@@ -255,3 +255,10 @@ def test_a_model_of_one_shape_refuses_buckets(tmp_path, capsys):
     )
     assert main(["train", str(config), "train.precision=fp32", f"out={tmp_path / 'run'}"]) == 2
     assert "takes samples of one shape; leave buckets out" in capsys.readouterr().err
+
+
+def test_a_picture_without_a_head_goes_to_the_commonest_shape():
+    pictures = [png(200, 100), b"broken", png(100, 100), png(100, 100), png(100, 100)]
+    assert bucketed(dataset_of(pictures), BUCKETS, 64).shapes.tolist()[1] == [64, 64]
+    pictures = [png(100, 100), b"broken", png(200, 100), png(200, 100), png(200, 100)]
+    assert bucketed(dataset_of(pictures), BUCKETS, 64).shapes.tolist()[1] == [48, 80]

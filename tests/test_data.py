@@ -296,3 +296,39 @@ def test_absurd_tables_cost_one_short_line(tmp_path, line, message):
         with pytest.raises(UserError, match="row 2 names x") as caught:
             FolderConfig(path=str(tmp_path)).build()
         assert len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_every_orientation_brings_the_picture_upright(orientation):
+    """Marked in the corner that is to be at the top left, and turned as a camera would lay it down."""
+    laid = {
+        1: lambda x: x,
+        2: lambda x: x[:, ::-1],
+        3: lambda x: x[::-1, ::-1],
+        4: lambda x: x[::-1],
+        5: lambda x: x.T,
+        6: lambda x: np.rot90(x, 1),
+        7: lambda x: x[::-1, ::-1].T,
+        8: lambda x: np.rot90(x, -1),
+    }
+    upright = np.zeros((12, 20), dtype=np.uint8)
+    upright[:4, :8], upright[8:, :4] = 255, 128
+    image, exif = Image.fromarray(np.ascontiguousarray(laid[orientation](upright))), Image.Exif()
+    exif[0x0112] = orientation
+    out = io.BytesIO()
+    image.save(out, "PNG", exif=exif)
+    assert np.array_equal(np.asarray(decode(out.getvalue())), upright)
+
+
+def test_names_in_capitals_and_tables_with_a_byte_order_mark_are_read(tmp_path):
+    Image.new("RGB", (16, 16)).save(tmp_path / "A.PNG")
+    assert FolderConfig(str(tmp_path), size=16).build().identifiers == ["A.PNG"]
+    (tmp_path / "metadata.csv").write_text("file_name,text\nA.PNG,a cat\n", encoding="utf-8-sig")
+    assert FolderConfig(str(tmp_path), size=16).build().captions == ["a cat"]
+
+
+def test_fit_averages_what_it_shrinks():
+    x = np.zeros((32, 32, 3), dtype=np.uint8)
+    x[::2] = 255
+    got = fit(Image.fromarray(x), 8, 3)
+    assert got.min() > 100 and got.max() < 155

@@ -273,3 +273,14 @@ def test_samples_that_two_splits_share_are_found_by_their_pixels():
 )
 def test_held_out_is_what_was_asked_for_or_what_the_run_was_validated_on(asked, recipe, expected):
     assert Plan(split=asked).held_out(SimpleNamespace(recipe=recipe)) == expected
+
+
+def test_a_copy_on_the_edge_of_a_neighbourhood_is_among_them():
+    real = torch.tensor([[0.0], [1.0], [2.0]])
+    assert vars(precision_recall(real, torch.tensor([[-1.0], [3.0]]), k=1)) == {"precision": 1.0, "recall": 1.0}
+
+
+def test_a_feature_that_never_varies_says_nothing():
+    x, y = draw(30, 4), draw(30, 3, seed=1)
+    still = torch.cat([x, torch.full((30, 1), 7.0, dtype=x.dtype)], 1)
+    torch.testing.assert_close(fit_caption_probe(still, y)(still), fit_caption_probe(x, y)(x))

@@ -479,3 +479,27 @@ def test_the_shipped_config_goes_from_a_folder_to_a_picture(tmp_path, capsys):
     how = ["--prompt", "picture 3", "--steps", "2", "--out", str(tmp_path / "drawn")]
     assert main(["sample", str(run), *how]) == 0, capsys.readouterr().err
     assert list((tmp_path / "drawn").glob("*.png"))
+
+
+def test_a_cache_is_of_the_contents_of_the_pictures_and_not_of_their_dates(tmp_path, pictures):
+    import os
+    import shutil
+
+    copy, flow = tmp_path / "copy", flow_of()
+    shutil.copytree(pictures, copy)
+    cached(tmp_path / "cache", copy, flow)
+    for file in copy.iterdir():
+        os.utime(file, (1, 1))
+    cached(tmp_path / "cache", copy, flow)  # as after a copy: nothing to do
+    Image.new("RGB", (16, 16)).save(copy / "1.png")
+    with pytest.raises(UserError, match="holds a cache with listing"):
+        cached(tmp_path / "cache", copy, flow)
+
+
+def test_the_autoencoder_is_not_in_training_while_it_encodes(tmp_path, pictures, monkeypatch):
+    flow, modes = flow_of(), []
+    plain = flow.autoencoder.posterior
+    monkeypatch.setattr(flow.autoencoder, "posterior", lambda x: modes.append(flow.autoencoder.training) or plain(x))
+    flow.autoencoder.train()
+    cached(tmp_path, pictures, flow)
+    assert modes and not any(modes)

@@ -244,3 +244,18 @@ def test_no_room_for_a_table_costs_one_line(monkeypatch):
     dataset = ImageDataset(["a", "b"], ["a", "b"], lambda _: png())
     with pytest.raises(UserError, match=r"no room for .* No space left on device"):
         PreparedConditions.prepare(dataset, LearnedTextConfig(dim=8, heads=2).build())
+
+
+def test_flips_hang_on_the_seed():
+    image = Image.new("RGB", (16, 16), "white")
+    image.paste("black", (0, 0, 8, 16))
+    out = io.BytesIO()
+    image.save(out, "PNG")
+    dataset = dataset_of([out.getvalue()])
+    conditions = PreparedConditions.prepare(dataset, LearnedTextConfig(dim=8, heads=2).build())
+    turned = []
+    for seed in (1, 2):
+        keys = [[(0, p) for p in range(64)]]
+        (one,) = loader(dataset, conditions, keys, shape=(3, 16, 16), flip=True, seed=seed)
+        turned.append(one.x[:, 0, 0, 0] > 0)
+    assert not torch.equal(*turned)

@@ -324,3 +324,10 @@ def test_saving_cut_short_leaves_no_model(exported, monkeypatch):
         load(folder)
     with pytest.raises(UserError, match="cannot write the model"):
         save_model(folder / "model.safetensors" / "inside", config={}, state={})
+
+
+def test_a_model_saved_over_another_leaves_no_average_of_the_other(tmp_path):
+    weights = {"a": torch.ones(2)}
+    save_model(tmp_path, config={}, state=weights, ema=weights)
+    save_model(tmp_path, config={}, state=weights)
+    assert not (tmp_path / "ema.safetensors").exists()

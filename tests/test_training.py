@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -615,3 +616,136 @@ def test_a_run_does_not_go_on_with_more_data_than_it_had(tmp_path, capsys):
     rows.write_text(rows.read_text() + "30,1\n")
     assert main(["train", str(config), "train.steps=3"]) == 2
     assert " samples, but 15 when" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------- what the options do
+
+
+@pytest.fixture
+def losses(monkeypatch):
+    """(batch, rng, whether in training mode) of each loss that a run of a rectified flow asks for."""
+    from genflow.flows.rectified import RectifiedFlow
+
+    seen, loss = [], RectifiedFlow.loss
+
+    def spied(self, batch, rng):
+        seen.append((batch, rng, self.training))
+        return loss(self, batch, rng)
+
+    monkeypatch.setattr(RectifiedFlow, "loss", spied)
+    return seen
+
+
+def test_gradients_are_clipped_and_averaged_as_asked(tiny):
+    run = train(tiny("train.steps=1", "train.clip=1e-3", "train.optimizer.betas=[0.5, 0.8]"))
+    state = load_file(newest_checkpoint(run) / "optimizer.safetensors")
+    first = {name.removesuffix("/exp_avg"): 2 * m for name, m in state.items() if name.endswith("/exp_avg")}
+    assert math.isclose(float(torch.stack([g.norm() for g in first.values()]).norm()), 1e-3, rel_tol=1e-3)
+    for name, g in first.items():
+        torch.testing.assert_close(state[f"{name}/exp_avg_sq"], 0.2 * g**2)
+
+
+def test_matrices_decay_and_vectors_do_not():
+    from genflow.training.optimizers import AdamWConfig
+
+    model = torch.nn.Linear(3, 3)
+    before = [p.detach().clone() for p in (model.weight, model.bias)]
+    optimizer = AdamWConfig(lr=0.1, weight_decay=0.3).build(model)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    torch.testing.assert_close(model.weight, before[0] * 0.97)
+    assert torch.equal(model.bias, before[1])
+
+
+def test_the_validation_loss_is_that_of_the_averaged_weights_on_so_many_samples(tiny):
+    from genflow.evaluation.likelihood import held_out_loss
+    from genflow.flows.store import load as load_flow
+
+    config = tiny("train.steps=3", "train.ema=0.25", "train.validate_every=3", "train.validation_images=11")
+    run = train(replace(config, train=replace(config.train, validation_split="train")))
+    told = [json.loads(x) for x in (run / "metrics.jsonl").read_text().splitlines() if "validation_loss" in x][-1]
+    means = [held_out_loss(load_flow(run, ema=ema), config.data.build("train"), 11, batch=11) for ema in (True, False)]
+    assert told.pop("step") == 3 and told == pytest.approx(means[0], rel=1e-5)
+    assert told["validation_loss"] != pytest.approx(means[1]["validation_loss"], rel=1e-5)
+
+
+def test_previews_are_of_the_prompts_and_leave_training_as_it_was(tiny, losses, monkeypatch):
+    from genflow.flows.rectified import RectifiedFlow
+
+    asked = []
+
+    def sample(self, prompts, *, seeds, steps, **_):
+        asked.append((list(prompts), list(seeds), steps, self.training))
+        raise UserError("enough")
+
+    monkeypatch.setattr(RectifiedFlow, "sample", sample)
+    train(tiny("train.steps=2", "train.preview_every=1", "train.preview_prompts=[a cat, a dog]", "sample.steps=3"))
+    assert asked == [(["a cat", "a dog"], [0, 1], 3, False)] * 2
+    assert [training for *_, training in losses] == [True, True]
+
+
+def test_the_seed_is_of_weights_and_of_chance(tiny, losses, tmp_path):
+    still = ("train.steps=2", "train.optimizer.lr=0")
+    runs = [train(tiny(*still, f"seed={seed}", f"out={tmp_path / str(seed)}")) for seed in (0, 5)]
+    a, b = (load_file(newest_checkpoint(run) / "model.safetensors") for run in runs)
+    assert any(not torch.equal(value, b[name]) for name, value in a.items() if value.dim() > 1)
+    assert [(rng.seed, rng.step) for _, rng, _ in losses] == [(0, 0), (0, 1), (5, 0), (5, 1)]
+
+
+def test_flips_are_those_of_the_seed(tiny, losses, tmp_path):
+    from genflow.functional import Rng
+
+    for flip in ("true", "false"):
+        train(tiny("train.steps=2", "seed=5", f"data.flip={flip}", f"out={tmp_path / flip}"))
+    x, plain = (torch.cat([batch.x for batch, *_ in part]) for part in (losses[:2], losses[2:]))
+    turned = Rng(5).uniform("flip", torch.arange(16)) < 0.5
+    assert turned.any() and torch.equal(x, torch.where(turned[:, None, None, None], plain.flip(-1), plain))
+
+
+def test_what_could_not_be_read_is_still_known_after_a_restart(tmp_path, config, capsys):
+    from PIL import Image
+
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for i in range(8):
+        Image.new("RGB", (16, 16), (i * 30, 0, 0)).save(folder / f"{i}.png")
+    (folder / "bad.png").write_text("not a picture")
+    more = [f"data={{name: folder, path: {folder}, size: 16}}", f"out={tmp_path / 'run'}", "train.log_every=1"]
+    train(load(config, [*more, "train.steps=4"], schema=RunConfig))
+    assert capsys.readouterr().err.count("skipped bad.png") == 1
+    run = train(load(config, [*more, "train.steps=8"], schema=RunConfig))
+    assert "skipped bad.png" not in capsys.readouterr().err
+    assert [json.loads(x)["bad_images"] for x in (run / "metrics.jsonl").read_text().splitlines()][-4:] == [1] * 4
+
+
+def test_what_is_not_training_is_left_out_of_the_rate(tmp_path, monkeypatch):
+    from types import SimpleNamespace
+
+    from genflow.training import log
+
+    now = [100.0]
+    monkeypatch.setattr(log, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    told = log.Log(tmp_path, SimpleNamespace(is_main_process=True), steps=20, start=0, batch_size=8)
+    now[0] += 10
+    told.pause(6.0)
+    assert math.isclose(told.progress(5, 0.1), 10.0)  # 40 pictures in 4 seconds
+
+
+def test_a_tracker_forgets_the_steps_that_are_done_again(tiny, monkeypatch):
+    import accelerate
+
+    told = []
+    monkeypatch.setattr(accelerate.Accelerator, "init_trackers", lambda self, name, **how: told.append(how))
+    for steps in (2, 4):
+        train(tiny(f"train.steps={steps}", "train.trackers=[tensorboard]"))
+    assert [each["init_kwargs"]["tensorboard"] for each in told] == [{}, {"purge_step": 3}]
+
+
+def test_a_run_goes_on_in_its_own_precision_where_auto_is_asked(tiny, monkeypatch):
+    from genflow.training import precision
+
+    monkeypatch.setattr(precision, "matmul_tflops", lambda name, device: {"bf16": 9.0, "fp32": 1.0}[name])
+    train(tiny("train.steps=2"))
+    run = train(tiny("train.steps=3", "train.precision=auto"))
+    assert load(run / "config.yaml", schema=RunConfig).train.precision == "fp32"
