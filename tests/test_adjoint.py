@@ -327,3 +327,16 @@ def test_a_start_that_is_not_finite_is_told():
 def test_a_solve_that_does_not_arrive_says_so():
     with pytest.raises(UserError, match="after 5 steps"):
         checkpointed(lambda x, t, rates: (-1e4 * x, x), normal(2, 1), [], Stepping(max_steps=5))
+
+
+@pytest.mark.parametrize("gradient", ["adjoint", "interpolated"])
+@pytest.mark.parametrize("part", ["x", "q"])
+def test_the_tolerance_of_a_gradient_is_relative_to_the_loss(gradient, part):
+    p = Problem()
+
+    def grads(scale):
+        solved = GRADIENTS[gradient](p, p.x, p.parameters, Stepping(rtol=1e-6, atol=1e-6))
+        return torch.autograd.grad(scale * getattr(solved, part).sin().sum(), [p.x, *p.parameters])
+
+    for small, ours in zip(grads(2.0**-40), grads(1.0), strict=True):
+        torch.testing.assert_close(small * 2.0**40, ours, rtol=1e-12, atol=1e-12)

@@ -213,3 +213,26 @@ def test_a_maf_is_a_chain_with_an_exact_inverse(univariate, residual):
 def test_what_cannot_be_is_refused(build, message):
     with pytest.raises(UserError, match=message):
         build()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"hidden": (7, 9)},
+        {"hidden": (8, 8, 8), "residual": True},
+        {"reverse": True},
+        {"univariate": "spline", "bins": 5},
+        {"univariate": "spline", "bound": 1.5},
+    ],
+    ids=str,
+)
+def test_iaf_hands_every_option_on(options):
+    maf = MaskedAutoregressive((4,), condition_dim=2, **options)
+    iaf = InverseAutoregressive((4,), condition_dim=2, **options)
+    for p in maf.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    iaf.bijection.load_state_dict(maf.state_dict())
+    x, condition = inputs(4, 2, dtype=torch.float32)
+    with torch.no_grad():
+        torch.testing.assert_close(iaf.inverse(x, condition), maf(x, condition))

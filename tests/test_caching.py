@@ -13,6 +13,7 @@ import genflow.config
 from genflow.cli import main
 from genflow.data.pictures import read_settings
 from genflow.errors import UserError
+from genflow.flows.paths import CosinePath
 from genflow.flows.prepared import PreparedVelocity
 from genflow.flows.rectified import RectifiedFlow, RectifiedFlowConfig
 from genflow.flows.sampling import SolveConfig
@@ -311,3 +312,16 @@ def test_padding_is_hidden_from_every_block_also_with_a_cache(flow):
         t = torch.full((2,), time)
         expected = net.denoise(x, t, context, vector, context_mask=mask)
         assert torch.equal(net.denoise(x, t, context, vector, context_mask=mask, cache=cache), expected)
+
+
+@pytest.mark.parametrize("config", [{}, {"path": CosinePath()}, {"prediction": "eps"}], ids=str)
+def test_a_sample_from_the_table_of_modulations_is_the_solve_of_the_plain_velocity(config):
+    flow = make(**config)
+    got = flow.sample(PROMPTS, seeds=SEEDS, steps=5, record=True)  # 3 x 6 rows of a table, fewer than `hidden`
+    assert bool(PreparedVelocity(flow, got.trajectory.times, 3)._step) == (config == {})
+    with torch.no_grad():
+        condition = flow.embed(flow.text.encode(PROMPTS))
+        solve = resolve("sampler", "heun")
+        velocity = lambda z, t: flow.velocity(z, t, condition)
+        expected = solve(velocity, got.trajectory.states[0], got.trajectory.times).x.clamp(-1, 1)
+    close(got.x, expected, 1e-4)

@@ -421,3 +421,28 @@ def test_a_velocity_that_is_not_finite_is_told_with_its_samples():
 
     with pytest.raises(UserError, match=r"t = 0\.[45]\d*: the velocity is not finite.*samples 1 of 3"):
         velocity_log_prob(broken, torch.tensor([[-1.0], [1.0], [-2.0]]))
+
+
+def test_an_integral_the_other_way_is_as_near_and_its_error_is_no_less_than_nothing():
+    def peaked(x, t):
+        return x / (t + 0.02).unsqueeze(1)
+
+    how = (Divergence("exact", 1), None, Stepping(rtol=1e-6, atol=1e-6))
+    there, back = (path_integral(peaked, 0.1 * normal(2, 1), *how, *span) for span in ((0.0, 1.0), (1.0, 0.0)))
+    torch.testing.assert_close(back[1], -there[1], rtol=1e-6, atol=1e-5)
+    torch.testing.assert_close(back[1], back[1].new_full((1, 2), -math.log(1.02 / 0.02)), rtol=1e-6, atol=1e-5)
+    assert (back[2] >= 0).all() and back[4] == there[4]
+
+
+@pytest.mark.parametrize("verb", ["forward", "inverse", "decode"])
+def test_gradients_reach_a_condition_where_nothing_else_asks_for_one(verb):
+    cnf, x, condition = flow((2,), 2), normal(3, 2), normal(3, 2, seed=1).requires_grad_()
+
+    def gradient():
+        found = getattr(cnf, verb)(x, condition)
+        return torch.autograd.grad(found.sum() if verb == "decode" else found[0].sum() + found[1].sum(), condition)[0]
+
+    expected = gradient()
+    cnf.requires_grad_(False)
+    torch.testing.assert_close(gradient(), expected)
+    assert float(expected.abs().min()) > 0

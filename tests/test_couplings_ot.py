@@ -200,3 +200,16 @@ def test_numbers_that_are_not_finite_and_impossible_settings_are_refused():
     for wrong in ({"epsilon": 0.0}, {"iterations": 0}, {"weight": -1.0}):
         with pytest.raises(UserError, match=next(iter(wrong))):
             Sinkhorn(**wrong)
+
+
+def test_the_cost_is_the_mean_squared_difference_and_the_weight_is_of_one_less_the_cosine():
+    x, noise = pairs(6, (5,), torch.float64)
+    pooled = torch.randn(6, 4, dtype=torch.float64) * torch.arange(1, 7)[:, None]
+    condition = Condition(torch.zeros(6, 1), torch.ones(6, 1, dtype=torch.bool), pooled)
+    cost, group = transport_cost(x, noise, condition, 0.5)
+    cosine = torch.cosine_similarity(pooled[:, None], pooled[None], dim=2)
+    off = torch.cdist(x, noise).square() / 5 + 0.5 * (1 - cosine) - cost
+    off = off - off.mean(1, keepdim=True)  # what hangs on a row or a column alone changes no assignment;
+    off = off - off.mean(0)  # of the cosines, the row's and the column's own part is 0.5
+    torch.testing.assert_close(off, torch.zeros_like(off), rtol=0, atol=1e-12)
+    assert (group == 0).all()

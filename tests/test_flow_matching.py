@@ -310,3 +310,29 @@ def test_samplers_that_draw_noise_are_refused_where_noise_tells_of_the_data(coup
     with pytest.raises(UserError, match="right for coupling independent alone"):
         flow.sample([""], seeds=[0], sampler="ancestral")
     flow.sample([""], seeds=[0], sampler="euler", steps=2, guidance=1.0)
+
+
+def test_a_grid_of_x_prediction_falls_from_the_paths_last_time():
+    flow = make(PolynomialPath(), "x")
+    times = flow.times(4, "uniform")
+    assert times[0] == flow.t_max < 1 and times[-2:] == [pytest.approx(flow.t_min), 0.0]
+
+
+def test_a_network_of_the_noise_is_not_asked_beyond_where_it_tells_of_the_picture():
+    flow, seen = make(prediction="eps", t_min=0.2), []
+    flow.network.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[1]))
+    z = torch.randn(3, 3)
+    ends = [flow.velocity(z, torch.full((3,), t), NONE) for t in (0.8, 0.9, 1.0)]
+    assert torch.equal(ends[0], ends[1]) and torch.equal(ends[0], ends[2])
+    assert float(torch.stack(seen).max()) == pytest.approx(0.8)
+
+
+@pytest.mark.parametrize("path", PATHS, ids=repr)
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_a_network_is_asked_at_times_of_its_path_alone(path, prediction):
+    flow, seen = make(path, prediction), []
+    flow.network.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[1]))
+    for t in (0.0, 0.01, 0.5, 1.0):
+        assert flow.velocity(torch.randn(2, 3), torch.full((2,), t), NONE).isfinite().all()
+    first, last = flow.first, float(path.build().s_of_t(torch.tensor(flow.path.t_max).double()))
+    assert all(first - 1e-6 <= float(s.min()) and float(s.max()) <= last + 1e-6 for s in seen)

@@ -15,7 +15,7 @@ from genflow.flows.latent import LatentFlowConfig
 from genflow.flows.models.tarflow import TarFlowConfig
 from genflow.flows.normalizing import NormalizingFlowConfig, standard_normal
 from genflow.flows.rectified import RectifiedFlowConfig
-from genflow.functional import Rng
+from genflow.functional import Rng, noise_from_seeds
 from genflow.interop.autoencoder import KLAutoencoderConfig
 from genflow.networks.mmdit import MMDiTConfig
 from genflow.text.none import NoTextConfig
@@ -96,3 +96,26 @@ def test_no_autocast_rounds_the_latents_that_training_sees():
     with torch.autocast("cpu", torch.bfloat16):
         under = flow.to_latents(x)
     assert under.dtype == torch.float32 and torch.equal(under, flow.to_latents(x))
+
+
+def test_the_autoencoder_stays_frozen_and_in_eval_mode_in_training():
+    flow = tarflow().train()
+    assert flow.flow.training and not any(m.training for m in flow.autoencoder.modules())
+    assert not any(p.requires_grad for p in flow.autoencoder.parameters())
+
+
+def test_pictures_of_latents_stay_within_the_range_of_pictures():
+    flow = tarflow()
+    flow.autoencoder.decode = lambda z: z[:, :3]
+    x = flow.to_pictures(torch.tensor([-9.0, 0.0, 9.0]).view(3, 1, 1, 1).expand(3, 4, 8, 8))
+    assert float(x.min()) == -1 and float(x.max()) == 1
+
+
+def test_latents_of_a_velocity_may_leave_the_range_of_pictures():
+    flow = LatentFlowConfig(VAE, RectifiedFlowConfig()).build(
+        torch.nn.Conv2d(4, 4, 1), NoTextConfig().build(), shape=(3, 16, 16)
+    )
+    flow.flow.velocity_of = lambda predict, z, t: torch.zeros_like(z)
+    z = flow.flow.sample([""], seeds=[0, 1], steps=2).x
+    assert_close(z, noise_from_seeds([0, 1], (4, 8, 8)))
+    assert float(z.abs().max()) > 1

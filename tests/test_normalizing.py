@@ -12,6 +12,7 @@ from torch import nn
 from genflow.conditions import Condition
 from genflow.errors import UserError
 from genflow.flows.bijections.base import Bijection, per_sample
+from genflow.flows.bijections.continuous import CNF
 from genflow.flows.dequantization import GaussianDequantization, UniformDequantization
 from genflow.flows.models.tarflow import TarFlowConfig
 from genflow.flows.normalizing import NormalizingFlowConfig
@@ -212,3 +213,15 @@ def test_what_cannot_be_is_said_in_one_line(act, message):
     with pytest.raises(UserError, match=message) as caught:
         act()
     assert "\n" not in str(caught.value)
+
+
+def test_the_penalties_of_a_continuous_flow_are_in_the_loss():
+    torch.manual_seed(0)
+    cnf = CNF((2,), kinetic=0.5, jacobian=0.25, rtol=1e-4, atol=1e-4)
+    for p in cnf.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    flow = NormalizingFlowConfig().build(cnf, NoTextConfig().build(), shape=(2,))
+    out = flow.loss(batch_of(flow, torch.randn(6, 2)), Rng(0))
+    assert set(out.parts) == {"nll", "kinetic", "jacobian"} and all(float(part) > 0 for part in out.parts.values())
+    torch.testing.assert_close(out.loss.detach(), sum(out.parts.values()))
+    torch.testing.assert_close(out.per_sample.mean(), out.parts["nll"])

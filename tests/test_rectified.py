@@ -515,3 +515,18 @@ def test_noise_of_a_flow_that_begins_below_one_is_of_its_first_time():
     noise = flow.encode(flow.decode(z, steps=100), steps=100)
     assert max(t for _, t in seen) <= flow.t_max + 1e-6
     assert (noise - z).square().mean().sqrt() < 0.05
+
+
+def test_a_weaker_model_guides_by_the_guide_and_rescale_that_are_asked_for(flow):
+    network = TinyNet()
+    with torch.no_grad():
+        network.conv.weight.mul_(0.5)
+    options = {"seeds": [5], "steps": 4, "guidance": 3.0, "weak": make(network=network)}
+    plain, other, scaled = (flow.sample(["a"], **options, **how).x for how in ({}, {"guide": "apg"}, {"rescale": 0.5}))
+    assert not torch.equal(plain, other) and not torch.equal(plain, scaled)
+
+
+def test_a_weaker_model_of_other_samples_is_refused(flow):
+    weak = RectifiedFlowConfig().build(TinyNet(), TinyText(), shape=(3, 4, 4))
+    with pytest.raises(UserError, match=r"rectified flow of .2, 4, 4., not a RectifiedFlow of .3, 4, 4."):
+        flow.sample(["a"], seeds=[1], weak=weak)
