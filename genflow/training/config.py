@@ -45,7 +45,7 @@ class TrainConfig:
     lora: LoRA | None = None  # train low-rank updates of what `init` holds, not the model (training/lora.py)
     warmup: int = 100  # steps of linear warm-up
     decay: float = 0.0  # the last part of the run, 0 to 1, over which the learning rate falls linearly to zero
-    clip: float = 1.0  # global gradient norm; 0 turns clipping off
+    clip: float = 1.0  # the norm of all gradients, or of each side of a game; 0 turns clipping off
     ema: float = 0.05  # relative width of the power-function EMA profile (training/ema.py); 0 turns it off
     compile: bool = False  # torch.compile each block
     checkpointing: bool = False  # keep less for the backward and compute it again (training/apply.py)
