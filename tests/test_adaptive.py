@@ -476,3 +476,10 @@ def test_what_cannot_be_is_refused(changes, message):
         dopri5(**arguments)
     if "rtol" in changes and changes["rtol"] == 1e-7:
         assert dopri5(**arguments | {"x": torch.randn(2, 3).double()}).ok
+
+
+def test_a_trajectory_tells_the_evaluations_of_the_row_that_spent_most(mixed):
+    grid = [1.0, 0.5, 0.0]
+    together = dopri5(turning, mixed, grid, record=True).trajectory.nfe
+    alone = [dopri5(turning, row, grid, record=True).trajectory.nfe for row in mixed.split(1)]
+    assert together == [max(each) for each in zip(*alone, strict=True)]

@@ -340,3 +340,19 @@ def test_the_tolerance_of_a_gradient_is_relative_to_the_loss(gradient, part):
 
     for small, ours in zip(grads(2.0**-40), grads(1.0), strict=True):
         torch.testing.assert_close(small * 2.0**40, ours, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("solver", ["bosh3", "dopri5", "tsit5"])
+def test_no_step_is_taken_whose_error_is_above_the_tolerance(solver):
+    """The estimate of every step that was kept, from its slopes, in the root mean square over the batch."""
+    stepping = Stepping(solver, rtol=1e-6, atol=1e-8)
+    field = lambda y, t, rates: (-30 * (y - math.cos(3 * t)), [] if rates else None)
+    y = normal(4, 3)
+    steps = march(field, y, 0.0, 2.0, stepping, keep=lambda step: step).kept
+    ends = [*(step.stages[0] for step in steps[1:]), None]
+    ratios = []
+    for step, end in zip(steps[:-1], ends):
+        error = step.h * torch.tensordot(step.slopes.new_tensor(stepping.tableau.error), step.slopes, 1)
+        size = stepping.atol + stepping.rtol * torch.maximum(step.stages[0].abs(), end.abs())
+        ratios.append(float((error / size).square().mean().sqrt()))
+    assert 0.1 < max(ratios) <= 1 + 1e-9

@@ -270,3 +270,14 @@ def test_they_are_found_by_name():
     for name, config in zip(("uniform", "variational", "gaussian"), configs, strict=True):
         assert resolve("dequantization", name) is config
         assert isinstance(config().build(SHAPE), nn.Module)
+
+
+def test_autocast_does_not_reach_the_noise():
+    """A cell of 256 levels is as wide as a step of bfloat16."""
+    x = grid(torch.randint(0, 256, (4, 1, 8, 8), generator=torch.Generator().manual_seed(0)))
+    for config in (UniformDequantization(), VariationalDequantization(hidden=8), GaussianDequantization()):
+        module = perturbed(config.build((1, 8, 8))).eval()
+        y, log_q = module(x, Rng(0), torch.arange(4))
+        with torch.autocast("cpu", torch.bfloat16):
+            y_under, log_q_under = module(x, Rng(0), torch.arange(4))
+        assert torch.equal(y, y_under) and torch.equal(log_q, log_q_under)

@@ -398,3 +398,47 @@ def test_what_cannot_be_edited_is_refused_in_one_line(edit, message, x, noise):
     with pytest.raises(UserError, match=message) as error:
         edit(x, noise)
     assert "\n" not in str(error.value)
+
+
+def test_every_step_and_draw_of_flowedit_has_noise_of_its_own(x):
+    found = []
+
+    def target(z, t):  # while nothing changes, z is the noised picture
+        found.append((z - (1 - t[0]) * x) / t[0])
+        return VELOCITY(z, t)
+
+    grid = [0.8, 0.6, 0.4, 0.0]
+    flowedit(VELOCITY, target, x, grid, seeds=[1, 2, 3], strength=0.8, regular=0.4, draws=2, sampler=euler)
+    alike = torch.corrcoef(torch.stack(found).flatten(1)) - torch.eye(5)
+    assert len(found) == 5 and alike.abs().max() < 0.5, alike
+
+
+def test_every_repeat_of_a_step_has_noise_of_its_own(x, noise):
+    found = []
+
+    def still(z, t):
+        found.append(z)
+        return 0 * z
+
+    inpaint(still, x, torch.ones(1, 1, 4, 6), noise, [1.0, 0.0], repeats=4, seeds=[1, 2, 3], sampler=euler)
+    alike = torch.corrcoef(torch.stack(found).flatten(1)) - torch.eye(4)  # at t = 1 the state is the noise
+    assert len(found) == 4 and alike.abs().max() < 0.5, alike
+
+
+def test_a_sampler_of_the_sde_with_its_options_is_not_repeated(x, noise):
+    sampler = partial(ancestral, seeds=[1, 2, 3], eta=0.5)
+    with pytest.raises(UserError, match="ancestral would draw the same noise at each"):
+        inpaint(VELOCITY, x, torch.ones(1, 1, 4, 6), noise, uniform(4), repeats=2, seeds=[1, 2, 3], sampler=sampler)
+
+
+def test_rf_inversion_tells_its_sampler_where_the_control_jumps(x, noise):
+    for weight, edges in ((0.5, [(0.0, 1.0), (0.25, 0.75)]), (0.0, [(), ()])):
+        told = []
+
+        def sampler(velocity, x, grid, told=told, **how):
+            told.append(velocity.edges)
+            return euler(velocity, x, grid, **how)
+
+        how = {"gamma": weight, "eta": weight, "interval": (0.25, 0.75), "sampler": sampler}
+        rf_inversion(VELOCITY, VELOCITY, x, noise, uniform(4), **how)
+        assert told == edges

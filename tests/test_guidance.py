@@ -518,3 +518,24 @@ def test_one_tensor_is_no_tuple_of_conditions():
     ):
         with pytest.raises(UserError, match="a tuple of tensors"):
             make(torch.zeros(2, 3))
+
+
+def test_conditions_that_are_written_to_are_heard(x, c, u):
+    guided = cfg(conditional, (c,), (u,), 3.0)
+    for change in (lambda: None, lambda: c.add_(1), lambda: u.mul_(2)):
+        change()
+        same(guided.at(x, 0.6), cfg(conditional, (c.clone(),), (u.clone(),), 3.0).at(x, 0.6))
+
+
+def test_conditions_have_gradients_also_after_a_call_without(x, c, u):
+    guided = cfg(conditional, (c.requires_grad_(),), (u,), 3.0)
+    with torch.no_grad():
+        guided.at(x, 0.6)
+    guided.at(x, 0.6).sum().backward()
+    assert c.grad.abs().min() > 0
+
+
+def test_the_edges_of_both_networks_are_told(x, c, u):
+    inner = [cfg(conditional, (c,), (u,), 2.0, interval=each) for each in ((0.2, 0.8), (0.3, 0.9))]
+    assert autoguidance(*inner, 2.0).edges == tuple(sorted({*inner[0].edges, *inner[1].edges}))
+    assert len(autoguidance(*inner, 2.0).edges) == 4

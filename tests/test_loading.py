@@ -259,3 +259,19 @@ def test_flips_hang_on_the_seed():
         (one,) = loader(dataset, conditions, keys, shape=(3, 16, 16), flip=True, seed=seed)
         turned.append(one.x[:, 0, 0, 0] > 0)
     assert not torch.equal(*turned)
+
+
+def test_a_batch_comes_when_its_bucket_is_full_in_the_order_of_the_stream():
+    bucket = torch.arange(40) % 3
+    got = list(StreamSampler(40, seed=1, batch_size=4, steps=9, bucket=bucket))
+    waiting, expected = {}, []
+    for i in epoch_order(40, 1, 0).tolist():
+        waiting.setdefault(i % 3, []).append(i)
+        if len(waiting[i % 3]) == 4:
+            expected.append(waiting.pop(i % 3))
+    assert [[i for i, _ in keys] for keys in got] == expected[:9]
+
+
+def test_a_batch_that_micro_batches_do_not_divide_is_refused():
+    with pytest.raises(UserError, match="does not divide by 1 ranks x 3 micro-batches"):
+        StreamSampler(40, seed=1, batch_size=4, steps=9, accumulation=3)

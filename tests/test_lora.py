@@ -430,3 +430,23 @@ def test_the_configs_of_sd3_fit_its_weights(name, changes, grid):
 
 def test_defaults_are_a_choice_of_none():
     assert TrainConfig().lora is None and LoRA().targets == ("qkv.linear", "proj")
+
+
+def test_alpha_is_the_rank_where_none_is_told(config, base, tmp_path):
+    run = train(config, [f"out={tmp_path / 'run'}", f"init={base}", "train.lora={rank: 3}", "train.steps=1"])
+    factors = load_file(run / "checkpoints/step-00000001/model.safetensors")
+    name = "network.blocks.0.image_attention.qkv.linear"
+    update = factors[f"{name}.lora_B.default.weight"] @ factors[f"{name}.lora_A.default.weight"]
+    before, after = (flow.state_dict()[f"{name}.weight"] for flow in (load(base), load(run, ema=False)))
+    assert update.abs().max() > 1e-4
+    torch.testing.assert_close(after, before + update, rtol=0, atol=1e-6)
+
+
+def test_a_model_whose_base_has_other_weights_by_now_is_not_loaded(config, base, tmp_path):
+    """Not only where training goes on."""
+    other = train(config, [f"out={tmp_path / 'base'}"])
+    run = train(config, [f"out={tmp_path / 'run'}", f"init={other}", "train.lora={rank: 2}", "train.steps=1"])
+    load(run)
+    train(config, [f"out={other}", "train.steps=4"])
+    with pytest.raises(UserError, match="is an update of other weights of .*put those back"):
+        load(run)

@@ -280,3 +280,9 @@ def test_impossible_paths_are_refused(make, near):
     with pytest.raises(UserError, match=near) as error:
         make()
     assert "\n" not in str(error.value)
+
+
+def test_a_model_of_another_path_answers_in_the_dtype_of_its_state(noise):
+    for dtype in (torch.bfloat16, torch.float64):
+        model = model_from(lambda z, t: -z, Path.vp(), "eps")
+        assert model(noise.to(dtype), 0.5).dtype == dtype

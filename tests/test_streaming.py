@@ -193,3 +193,24 @@ def test_batches_come_from_the_shards_with_or_without_workers(shards):
         assert torch.equal(a.x, b.x) and a.captions == b.captions
         assert torch.allclose((a.x[:, 0, 0, 0] + 1) * 127.5, a.index.float(), atol=1e-3)
         assert a.captions == [f"caption {i}" for i in a.index.tolist()]
+
+
+def test_a_picture_of_another_kind_does_not_stand_in_for_the_one_asked_for(tmp_path):
+    samples = [("a", {"jpg": png("red"), "png": png("blue"), "txt": b"a"}), ("b", {"png": png("blue"), "txt": b"b"})]
+    path = str(write(tmp_path / "x.tar", samples))
+    assert WebDatasetConfig(path).build().image(1).getpixel((0, 0)) == (0, 0, 255)
+    chosen = WebDatasetConfig(path, image="jpg").build()
+    assert chosen.image(0).getpixel((0, 0)) == (255, 0, 0)
+    with pytest.raises(BadImage, match=r"it has no \.jpg"):
+        chosen.image(1)
+
+
+def test_captions_longer_than_a_megabyte_are_not_read(tmp_path):
+    samples = [(key, {"png": png(), "txt": b"x" * n}) for key, n in (("a", 2**20), ("b", 2**20 + 1))]
+    assert [len(c) for c in WebDatasetConfig(str(write(tmp_path / "x.tar", samples))).build().captions] == [2**20, 0]
+
+
+def test_extensions_are_found_in_any_case(tmp_path):
+    path = write(tmp_path / "x.tar", [("a", {"PNG": png("blue"), "Txt": b"one"})])
+    dataset = WebDatasetConfig(str(path)).build()
+    assert dataset.image(0).getpixel((0, 0)) == (0, 0, 255) and dataset.captions == ["one"]

@@ -296,3 +296,16 @@ def test_whitening_whitens():
     ridged = Whitening(6, ridge=1.0)
     ridged.fit(x)
     assert ridged(x).var(0, correction=0)[-1] < 0.1  # a ridge leaves faint directions faint
+
+
+def test_a_class_that_is_named_as_a_number_is_meant_by_its_name():
+    text = LabelsConfig(classes=("2", "0", "ten"), dim=4).build()
+    assert text.encode(["2", "0", "1", "ten"]).tokens.flatten().tolist() == [0, 1, 1, 2]
+
+
+def test_the_ridge_of_whitening_follows_the_scale_of_the_data():
+    x = torch.randn(50, 4) * torch.tensor([1.0, 0.1, 0.01, 0.0])
+    one, large = Whitening(4, 0.1), Whitening(4, 0.1)
+    one.fit(x)
+    large.fit(100 * x)
+    torch.testing.assert_close(large(100 * x), one(x), rtol=1e-4, atol=1e-4)
