@@ -7,7 +7,7 @@ import dataclasses
 import re
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -172,6 +172,11 @@ def _override(root: _Node, text: str) -> None:
 def from_dict(schema: Any, mapping: Any, where: str = "config") -> Any:
     """Build a dataclass, or an Annotated Choice, from plain Python data. Raises UserError like load()."""
     return _build(schema, _wrap(mapping, where), "")
+
+
+def setting(kind: Any, source: Mapping[str, Any], key: str, where: str) -> Any:
+    """source[key] as a kind, such as float or tuple[int, ...]. Raises UserError, which begins with `where`, for another."""
+    return _build(kind, _wrap(source.get(key), where), key)
 
 
 def _build(kind: Any, node: _Node, path: str) -> Any:

@@ -312,14 +312,18 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(tiny, monkeypatch):
     assert [p.name for p in (run / "checkpoints").iterdir()] == ["step-00000004"]
 
 
-def test_bad_pictures_are_counted_and_too_many_stop_the_run(tmp_path, config, capsys):
+def with_a_bad_one(folder: Path) -> Path:
     from PIL import Image
 
-    folder = tmp_path / "pictures"
     folder.mkdir()
     for i in range(8):
         Image.new("RGB", (16, 16), (i * 30, 0, 0)).save(folder / f"{i}.png")
     (folder / "bad.png").write_text("not a picture")
+    return folder
+
+
+def test_bad_pictures_are_counted_and_too_many_stop_the_run(tmp_path, config, capsys):
+    folder = with_a_bad_one(tmp_path / "pictures")
     more = [f"data={{name: folder, path: {folder}, size: 16}}", f"out={tmp_path / 'run'}", "train.steps=4"]
     train(load(config, more, schema=RunConfig))
     assert capsys.readouterr().err.count("skipped bad.png") == 1
@@ -704,13 +708,7 @@ def test_flips_are_those_of_the_seed(tiny, losses, tmp_path):
 
 
 def test_what_could_not_be_read_is_still_known_after_a_restart(tmp_path, config, capsys):
-    from PIL import Image
-
-    folder = tmp_path / "pictures"
-    folder.mkdir()
-    for i in range(8):
-        Image.new("RGB", (16, 16), (i * 30, 0, 0)).save(folder / f"{i}.png")
-    (folder / "bad.png").write_text("not a picture")
+    folder = with_a_bad_one(tmp_path / "pictures")
     more = [f"data={{name: folder, path: {folder}, size: 16}}", f"out={tmp_path / 'run'}", "train.log_every=1"]
     train(load(config, [*more, "train.steps=4"], schema=RunConfig))
     assert capsys.readouterr().err.count("skipped bad.png") == 1

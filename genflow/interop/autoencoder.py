@@ -14,10 +14,10 @@ from typing import Any, get_type_hints
 import torch
 from torch import Tensor, nn
 
+from genflow.config import setting
 from genflow.errors import UserError
 from genflow.flows.autoencoder import AutoencoderFlow
 from genflow.flows.latent import Autoencoder
-from genflow.interop.settings import setting
 from genflow.interop.tensors import Lazy, numbers
 from genflow.networks.autoencoders import EncoderDecoder
 from genflow.networks.bottlenecks import Continuous

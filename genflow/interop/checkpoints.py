@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from genflow.config import from_dict, to_dict
+from genflow.config import from_dict, setting, to_dict
 from genflow.errors import UserError
 from genflow.flows.latent import LatentFlowConfig
 from genflow.flows.lora import factors_of, is_factor, lora_scale
@@ -33,7 +33,6 @@ from genflow.interop.autoencoder import (
 from genflow.interop.diffusers import config_from_diffusers
 from genflow.interop.families import looks_like
 from genflow.interop.layouts import DIFFUSERS, STABILITY, config_from_shapes, to_genflow
-from genflow.interop.settings import setting
 from genflow.interop.tensors import Lazy, read_file, read_folder, strip
 from genflow.networks.bottlenecks import GaussianConfig
 from genflow.networks.mmdit import MMDiTConfig

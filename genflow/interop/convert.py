@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import torch
 
-from genflow.config import to_dict
+from genflow.config import setting, to_dict
 from genflow.errors import UserError
 from genflow.flows.latent import LatentFlowConfig
 from genflow.flows.rectified import RectifiedFlowConfig
@@ -31,7 +31,6 @@ from genflow.interop.checkpoints import (
 from genflow.interop.diffusers import config_to_diffusers
 from genflow.interop.layouts import DIFFUSERS, STABILITY, from_genflow
 from genflow.interop.lora import save_lora
-from genflow.interop.settings import setting
 from genflow.interop.tensors import refuse_full, write_file
 from genflow.registry import api_export
 from genflow.text.sd3 import FOLDERS, SD3TextConfig

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from genflow.config import setting
 from genflow.errors import UserError
 from genflow.interop.layouts import DIFFUSERS, TABLE, from_genflow, to_genflow
-from genflow.interop.settings import setting
 from genflow.interop.tensors import Lazy
 from genflow.networks.mmdit import MMDiT, MMDiTConfig
 from genflow.registry import api_export

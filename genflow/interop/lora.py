@@ -12,13 +12,13 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from genflow.config import setting
 from genflow.errors import UserError, nearest
 from genflow.flows.base import Flow
 from genflow.flows.lora import Factors, factors_of, is_factor, lora_scale, merge
 from genflow.flows.store import CONFIG, EMA, MODEL, _read_tensors, find_model, read_config
 from genflow.interop.families import looks_like
 from genflow.interop.layouts import DIFFUSERS
-from genflow.interop.settings import setting
 from genflow.interop.tensors import PICKLES, Lazy, read_file, refuse_full, write_file
 from genflow.networks.mmdit import MMDiT, MMDiTConfig
 from genflow.registry import api_export
