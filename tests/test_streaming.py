@@ -100,6 +100,12 @@ def test_a_shard_is_scanned_once_until_it_changes(shards, monkeypatch):
     assert [Path(s).name for s in scanned] == ["shard-4.tar"]
 
 
+def test_a_shard_is_open_while_it_is_read_whoever_forgets_it(shards, monkeypatch):
+    """Threads that open one at once keep but one of its files."""
+    monkeypatch.setattr("genflow.data.streaming.OPEN", 0)
+    assert WebDatasetConfig(str(shards)).build().image(3).getpixel((0, 0)) == (3, 3, 3)
+
+
 def test_more_shards_than_may_be_open(shards, monkeypatch):
     monkeypatch.setattr(streaming, "OPEN", 2)
     dataset = WebDatasetConfig(str(shards)).build()

@@ -93,7 +93,8 @@ class WebDatasetConfig:
                 raise BadImage(f"it has no .{image}")
             offset, size = sample.members[taken]
             try:  # read at a place of its own: processes share the file
-                return os.pread(opened(sample.shard).fileno(), size, offset)
+                file = opened(sample.shard)  # held, for it may be forgotten meanwhile, or never be kept
+                return os.pread(file.fileno(), size, offset)
             except OSError as error:
                 raise BadImage(_reason(error)) from error
 
