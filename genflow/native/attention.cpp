@@ -19,6 +19,7 @@ namespace {
 
 constexpr long BLOCK = 32;  // rows of weights at a time
 constexpr long PANEL = 1 << 18;  // weights of keys kept for dQ at a time
+constexpr float LOG2E = 1.44269504f;
 
 // A piece of the thread's scratch memory, on a cache line.
 struct Arena {
@@ -94,7 +95,8 @@ void put(const float* c, long ldc, const float* factor, long rows, long D, u16* 
         }
 }
 
-// Of one row of scores, the first n alive: weights exp(s - max) in bf16, zeros up to `wide`; 1 / their sum, and log-sum-exp.
+// Of one row of scores, the first n alive: weights 2^(s scale - max) in bf16, zeros up to `wide`; 1 / their sum, and its logarithm
+// with the maximum added, to the base of 2.
 void softmax_row(const float* s, long n, float scale, u16* p, long wide, float* inverse, float* lse) {
     const __m512 by = _mm512_set1_ps(scale), least = _mm512_set1_ps(-INFINITY);
     __m512 top = least, sum = _mm512_setzero_ps();
@@ -105,7 +107,7 @@ void softmax_row(const float* s, long n, float scale, u16* p, long wide, float* 
         const __mmask16 alive = first(n - j);
         __m512 e = _mm512_setzero_ps();
         if (alive) {
-            e = exponential(_mm512_fmsub_ps(by, _mm512_loadu_ps(s + j), _mm512_set1_ps(most)));
+            e = power_of_two_below(_mm512_fmsub_ps(by, _mm512_loadu_ps(s + j), _mm512_set1_ps(most)));
             e = _mm512_maskz_mov_ps(alive, e);
             sum = _mm512_add_ps(sum, e);
         }
@@ -113,7 +115,7 @@ void softmax_row(const float* s, long n, float scale, u16* p, long wide, float* 
     }
     const float total = _mm512_reduce_add_ps(sum);
     *inverse = 1 / total;
-    *lse = most + std::log(total);
+    *lse = most + std::log2(total);
 }
 
 void forward_head(Arena arena, const u16* q, long q_row, const u16* k, long k_row, const u16* v, long v_row, u16* out, long out_row, float* lse,
@@ -134,7 +136,7 @@ void forward_head(Arena arena, const u16* q, long q_row, const u16* k, long k_ro
         copy(q + i * q_row, q_row, n, D, qb, W, m);
         product(qb, W, kp, 2 * keys, s, keys, m, up(seen, 16), W);
         for (long r = 0; r < n; r++)
-            softmax_row(s + r * keys, causal ? i + r + 1 : Lk, scale, p + r * deep, up(seen, 32), inverse + r, lse + i + r);
+            softmax_row(s + r * keys, causal ? i + r + 1 : Lk, LOG2E * scale, p + r * deep, up(seen, 32), inverse + r, lse + i + r);
         if (m > n) std::memset(p + n * deep, 0, 2 * (m - n) * deep);
         product(p, deep, vp, 2 * W, o, W, m, W, up(seen, 32));
         put(o, W, inverse, n, D, out + i * out_row, out_row);
@@ -177,13 +179,13 @@ void backward_head(Arena arena, const Head& x, long Lq, long Lk, long D, float s
                 const __m512i o = pairs_at(x.out + i * x.out_row, d, D);
                 sum = _mm512_dpbf16_ps(sum, (__m512bh)o, (__m512bh)_mm512_loadu_si512(g + i * W + d));
             }
-        delta[i] = _mm512_reduce_add_ps(sum);
+        delta[i] = scale * _mm512_reduce_add_ps(sum);
         lse[i] = i < Lq ? x.lse[i] : 0;
     }
     alignas(64) u16 order[32];
     for (int i = 0; i < 16; i++) order[2 * i] = u16(i), order[2 * i + 1] = u16(i + 16);
     const __m512i interleave = _mm512_load_si512(order);
-    const __m512 by = _mm512_set1_ps(scale);
+    const __m512 by = _mm512_set1_ps(scale), by2 = _mm512_set1_ps(LOG2E * scale);
     for (long from = 0; from < wide; from += chunk) {
         const long to = std::min(from + chunk, wide);
         for (long j = from; j < to; j += BLOCK) {
@@ -212,8 +214,8 @@ void backward_head(Arena arena, const Head& x, long Lq, long Lk, long D, float s
                         const float *sr = s + (r + h) * queries + i, *dr = dp + (r + h) * queries + i;
                         const long key = j + r + h;
                         const __mmask16 alive = key >= Lk ? __mmask16(0) : causal ? __mmask16(~first(key - i)) : __mmask16(0xffff);
-                        w[h] = _mm512_maskz_mov_ps(alive, exponential(_mm512_fmsub_ps(by, _mm512_loadu_ps(sr), l)));
-                        e[h] = _mm512_mul_ps(w[h], _mm512_mul_ps(by, _mm512_sub_ps(_mm512_loadu_ps(dr), d)));
+                        w[h] = _mm512_maskz_mov_ps(alive, power_of_two_below(_mm512_fmsub_ps(by2, _mm512_loadu_ps(sr), l)));
+                        e[h] = _mm512_mul_ps(w[h], _mm512_fmsub_ps(by, _mm512_loadu_ps(dr), d));
                     }
                     const __m512i ww = (__m512i)_mm512_cvtne2ps_pbh(w[1], w[0]), ee = (__m512i)_mm512_cvtne2ps_pbh(e[1], e[0]);
                     _mm256_storeu_si256((__m256i*)(p + r * deep + i), _mm512_castsi512_si256(ww));

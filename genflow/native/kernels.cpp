@@ -190,6 +190,7 @@ void heads_backward(const T* dq, const T* dk, const T* dv, const long* strides, 
 // dbias: B x H, one row for each sample.
 
 constexpr float C0 = 1.5957691216f, C1 = 0.0713548162726f;  // 2 sqrt(2/pi), and that times 0.044715
+constexpr float LN2 = 0.69314718056f;
 
 template <class T>
 void gelu_forward(const T* x, const float* bias, T* y, long rows, long H) {
@@ -224,15 +225,15 @@ void gelu_backward(const T* g, const T* x, const float* bias, T* dx, float* dbia
 
 // The same for bf16, sixteen numbers at a time: the time goes into the sigmoid and the roundings.
 struct Gelu {
-    __m512 a, cubic, s;  // sigmoid(2u), 2u = a cubic
+    __m512 a, cubic, s;  // sigmoid(2u) = 1 / (1 + 2^z), z = a cubic
     Gelu(const bf16* x, const float* bias) {
         a = _mm512_add_ps(widened(x), _mm512_loadu_ps(bias));
-        cubic = _mm512_fmadd_ps(_mm512_mul_ps(a, a), _mm512_set1_ps(C1), _mm512_set1_ps(C0));
-        s = logistic(_mm512_mul_ps(a, cubic));
+        cubic = _mm512_fmadd_ps(_mm512_mul_ps(a, a), _mm512_set1_ps(-C1 / LN2), _mm512_set1_ps(-C0 / LN2));
+        s = logistic_of_two(_mm512_mul_ps(a, cubic));
     }
     __m512 value() const { return _mm512_mul_ps(a, s); }
     __m512 derivative() const {  // s + a s (1 - s) (C0 + 3 C1 a^2)
-        const __m512 rise = _mm512_fmadd_ps(cubic, _mm512_set1_ps(3.0f), _mm512_set1_ps(-2 * C0));
+        const __m512 rise = _mm512_fmadd_ps(cubic, _mm512_set1_ps(-3 * LN2), _mm512_set1_ps(-2 * C0));
         return _mm512_fmadd_ps(_mm512_mul_ps(a, rise), _mm512_fnmadd_ps(s, s, s), s);
     }
 };

@@ -28,6 +28,10 @@ struct Tiles {
     long row, step, next;
 };
 
+struct Nothing {
+    void operator()(long) const {}
+};
+
 #ifdef __AMX_BF16__
 
 // Leave to use the matrix units, which a kernel gives once.
@@ -39,7 +43,8 @@ inline bool permitted() {
 // A thread's use of the units: all eight tiles 16 rows of 64 bytes.
 struct Units {
     Units() {
-        alignas(64) struct {
+        // Static, for compilers (GCC 12) see eight bytes of it read, and leave out what would fill the others.
+        alignas(64) static const struct {
             uint8_t palette = 1, start = 0, reserved[14] = {};
             uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
             uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
@@ -49,9 +54,9 @@ struct Units {
     ~Units() { _tile_release(); }
 };
 
-// C (+)= A B of 16 M x 16 N numbers, over `steps` of 32.
-template <int M, int N>
-inline void tiles(Tiles a, Tiles b, float* c, long ldc, long steps, bool add) {
+// C (+)= A B of 16 M x 16 N numbers, over `steps` of 32. besides(s): other work, of which the units let some be done at every step.
+template <int M, int N, class F = Nothing>
+inline void tiles(Tiles a, Tiles b, float* c, long ldc, long steps, bool add, F besides = {}) {
     if (add) {
         _tile_loadd(0, c, ldc * 4);
         if (N > 1) _tile_loadd(1, c + 16, ldc * 4);
@@ -63,7 +68,7 @@ inline void tiles(Tiles a, Tiles b, float* c, long ldc, long steps, bool add) {
         if (M > 1) _tile_zero(2);
         if (M > 1 && N > 1) _tile_zero(3);
     }
-    for (; steps > 0; steps--, a.at += a.step, b.at += b.step) {
+    for (long s = 0; s < steps; s++, a.at += a.step, b.at += b.step) {
         _tile_loadd(4, a.at, a.row * 2);
         _tile_loadd(6, b.at, b.row * 2);
         _tile_dpbf16ps(0, 4, 6);
@@ -76,6 +81,7 @@ inline void tiles(Tiles a, Tiles b, float* c, long ldc, long steps, bool add) {
             _tile_dpbf16ps(2, 5, 6);
             if (N > 1) _tile_dpbf16ps(3, 5, 7);
         }
+        besides(s);
     }
     _tile_stored(0, c, ldc * 4);
     if (N > 1) _tile_stored(1, c + 16, ldc * 4);
@@ -89,9 +95,10 @@ inline bool permitted() { return true; }
 
 struct Units {};
 
-// C (+)= A B of 16 M x 16 N numbers, over `steps` of 32; eight rows at a time stay in registers.
-template <int M, int N>
-inline void tiles(Tiles a, Tiles b, float* c, long ldc, long steps, bool add) {
+// C (+)= A B of 16 M x 16 N numbers, over `steps` of 32; eight rows at a time stay in registers. besides(s): the same.
+template <int M, int N, class F = Nothing>
+inline void tiles(Tiles a, Tiles b, float* c, long ldc, long steps, bool add, F besides = {}) {
+    for (long s = 0; s < steps; s++) besides(s);
     for (int from = 0; from < 16 * M; from += 8) {
         const u16 *rows = a.at + from / 16 * a.next + from % 16 * a.row, *columns = b.at;
         float* to = c + from * ldc;
