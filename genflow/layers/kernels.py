@@ -77,7 +77,9 @@ class Product(torch.autograd.Function):
 def weight_gradient(g: Tensor, x: Tensor) -> Tensor:
     """g^T x in float32, of rows that are dense. g: N x O; x: N x I, both bf16."""
     shape = g.shape[1], x.shape[1]
-    dw = torch.empty(shape) if x.shape[0] else torch.zeros(shape)
+    if not x.shape[0]:
+        return torch.zeros(shape)
+    dw = torch.empty(shape)
     call("weight_gradient", x.dtype, g, g.stride(0), x, x.stride(0), dw, x.shape[0], *shape)
     return dw
 

@@ -2,7 +2,7 @@
 //
 // The long axis, rows of g and x, is the one summed over, which libraries lay out anew at some cost. Here both are packed
 // into tiles, some rows at a time: g by transposing its pairs of rows, x as its pairs are. Every thread has its own part of
-// the answer and packs what that needs, so that none waits for another before the end.
+// the answer and packs what that needs, so that none waits for another.
 
 #include "matrix.h"
 
@@ -12,13 +12,12 @@
 
 #include <algorithm>
 #include <cstdlib>
-#include <vector>
 
 namespace {
 
 constexpr long ROWS = 256;  // of g and x at a time: 32 columns of each in tiles fill two thirds of a first cache of 48 KiB
 constexpr long TILE = 512;  // bf16 numbers
-constexpr long BLOCK = 32 * 32;  // numbers of dw that are one product, together in memory until the end
+constexpr long BLOCK = 32 * 32;  // numbers of dw that are one product
 
 // Row r of 32 columns; zeros from row M on.
 inline __m512i row_at(const u16* x, long stride, long r, long M) { return r < M ? _mm512_loadu_si512(x + r * stride) : _mm512_setzero_si512(); }
@@ -73,15 +72,16 @@ struct Part {
 
 extern "C" long matrix_units() { return permitted(); }
 
-// g: M x O, x: M x I, rows apart by their strides -> dw: O x I, contiguous. O and I: multiples of 32.
+// g: M x O, x: M x I, rows apart by their strides -> dw: O x I, contiguous, on a cache line. O and I: multiples of 32.
 extern "C" void weight_gradient_bf16(const u16* g, long g_stride, const u16* x, long x_stride, float* dw, long M, long O, long I) {
 #pragma omp parallel
     {
         [[maybe_unused]] const Units units;
         const Part part(O, I, omp_get_thread_num(), omp_get_num_threads());
-        const long panels = (part.i_end - part.i) / 32, most = ROWS / 32;
-        u16* const scratch = static_cast<u16*>(std::aligned_alloc(64, 2 * ROWS * 32 * (2 + panels)));
+        const long downs = (part.o_end - part.o) / 32, panels = (part.i_end - part.i) / 32, most = ROWS / 32;
+        u16* const scratch = static_cast<u16*>(std::aligned_alloc(64, 2 * ROWS * 32 * (2 + panels) + 4 * BLOCK * downs * panels));
         u16 *a = scratch, *next = a + ROWS * 32, *const b = next + ROWS * 32;
+        float* const blocks = reinterpret_cast<float*>(b + ROWS * 32 * panels);
         // Eight columns of 32 rows, the n-th of those from column o and from a row on.
         auto pack_slice = [&](long n, long o, long from, u16* to) {
             const long r = from + n / 4 * 32, h = n % 4;
@@ -97,7 +97,7 @@ extern "C" void weight_gradient_bf16(const u16* g, long g_stride, const u16* x, 
                 const long each = panels ? up(4 * most, panels * steps) / (panels * steps) : 0;
                 long done = 0;
                 for (long i = 0; i < panels; i++) {
-                    float* block = dw + (o / 32 * (I / 32) + part.i / 32 + i) * BLOCK;
+                    float* block = blocks + ((o - part.o) / 32 * panels + i) * BLOCK;
                     const Tiles rows{a, 32, TILE, most * TILE}, columns{b + i * steps * 2 * TILE, 32, 2 * TILE, TILE};
                     tiles<2, 2>(rows, columns, block, 32, steps, from > 0, [&](long) {  // besides: the next columns, or those of the next rows
                         for (long e = 0; e < each; e++) pack_slice(done++, along ? o + 32 : part.o, along ? from : from + ROWS, next);
@@ -105,23 +105,20 @@ extern "C" void weight_gradient_bf16(const u16* g, long g_stride, const u16* x, 
                 }
             }
         }
-        std::free(scratch);
-        std::vector<float> blocks(32 * I);
         alignas(64) int32_t order[2][16];
         for (int j = 0; j < 32; j++) order[j / 16][j % 16] = j / 2 + j % 2 * 16;
         const __m512i left = _mm512_load_si512(order[0]), right = _mm512_load_si512(order[1]);
-#pragma omp barrier
-#pragma omp for schedule(static)
-        for (long o = 0; o < O; o += 32) {  // 32 rows of dw: in blocks, of even and odd columns, until here
-            std::memcpy(blocks.data(), dw + o * I, 4 * 32 * I);
+        for (long o = 0; o < downs; o++)
             for (long r = 0; r < 32; r++)
-                for (long i = 0; i < I; i += 32) {
-                    const float* row = blocks.data() + i / 32 * BLOCK + 32 * r;
-                    const __m512 even = _mm512_loadu_ps(row), odd = _mm512_loadu_ps(row + 16);
-                    _mm512_storeu_ps(dw + (o + r) * I + i, _mm512_permutex2var_ps(even, left, odd));
-                    _mm512_storeu_ps(dw + (o + r) * I + i + 16, _mm512_permutex2var_ps(even, right, odd));
+                for (long i = 0; i < panels; i++) {
+                    const float* row = blocks + (o * panels + i) * BLOCK + 32 * r;
+                    float* to = dw + (part.o + 32 * o + r) * I + part.i + 32 * i;
+                    const __m512 even = _mm512_load_ps(row), odd = _mm512_load_ps(row + 16);
+                    _mm512_stream_ps(to, _mm512_permutex2var_ps(even, left, odd));
+                    _mm512_stream_ps(to + 16, _mm512_permutex2var_ps(even, right, odd));
                 }
-        }
+        _mm_sfence();
+        std::free(scratch);
     }
 }
 
