@@ -34,7 +34,7 @@ KEPT = ", no checkpoints"  # a side whose memory is measured with everything kep
 def training(args: argparse.Namespace) -> list[Contest]:
     """Forward, backward and fused AdamW of an MM-DiT."""
     config, side = mmdit_config(args), f"{args.tokens} + {args.text} tokens, batch {args.batch}"
-    ways = [args.precision, "compiled" if args.compile else "eager", *["checkpointed"] * args.checkpointing]
+    ways = [args.precision, _compiled(args), *["checkpointed"] * args.checkpointing]
     flops = args.batch * mmdit_training_flops(config, args.tokens, args.text)
     sides = ("genflow", *_peer(args, "train"))
     # The compiler works in the same process, and takes more than the step.
@@ -88,7 +88,7 @@ def sampling(args: argparse.Namespace) -> list[Contest]:
     flops = calls * mmdit_flops(config, args.tokens, args.text)
     how = f"{args.sampler}, {args.steps} steps, guidance {args.guidance:g}"
     what = f"{args.tokens} + {args.text} tokens, batch {args.batch}, {args.precision}"
-    way = ("compiled" if args.compile else "eager") + ", genflow's as CUDA graphs" * args.graphs
+    way = _compiled(args) + ", genflow's as CUDA graphs" * args.graphs
     return [
         Contest(
             f"sampling from an MM-DiT: {_words(config)}, {what}, {way}; {how}",
@@ -179,12 +179,12 @@ def _velocity(
         network.to(args.device)
         if args.precision == "fp8":  # of which the peer knows nothing: it stays in bf16
             train_in_float8(network)
-        if args.compile:
+        if args.compile in ("both", "genflow"):
             compile_blocks(network)
         return network, velocity
     module, velocity = peers.diffusers_velocity(network, checkpointing=checkpointing)
     module.to(args.device)
-    if args.compile:
+    if args.compile in ("both", "peer"):
         for block in module.transformer_blocks:
             block.compile()
     return module, velocity
@@ -202,6 +202,14 @@ def _inputs(args: argparse.Namespace, dtype: torch.dtype = torch.float32) -> tup
 
 def _shape(args: argparse.Namespace) -> tuple[int, int, int]:
     return 3, PATCH * math.isqrt(args.tokens), PATCH * math.isqrt(args.tokens)
+
+
+def _compiled(args: argparse.Namespace) -> str:
+    """Raises UserError where a peer is to be compiled that is not there."""
+    if args.compile == "peer" and args.against is None:
+        raise UserError("--compile peer: there is none; name one with --against, such as diffusers")
+    ways = {None: "eager", "both": "compiled", "genflow": "genflow's compiled", "peer": f"{args.against}'s compiled"}
+    return ways[args.compile]
 
 
 def _peer(args: argparse.Namespace, work: str) -> tuple[str, ...]:
