@@ -8,15 +8,15 @@ import os
 import signal
 import subprocess
 import sys
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
+from tiny_run import of_tiny, with_a_bad_one, written
 
-from genflow.cli import main
 from genflow.config import from_dict, load
 from genflow.errors import UserError
 from genflow.flows.store import checkpoints, newest_checkpoint
@@ -27,31 +27,10 @@ from genflow.training.loop import learning_rate
 from genflow.training.precision import refusal, resolve_precision, verified
 from genflow.training.run import train
 
-CONFIG = """
-data: {name: emoji, size: 16, limit: 30, flip: true}
-text: {name: learned, dim: 16, heads: 2, layers: 1, max_tokens: 24}
-model: {name: mmdit, depth: 2, hidden: 32, heads: 2, patch_size: 8}
-flow: {name: rectified, prediction: x}
-train:
-  steps: 40
-  batch_size: 8
-  precision: fp32
-  optimizer: {name: adamw, lr: 1e-3}
-  warmup: 5
-  log_every: 5
-  save_every: 4
-  keep: 2
-  preview_every: 0
-  trackers: []
-sample: {sampler: euler, steps: 2, guidance: 1.0}
-"""
-
 
 @pytest.fixture
 def config(tmp_path):
-    path = tmp_path / "tiny.yaml"
-    path.write_text(CONFIG)
-    return path
+    return written(tmp_path)
 
 
 def run_python(code: str, *arguments: str, check: bool = True) -> subprocess.CompletedProcess:
@@ -190,10 +169,7 @@ def _one_accelerator_each():
 
 @pytest.fixture
 def tiny(config, tmp_path):
-    def build(*overrides: str) -> RunConfig:
-        return load(config, [f"out={tmp_path / 'run'}", "train.steps=4", *overrides], schema=RunConfig)
-
-    return build
+    return partial(of_tiny, config, tmp_path)
 
 
 def test_a_run_learns_and_leaves_what_it_should(tiny, tmp_path):
@@ -312,16 +288,6 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(tiny, monkeypatch):
     assert [p.name for p in (run / "checkpoints").iterdir()] == ["step-00000004"]
 
 
-def with_a_bad_one(folder: Path) -> Path:
-    from PIL import Image
-
-    folder.mkdir()
-    for i in range(8):
-        Image.new("RGB", (16, 16), (i * 30, 0, 0)).save(folder / f"{i}.png")
-    (folder / "bad.png").write_text("not a picture")
-    return folder
-
-
 def test_bad_pictures_are_counted_and_too_many_stop_the_run(tmp_path, config, capsys):
     folder = with_a_bad_one(tmp_path / "pictures")
     more = [f"data={{name: folder, path: {folder}, size: 16}}", f"out={tmp_path / 'run'}", "train.steps=4"]
@@ -437,313 +403,3 @@ def test_ema_swaps_in_and_out_even_on_errors():
         assert not model.weight.any()
         raise RuntimeError
     assert torch.equal(model.weight, own)
-
-
-# -------------------------------------------------------------------------------------------------------------- sampling
-
-
-def test_sample_writes_pictures_that_say_how_they_were_made(tiny, tmp_path, capsys):
-    from PIL import Image
-
-    from genflow.data.pictures import read_settings
-
-    run, out = train(tiny()), tmp_path / "out"
-    (tmp_path / "prompts.txt").write_text("\ufeffowl\n\nfox 🦊\n")
-    arguments = ["sample", str(run), "--prompt", "", "--prompt-file", str(tmp_path / "prompts.txt"), "-n", "2"]
-    assert main([*arguments, "--seed", "5", "--guidance", "2", "--out", str(out)]) == 0
-    files = sorted(p.name for p in out.iterdir())
-    assert len(files) == 7 and "grid.png" in files and "0002-owl-7.png" in files
-    settings = read_settings(out / "0002-owl-7.png")
-    assert settings["prompt"] == "owl" and settings["seed"] == 7 and settings["guidance"] == 2 and settings["nfe"] == 2
-    assert (
-        main(
-            [
-                "sample",
-                str(run),
-                "--prompt",
-                "owl",
-                "--seed",
-                "7",
-                "--guidance",
-                "2",
-                "--batch",
-                "1",
-                "--out",
-                str(tmp_path / "b"),
-            ]
-        )
-        == 0
-    )
-    pictures = [Image.open(out / "0002-owl-7.png"), Image.open(tmp_path / "b" / "0000-owl-7.png")]
-    a, b = (torch.frombuffer(bytearray(p.tobytes()), dtype=torch.uint8).int() for p in pictures)
-    assert (a - b).abs().max() <= 1
-
-
-def test_guidance_is_set_in_the_config_and_by_options(tiny, tmp_path):
-    from genflow.data.pictures import read_settings
-
-    run = train(
-        tiny(
-            "sample.guidance=2.0",
-            "sample.guide=apg",
-            "sample.guide.eta=0.25",
-            "sample.rescale=0.5",
-            "train.save_every=2",
-        )
-    )
-    weak = run / "checkpoints" / "step-00000002"
-
-    def drawn(*arguments):
-        out = tmp_path / f"out{len(list(tmp_path.glob('out*')))}"
-        assert main(["sample", str(run), "--prompt", "owl", "--out", str(out), *arguments]) == 0
-        settings = read_settings(out / "0000-owl-0.png")
-        return (out / "0000-owl-0.png").read_bytes(), {k: settings.get(k) for k in ("guide", "rescale", "weak")}
-
-    apg = {"name": "apg", "eta": 0.25, "threshold": None, "momentum": 0.0}
-    given = {"name": "apg", "threshold": 1e-1, "momentum": -0.5}
-    pictures = []
-    for arguments, expected in (
-        ((), {"guide": apg, "rescale": 0.5, "weak": None}),
-        (
-            ("--guide", "apg", "threshold=1e-1", "momentum=-.5", "--rescale", "0"),
-            {"guide": given, "rescale": 0.0, "weak": None},
-        ),
-        (("--guide", "cfg", "--weak", str(weak)), {"guide": {"name": "cfg"}, "rescale": 0.5, "weak": str(weak)}),
-    ):
-        picture, settings = drawn(*arguments)
-        assert settings == expected
-        pictures.append(picture)
-    assert len({*pictures}) == 3
-
-
-def test_a_preview_that_cannot_be_drawn_does_not_end_the_run(tiny, capsys, monkeypatch):
-    from genflow.flows.rectified import RectifiedFlow
-
-    def refused(*_, **__):
-        raise UserError("not finite")
-
-    monkeypatch.setattr(RectifiedFlow, "sample", refused)
-    run = train(tiny("train.preview_every=2"))
-    assert newest_checkpoint(run).name == "step-00000004"
-    assert "step 2: no preview: not finite" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("override", "message"),
-    [
-        ("train.steps=0", "train: steps = 0 is too few; the least is 1"),
-        ("train.log_every=0", "log_every = 0 is too few"),
-        ("train.accumulation=0", "accumulation = 0 is too few"),
-        ("train.workers=-1", "workers = -1 is too few"),
-        ("train.decay=2", "decay = 2.0 is not within 0 .. 1"),
-        ("train.clip=.nan", "clip = nan is not within 0 .. inf"),
-        ("train.ema=2", "ema = 2.0 is not within 0 .. 0.28"),
-        ("train.optimizer.lr=-1", "train.optimizer: lr = -1.0 must be a finite number"),
-        ("train.optimizer.betas=[0.9, 1]", "must be 0 or more and below 1"),
-        ("train.trackers=[tensorbord]", "Did you mean 'tensorboard'"),
-        ("seed=-1", "seed = -1 is out of range"),
-        ("sample.steps=0", "sample: steps = 0 is too few"),
-        ("sample.guidance=.nan", "guidance = nan is not a finite number"),
-        ("sample.interval=[0.9, 0.1]", "is not 0 <= lo < hi <= 1"),
-        ("sample.options={rtol: 1}", "sampler euler has no option 'rtol'"),
-        ("sample.options=rtol", "options = 'rtol' must be a section"),
-        ("train.validation_split=nowhere", "no split"),
-    ],
-)
-def test_what_cannot_be_is_refused_before_the_first_step(tiny, tmp_path, override, message):
-    with pytest.raises(UserError) as caught:
-        train(tiny("train.validate_every=4", override))
-    assert message in str(caught.value) and "\n" not in str(caught.value)
-    assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json", "config.json"])
-def test_a_damaged_checkpoint_is_named(tiny, name):
-    run = train(tiny())
-    file = newest_checkpoint(run) / name
-    file.write_bytes(b"x" * file.stat().st_size)
-    with pytest.raises(UserError, match=r"step-00000004.* is damaged"):
-        train(tiny("train.steps=8"))
-
-
-def test_one_folder_is_trained_by_one_process(tiny, tmp_path):
-    fcntl = pytest.importorskip("fcntl")
-    (tmp_path / "run").mkdir()
-    with (tmp_path / "run" / ".lock").open("a") as other:
-        fcntl.flock(other, fcntl.LOCK_EX)
-        with pytest.raises(UserError, match="is being trained by another process"):
-            train(tiny())
-    assert newest_checkpoint(train(tiny())).name == "step-00000004"
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--steps", "0"], "steps = 0"),
-        (["--seed", "-1"], "seed"),
-        (["--sampler", "huen"], "Did you mean 'heun'"),
-        (["--guidance", "nan"], "not a finite number"),
-        (["--size", "17"], "try 16 x 16"),
-        (["-n", "0"], "-n and --batch must be 1 or more"),
-        (["--interval", "0.9", "0.1"], "interval"),
-        (["--guidance", "2", "--guide", "agp"], "Did you mean 'apg'?"),
-        (["--guidance", "2", "--guide", "apg", "eta"], "--guide: 'eta' is not KEY=VALUE, such as eta=0.5"),
-        (["--guidance", "2", "--guide", "apg", "etta=0"], "unknown key 'etta' in guide. Did you mean 'eta'?"),
-        (["--guidance", "2", "--guide", "apg", "eta=much"], "guide.eta must be a number, not 'much'"),
-        (["--guidance", "2", "--weak", "nowhere"], "nowhere does not exist"),
-        (["--guidance", "2", "--rescale", "1.5"], "rescale = 1.5"),
-        (["--weak", "nowhere"], "--weak does nothing without guidance; add --guidance 2"),
-        (["--guide", "apg"], "--guide does nothing"),
-        (["--size", "1000000"], "out of memory"),
-        (["--steps", "1000000000"], "is too many"),
-        (["--prompt", "\udcff"], "not UTF-8 text"),
-        (["--out", __file__], "is a file; name a folder"),
-    ],
-)
-def test_sampling_mistakes(tiny, tmp_path, arguments, message, capsys):
-    run = train(tiny("train.steps=1"))
-    assert main(["sample", str(run), "--prompt", "x", "--out", str(tmp_path / "o"), *arguments]) == 2
-    error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert message in error and error.startswith("genflow: ")
-
-
-def test_a_run_does_not_go_on_with_more_data_than_it_had(tmp_path, capsys):
-    rows = tmp_path / "rows.csv"
-    rows.write_text("a,b\n" + "".join(f"{i},{i * i % 7}\n" for i in range(20)))
-    config = tmp_path / "c.yaml"
-    config.write_text(
-        f"data: {{name: table, path: {rows}}}\nout: {tmp_path / 'run'}\n"
-        "text: none\nmodel: {name: mlp, hidden: 8, depth: 1}\n"
-        "train: {steps: 2, batch_size: 4, preview_every: 0, validate_every: 0, trackers: [], precision: fp32}\n"
-    )
-    assert main(["train", str(config)]) == 0
-    rows.write_text(rows.read_text() + "30,1\n")
-    assert main(["train", str(config), "train.steps=3"]) == 2
-    assert " samples, but 15 when" in capsys.readouterr().err
-
-
-# ---------------------------------------------------------------------------------------------- what the options do
-
-
-@pytest.fixture
-def losses(monkeypatch):
-    """(batch, rng, whether in training mode) of each loss that a run of a rectified flow asks for."""
-    from genflow.flows.rectified import RectifiedFlow
-
-    seen, loss = [], RectifiedFlow.loss
-
-    def spied(self, batch, rng):
-        seen.append((batch, rng, self.training))
-        return loss(self, batch, rng)
-
-    monkeypatch.setattr(RectifiedFlow, "loss", spied)
-    return seen
-
-
-def test_gradients_are_clipped_and_averaged_as_asked(tiny):
-    run = train(tiny("train.steps=1", "train.clip=1e-3", "train.optimizer.betas=[0.5, 0.8]"))
-    state = load_file(newest_checkpoint(run) / "optimizer.safetensors")
-    first = {name.removesuffix("/exp_avg"): 2 * m for name, m in state.items() if name.endswith("/exp_avg")}
-    assert math.isclose(float(torch.stack([g.norm() for g in first.values()]).norm()), 1e-3, rel_tol=1e-3)
-    for name, g in first.items():
-        torch.testing.assert_close(state[f"{name}/exp_avg_sq"], 0.2 * g**2)
-
-
-def test_matrices_decay_and_vectors_do_not():
-    from genflow.training.optimizers import AdamWConfig
-
-    model = torch.nn.Linear(3, 3)
-    before = [p.detach().clone() for p in (model.weight, model.bias)]
-    optimizer = AdamWConfig(lr=0.1, weight_decay=0.3).build(model)
-    for p in model.parameters():
-        p.grad = torch.zeros_like(p)
-    optimizer.step()
-    torch.testing.assert_close(model.weight, before[0] * 0.97)
-    assert torch.equal(model.bias, before[1])
-
-
-def test_the_validation_loss_is_that_of_the_averaged_weights_on_so_many_samples(tiny):
-    from genflow.evaluation.likelihood import held_out_loss
-    from genflow.flows.store import load as load_flow
-
-    config = tiny("train.steps=3", "train.ema=0.25", "train.validate_every=3", "train.validation_images=11")
-    run = train(replace(config, train=replace(config.train, validation_split="train")))
-    told = [json.loads(x) for x in (run / "metrics.jsonl").read_text().splitlines() if "validation_loss" in x][-1]
-    means = [held_out_loss(load_flow(run, ema=ema), config.data.build("train"), 11, batch=11) for ema in (True, False)]
-    assert told.pop("step") == 3 and told == pytest.approx(means[0], rel=1e-5)
-    assert told["validation_loss"] != pytest.approx(means[1]["validation_loss"], rel=1e-5)
-
-
-def test_previews_are_of_the_prompts_and_leave_training_as_it_was(tiny, losses, monkeypatch):
-    from genflow.flows.rectified import RectifiedFlow
-
-    asked = []
-
-    def sample(self, prompts, *, seeds, steps, **_):
-        asked.append((list(prompts), list(seeds), steps, self.training))
-        raise UserError("enough")
-
-    monkeypatch.setattr(RectifiedFlow, "sample", sample)
-    train(tiny("train.steps=2", "train.preview_every=1", "train.preview_prompts=[a cat, a dog]", "sample.steps=3"))
-    assert asked == [(["a cat", "a dog"], [0, 1], 3, False)] * 2
-    assert [training for *_, training in losses] == [True, True]
-
-
-def test_the_seed_is_of_weights_and_of_chance(tiny, losses, tmp_path):
-    still = ("train.steps=2", "train.optimizer.lr=0")
-    runs = [train(tiny(*still, f"seed={seed}", f"out={tmp_path / str(seed)}")) for seed in (0, 5)]
-    a, b = (load_file(newest_checkpoint(run) / "model.safetensors") for run in runs)
-    assert any(not torch.equal(value, b[name]) for name, value in a.items() if value.dim() > 1)
-    assert [(rng.seed, rng.step) for _, rng, _ in losses] == [(0, 0), (0, 1), (5, 0), (5, 1)]
-
-
-def test_flips_are_those_of_the_seed(tiny, losses, tmp_path):
-    from genflow.functional import Rng
-
-    for flip in ("true", "false"):
-        train(tiny("train.steps=2", "seed=5", f"data.flip={flip}", f"out={tmp_path / flip}"))
-    x, plain = (torch.cat([batch.x for batch, *_ in part]) for part in (losses[:2], losses[2:]))
-    turned = Rng(5).uniform("flip", torch.arange(16)) < 0.5
-    assert turned.any() and torch.equal(x, torch.where(turned[:, None, None, None], plain.flip(-1), plain))
-
-
-def test_what_could_not_be_read_is_still_known_after_a_restart(tmp_path, config, capsys):
-    folder = with_a_bad_one(tmp_path / "pictures")
-    more = [f"data={{name: folder, path: {folder}, size: 16}}", f"out={tmp_path / 'run'}", "train.log_every=1"]
-    train(load(config, [*more, "train.steps=4"], schema=RunConfig))
-    assert capsys.readouterr().err.count("skipped bad.png") == 1
-    run = train(load(config, [*more, "train.steps=8"], schema=RunConfig))
-    assert "skipped bad.png" not in capsys.readouterr().err
-    assert [json.loads(x)["bad_images"] for x in (run / "metrics.jsonl").read_text().splitlines()][-4:] == [1] * 4
-
-
-def test_what_is_not_training_is_left_out_of_the_rate(tmp_path, monkeypatch):
-    from types import SimpleNamespace
-
-    from genflow.training import log
-
-    now = [100.0]
-    monkeypatch.setattr(log, "time", SimpleNamespace(monotonic=lambda: now[0]))
-    told = log.Log(tmp_path, SimpleNamespace(is_main_process=True), steps=20, start=0, batch_size=8)
-    now[0] += 10
-    told.pause(6.0)
-    assert math.isclose(told.progress(5, 0.1), 10.0)  # 40 pictures in 4 seconds
-
-
-def test_a_tracker_forgets_the_steps_that_are_done_again(tiny, monkeypatch):
-    import accelerate
-
-    told = []
-    monkeypatch.setattr(accelerate.Accelerator, "init_trackers", lambda self, name, **how: told.append(how))
-    for steps in (2, 4):
-        train(tiny(f"train.steps={steps}", "train.trackers=[tensorboard]"))
-    assert [each["init_kwargs"]["tensorboard"] for each in told] == [{}, {"purge_step": 3}]
-
-
-def test_a_run_goes_on_in_its_own_precision_where_auto_is_asked(tiny, monkeypatch):
-    from genflow.training import precision
-
-    monkeypatch.setattr(precision, "matmul_tflops", lambda name, device: {"bf16": 9.0, "fp32": 1.0}[name])
-    train(tiny("train.steps=2"))
-    run = train(tiny("train.steps=3", "train.precision=auto"))
-    assert load(run / "config.yaml", schema=RunConfig).train.precision == "fp32"
