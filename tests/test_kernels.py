@@ -186,6 +186,15 @@ def test_nan_and_inf_go_through():
         assert torch.equal(gelu(same, high), high) and gelu(same, -high).abs().max() < 1e-7
 
 
+def test_what_a_hook_kept_of_a_product_stays_as_it_was():
+    layer, kept = linear(H, torch.float32), []
+    layer.register_forward_hook(lambda module, inputs, output: kept.append(output))
+    (x,) = tensors((B, L, H), dtype=torch.float32)
+    with torch.no_grad():
+        gelu(layer, x)
+        torch.testing.assert_close(kept[0], torch.nn.functional.linear(x, layer.weight))
+
+
 def test_gelu_is_accurate_everywhere():
     x = torch.linspace(-12, 12, 2400 * H).view(1, -1, H)
     exact = torch.nn.functional.gelu(x.double(), approximate="tanh")

@@ -73,7 +73,10 @@ def _gated_residual(x: Tensor, gate: Tensor, y: Tensor, bias: Tensor) -> Tensor:
 def gelu(linear: Linear, x: Tensor) -> Tensor:
     """a Phi(a) of a = linear(x) in its tanh form (Hendrycks & Gimpel 2016, arXiv 1606.08415). x: B x L x the input."""
     if native.usable(x) and x.dim() == 3:
-        return native.run(kernels.GELU, linear(x, bias=False).contiguous(), linear.bias, _gelu)
+        product = linear(x, bias=False).contiguous()
+        if linear._forward_hooks:  # which may have kept what the kernel writes over
+            product = product.clone()
+        return native.run(kernels.GELU, product, linear.bias, _gelu)
     return F.gelu(linear(x), approximate="tanh")
 
 
