@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.autograd import forward_ad
 
-from genflow.layers.kernels import trains_on_matrix_units
+from genflow.layers.kernels import gelu_backward, trains_on_matrix_units, weight_gradient
 from genflow.layers.modulation import QKV, Linear, gated_residual, gelu, joint_heads, modulated_norm
 from genflow.native import library as kernels
 
@@ -213,6 +213,43 @@ def test_the_gradient_of_a_weight_is_a_sum_in_float32(rows):
     exact = g.double().T @ x.double()
     assert made.weight.grad.dtype == torch.float32
     torch.testing.assert_close(made.weight.grad.double(), exact, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.skipif(not kernels.matrix_units(), reason="this processor does not multiply bf16")
+@pytest.mark.parametrize("outputs, inputs", [(32, 32), (64, 96), (160, 64), (32, 1088), (1056, 544)])
+@pytest.mark.parametrize("rows", [1, 31, 257, 700])
+def test_any_number_of_threads_makes_the_whole_gradient_of_a_weight(outputs, inputs, rows):
+    """More of them than there are parts, too, and of columns that lie in wider rows."""
+    generator = torch.Generator().manual_seed(0)
+    g = torch.randn(rows, outputs + 5, generator=generator).bfloat16()[:, 3:-2]
+    x = torch.randn(rows, inputs + 24, generator=generator).bfloat16()[:, 16:-8]
+    before, made = torch.get_num_threads(), []  # all are kept: none finds the numbers of another in its memory
+    try:
+        for threads in (1, 2, 3, 5, 8):
+            torch.set_num_threads(threads)
+            made.append(weight_gradient(g, x))
+    finally:
+        torch.set_num_threads(before)
+    torch.testing.assert_close(made[0].double(), g.double().T @ x.double(), rtol=1e-5, atol=1e-4)
+    assert all(torch.equal(made[0], more) for more in made[1:])
+
+
+@pytest.mark.skipif(not kernels.matrix_units(), reason="this processor does not multiply bf16")
+def test_the_slope_of_gelu_is_one_far_out():
+    x = torch.tensor([1e15, -1e15, 100.0, -100.0]).bfloat16().repeat(H // 4).view(1, 1, H)
+    dx, _ = gelu_backward(torch.ones_like(x), x, torch.zeros(H))
+    assert torch.equal(dx, (x > 0).to(x.dtype))
+
+
+@pytest.mark.skipif(not kernels.matrix_units(), reason="this processor does not multiply bf16")
+def test_gradients_are_float32_whatever_the_default_is():
+    g, x = torch.randn(40, 64).bfloat16(), torch.randn(40, 32).bfloat16()
+    expected = weight_gradient(g, x)
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert torch.equal(weight_gradient(g, x), expected) and weight_gradient(g, x).dtype == torch.float32
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_another_autocast_takes_the_plain_formula():

@@ -208,7 +208,7 @@ def _compiled(args: argparse.Namespace) -> str:
     """Raises UserError where a peer is to be compiled that is not there."""
     if args.compile == "peer" and args.against is None:
         raise UserError("--compile peer: there is none; name one with --against, such as diffusers")
-    ways = {None: "eager", "both": "compiled", "genflow": "genflow's compiled", "peer": f"{args.against}'s compiled"}
+    ways = {None: "eager", "both": "compiled", "genflow": "genflow compiled", "peer": f"{args.against} compiled"}
     return ways[args.compile]
 
 

@@ -78,8 +78,8 @@ def weight_gradient(g: Tensor, x: Tensor) -> Tensor:
     """g^T x in float32, of rows that are dense. g: N x O; x: N x I, both bf16."""
     shape = g.shape[1], x.shape[1]
     if not x.shape[0]:
-        return torch.zeros(shape)
-    dw = torch.empty(shape)
+        return torch.zeros(shape, dtype=torch.float32)
+    dw = torch.empty(shape, dtype=torch.float32)
     call("weight_gradient", x.dtype, g, g.stride(0), x, x.stride(0), dw, x.shape[0], *shape)
     return dw
 
@@ -157,7 +157,7 @@ def gate_forward(x: Tensor, gate: Tensor, y: Tensor, bias: Tensor) -> Tensor:
 def gate_backward(g: Tensor, gate: Tensor, y: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     gate, stride = _rows(gate)
     dy, dgate = torch.empty_like(y), torch.empty_like(gate, memory_format=torch.contiguous_format)
-    dbias = torch.empty(y.shape[0], bias.shape[0])
+    dbias = torch.empty(y.shape[0], bias.shape[0], dtype=torch.float32)
     call("gate_backward", y.dtype, g, gate, stride, y, as_float(bias), dy, dgate, dbias, *y.shape)
     return dgate, dy, dbias.sum(0).to(bias.dtype)
 
@@ -193,7 +193,7 @@ def _gelu_into(y: Tensor, x: Tensor, bias: Tensor) -> Tensor:
 
 @operator
 def gelu_backward(g: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    dx, dbias = torch.empty_like(x), torch.zeros(x.shape[0], bias.shape[0])
+    dx, dbias = torch.empty_like(x), torch.zeros(x.shape[0], bias.shape[0], dtype=torch.float32)
     call("gelu_backward", x.dtype, g, x, as_float(bias), dx, dbias, *x.shape)
     return dx, dbias.sum(0).to(bias.dtype)
 
@@ -254,7 +254,7 @@ def heads_backward(
         bias, wq, wk = (as_float(w) for w in own)
         B, L, D = stream.shape[0], stream.shape[1], grads[0].shape[-1]
         dx = torch.empty_like(stream)
-        dbias, dwq, dwk = (torch.zeros(B, w.numel()) for w in own)
+        dbias, dwq, dwk = (torch.zeros(B, w.numel(), dtype=torch.float32) for w in own)
         rq, rk = scales[2 * i], scales[2 * i + 1]
         normed = int(wq.numel() > 0)
         call(

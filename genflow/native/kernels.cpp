@@ -234,7 +234,7 @@ struct Gelu {
     __m512 value() const { return _mm512_mul_ps(a, s); }
     __m512 derivative() const {  // s + a s (1 - s) (C0 + 3 C1 a^2)
         const __m512 rise = _mm512_fmadd_ps(cubic, _mm512_set1_ps(-3 * LN2), _mm512_set1_ps(-2 * C0));
-        return _mm512_fmadd_ps(_mm512_mul_ps(a, rise), _mm512_fnmadd_ps(s, s, s), s);
+        return _mm512_fmadd_ps(_mm512_mul_ps(a, _mm512_fnmadd_ps(s, s, s)), rise, s);
     }
 };
 

@@ -57,6 +57,7 @@ struct Units {
 // C (+)= A B of 16 M x 16 N numbers, over `steps` of 32. besides(s): other work, of which the units let some be done at every step.
 template <int M, int N, class F = Nothing>
 inline void tiles(Tiles a, Tiles b, float* c, long ldc, long steps, bool add, F besides = {}) {
+    asm volatile("" ::: "memory");  // compilers (GCC 12) do not see that a tile's load reads memory
     if (add) {
         _tile_loadd(0, c, ldc * 4);
         if (N > 1) _tile_loadd(1, c + 16, ldc * 4);

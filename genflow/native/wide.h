@@ -28,15 +28,18 @@ inline __m512 power_of_two(__m512 x) {
     return _mm512_scalef_ps(p, n);
 }
 
-// The same for x <= 0; the least answer is a normal number, for others are slow.
-inline __m512 power_of_two_below(__m512 x) { return power_of_two(_mm512_max_ps(_mm512_set1_ps(-126.0f), x)); }
+constexpr float LEAST = -100.0f;  // of a power: neither it nor a product with it is a denormal number, which are slow
 
-// 1 / (1 + 2^z), 0 where it is below 2^-86.
+// The same for x <= 0, which rounding may have put above.
+inline __m512 power_of_two_below(__m512 x) {
+    return power_of_two(_mm512_min_ps(_mm512_setzero_ps(), _mm512_max_ps(_mm512_set1_ps(LEAST), x)));
+}
+
+// 1 / (1 + 2^z), 0 from z = 86 on.
 inline __m512 logistic_of_two(__m512 z) {
-    const __m512 least = _mm512_set1_ps(-126.0f), most = _mm512_set1_ps(86.0f), one = _mm512_set1_ps(1.0f);
-    const __m512 d = _mm512_add_ps(one, power_of_two(_mm512_min_ps(most, _mm512_max_ps(least, z))));
+    const __m512 d = _mm512_add_ps(_mm512_set1_ps(1.0f), power_of_two(_mm512_max_ps(_mm512_set1_ps(LEAST), z)));
     const __m512 r = _mm512_rcp14_ps(d);  // to 2^-14, and squared by a step of Newton's
-    return _mm512_maskz_mul_ps(_mm512_cmp_ps_mask(z, most, _CMP_NGE_UQ), r, _mm512_fnmadd_ps(d, r, _mm512_set1_ps(2.0f)));
+    return _mm512_maskz_mul_ps(_mm512_cmp_ps_mask(z, _mm512_set1_ps(86.0f), _CMP_LT_OQ), r, _mm512_fnmadd_ps(d, r, _mm512_set1_ps(2.0f)));
 }
 
 }  // namespace
