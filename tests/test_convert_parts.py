@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from genflow.cli import main
 from genflow.config import to_dict
@@ -24,7 +24,8 @@ from genflow.networks.autoencoders import TinyAutoencoderConfig
 from genflow.networks.bottlenecks import GaussianConfig
 from genflow.text.none import NoTextConfig
 from genflow.text.sd3 import SD3TextConfig
-from genflow.training.warm import begin_with
+from genflow.training.config import RunConfig
+from genflow.training.warm import autoencoder_of, begin_with
 from tests import tiny_sd3
 
 
@@ -152,3 +153,28 @@ def test_options_that_a_pipeline_cannot_heed(tmp_path, pipe, capsys):
     assert "has no averaged weights" in capsys.readouterr().err
     assert main(["sample", str(pipe / "transformer"), "--out", str(tmp_path / "o")]) == 2
     assert "holds a SD3Transformer2DModel of diffusers; genflow convert it first" in capsys.readouterr().err
+
+
+def test_weights_of_latents_that_are_shifted_otherwise_are_refused_also_for_a_cache(tmp_path, pipe):
+    model, text = open_checkpoint(pipe).model, SD3TextConfig(folder=str(pipe))
+    vae = {"channels": (32, 64), "latent_channels": model.in_channels}
+    other, own = (LatentFlowConfig(KLAutoencoderConfig(**vae, **how)) for how in ({"shift": 0.1159}, {}))
+    flows = [each.build(model.build(), text.build(), shape=(3, 16, 16)) for each in (other, own)]
+    saved(tmp_path / "other", model, other, text, flows[0])
+    told = r"its latents have shift 0.1159, those of the config 0.0609; set flow\.autoencoder\.shift=0.1159"
+    with pytest.raises(UserError, match=told):
+        begin_with(flows[1], str(tmp_path / "other"))
+    with pytest.raises(UserError, match=told):
+        autoencoder_of(RunConfig(data=None, model=model, flow=own, init=str(tmp_path / "other")))
+
+
+def test_a_model_without_all_of_an_autoencoder_is_no_init_of_a_cache(tmp_path, pipe):
+    model, text = open_checkpoint(pipe).model, SD3TextConfig(folder=str(pipe))
+    config = LatentFlowConfig(KLAutoencoderConfig(channels=(32, 64), latent_channels=model.in_channels))
+    flow = config.build(model.build(), text.build(), shape=(3, 16, 16))
+    saved(tmp_path / "m", model, config, text, flow)
+    weights = load_file(tmp_path / "m" / "model.safetensors")
+    del weights[next(name for name in weights if name.startswith("autoencoder."))]
+    save_file(weights, tmp_path / "m" / "model.safetensors")
+    with pytest.raises(UserError, match=r"it has not the autoencoder of the config: Missing key"):
+        autoencoder_of(RunConfig(data=None, model=model, flow=config, init=str(tmp_path / "m")))

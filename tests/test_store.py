@@ -331,3 +331,19 @@ def test_a_model_saved_over_another_leaves_no_average_of_the_other(tmp_path):
     save_model(tmp_path, config={}, state=weights, ema=weights)
     save_model(tmp_path, config={}, state=weights)
     assert not (tmp_path / "ema.safetensors").exists()
+
+
+def test_files_are_on_the_disk_before_they_are_called_whole(tmp_path, monkeypatch):
+    from genflow.flows import store
+
+    flush, flushed = store.flush, []
+
+    def spied(path):
+        flushed.append((path.name, (tmp_path / "complete.json").exists()))
+        flush(path)
+
+    monkeypatch.setattr(store, "flush", spied)
+    for name in ("a.safetensors", "b.json"):
+        (tmp_path / name).write_text("x")
+    finish_checkpoint(tmp_path)
+    assert flushed[:2] == [("a.safetensors", False), ("b.json", False)] and (tmp_path.name, True) in flushed

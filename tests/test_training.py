@@ -24,7 +24,6 @@ from genflow.training.apply import checkpointed, compile_blocks
 from genflow.training.config import RunConfig
 from genflow.training.ema import EMA, power_gamma
 from genflow.training.loop import learning_rate
-from genflow.training.precision import refusal, resolve_precision, verified
 from genflow.training.run import train
 
 
@@ -322,48 +321,6 @@ def test_checkpointing_recomputes_and_compiling_compiles():
     assert all(block._compiled_call_impl is not None for block in network.blocks)
     with pytest.raises(UserError, match="has no `blocks`"):
         checkpointed(torch.nn.Linear(1, 1))
-
-
-# ------------------------------------------------------------------------------------------------------------ precision
-
-
-def test_what_the_device_cannot_do_is_refused():
-    cpu = torch.device("cpu")
-    with pytest.raises(UserError, match=r"train\.precision=fp16: fp16 training needs a GPU"):
-        resolve_precision("fp16", cpu)
-    assert refusal("bf16", cpu) is None
-    assert resolve_precision("auto", cpu)[0] in ("fp32", "bf16")
-    assert resolve_precision("bf16", cpu) == ("bf16", "as asked")
-
-
-def test_the_precision_that_really_ran_is_checked():
-    linear, x = torch.nn.Linear(2, 2), torch.ones(1, 2)
-    with verified(linear, "fp32"):
-        linear(x)
-    with pytest.raises(UserError, match="bf16 was asked"), verified(linear, "bf16"):
-        linear(x)
-    with verified(linear, "bf16"), torch.autocast("cpu", torch.bfloat16):
-        linear(x)
-    assert not linear._forward_hooks
-
-
-def test_bf16_runs_in_bf16_with_float32_weights(tiny):
-    run = train(tiny("train.precision=bf16"))
-    for file in newest_checkpoint(run).glob("*.safetensors"):
-        assert {v.dtype for v in load_file(file).values()} == {torch.float32}
-    assert json.loads((newest_checkpoint(run) / "config.json").read_text())["train"]["precision"] == "bf16"
-
-
-def test_fp8_runs_in_fp8_where_it_is_not_refused(tiny, monkeypatch):
-    products = []
-    monkeypatch.setattr("genflow.training.precision.refusal", lambda precision, device: None)
-    real = torch.nn.functional.scaled_mm
-    monkeypatch.setattr("torch.nn.functional.scaled_mm", lambda *a, **k: products.append(a[0].dtype) or real(*a, **k))
-    run = train(tiny("train.precision=fp8", "train.checkpointing=true"))
-    # Of each of two blocks 4 linears of two streams, but one that has nothing after its keys and values; forward twice.
-    assert products.count(torch.float8_e4m3fn) == 2 * products.count(torch.float8_e5m2) / 2 == 4 * 2 * 13
-    for file in newest_checkpoint(run).glob("*.safetensors"):
-        assert {v.dtype for v in load_file(file).values()} == {torch.float32}
 
 
 # ----------------------------------------------------------------------------------------------------------- small parts

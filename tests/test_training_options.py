@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from dataclasses import replace
 from functools import partial
 
@@ -345,3 +346,84 @@ def test_a_run_goes_on_in_its_own_precision_where_auto_is_asked(tiny, monkeypatc
     train(tiny("train.steps=2"))
     run = train(tiny("train.steps=3", "train.precision=auto"))
     assert load(run / "config.yaml", schema=RunConfig).train.precision == "fp32"
+
+
+def test_what_may_change_when_a_run_goes_on_and_what_may_not(tiny, capsys):
+    train(tiny("train.steps=1"))
+    free = ["clip=2", "accumulation=2", "optimizer.lr=1e-4", "parallel=fsdp", "checkpointing=true", "save_every=1"]
+    free += ["keep=1", "preview_every=9", "preview_prompts=[owl]", "validate_every=9", "max_bad=0.5"]
+    run = train(tiny("train.steps=2", "sample.steps=3", *(f"train.{each}" for each in free)))
+    assert newest_checkpoint(run).name == "step-00000002" and "resuming at step 1 of 2" in capsys.readouterr().err
+    assert load(run / "config.yaml", schema=RunConfig).train.keep == 1
+    for change in (
+        *("seed=1", "data.limit=29", "data.limit=null", "train.precision=bf16", "train.batch_size=6", "train.ema=0.1"),
+        *("train.warmup=3", "train.decay=0.5", "train.optimizer.weight_decay=0.5", "flow.prediction=v"),
+        *("train.validation_split=train", "init=elsewhere"),
+    ):
+        key, value = change.replace("null", "None").split("=")
+        with pytest.raises(
+            UserError, match=rf"holds a run with {key}=.*, this config says {value}; choose another `out`, or remove "
+        ):
+            train(tiny("train.steps=3", change))
+
+
+def test_where_a_run_goes(tiny, config, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert str(train(config, ["train.steps=1"])) == "runs/tiny"
+    with pytest.raises(UserError, match="`out` is not set; name the run's folder"):
+        train(replace(tiny(), out=None))
+    with pytest.raises(UserError, match=r"tiny\.yaml is a file; name another folder as `out`"):
+        train(tiny(f"out={config}"))
+    with pytest.raises(UserError, match=r"cannot make the run's folder .*tiny\.yaml/run: Not a directory"):
+        train(tiny(f"out={config}/run"))
+
+
+def test_a_tracker_that_is_not_there_is_refused_and_one_that_is_gets_its_end(tiny, tmp_path, monkeypatch):
+    import accelerate
+
+    from genflow.training import run
+
+    ended, end = [], accelerate.Accelerator.end_training
+    monkeypatch.setattr(accelerate.Accelerator, "end_training", lambda self: ended.append(1) or end(self))
+    train(tiny("train.steps=1", "train.trackers=[tensorboard]"))
+    assert ended == [1]
+    monkeypatch.setattr(run, "get_available_trackers", lambda: [])
+    with pytest.raises(UserError, match=r"train\.trackers: tensorboard is not installed; install it, or leave it out"):
+        train(tiny("train.trackers=[tensorboard]", f"out={tmp_path / 'other'}"))
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_warm_start_is_a_flow_and_its_average_and_leaves_a_run_as_it_is(tiny, tmp_path):
+    from genflow.flows.store import load as load_flow
+    from genflow.training.warm import warm_start
+
+    flow, out = load_flow(train(tiny())), tmp_path / "next"
+    config = tiny(f"out={out}", "train.steps=1", "train.optimizer.lr=0")
+    warm_start(config, flow, out)
+    for name in ("model", "ema"):
+        held = load_file(newest_checkpoint(out) / f"{name}.safetensors")
+        assert held and all(torch.equal(value, flow.state_dict()[key]) for key, value in held.items())
+    train(config)
+    shutil.rmtree(out / "checkpoints" / "step-00000000")
+    warm_start(config, flow, out)
+    assert [p.name for p in (out / "checkpoints").iterdir()] == ["step-00000001"]
+    warm_start(tiny("train.ema=0"), flow, tmp_path / "bare")
+    assert not (newest_checkpoint(tmp_path / "bare") / "ema.safetensors").exists()
+
+
+def test_a_run_begins_with_the_average_of_the_one_that_init_names(tiny, tmp_path):
+    first = newest_checkpoint(train(tiny("train.ema=0.25")))
+    still = ("train.steps=1", "train.optimizer.lr=0", "train.ema=0")
+    begun = load_file(
+        newest_checkpoint(train(tiny(*still, f"init={first}", f"out={tmp_path / 'o'}"))) / "model.safetensors"
+    )
+    average, raw = (load_file(first / f"{name}.safetensors") for name in ("ema", "model"))
+    assert all(torch.equal(begun[name], value) for name, value in average.items())
+    assert any(not torch.equal(raw[name], value) for name, value in average.items())
+
+
+def test_what_only_the_config_says_may_not_be_left_out_when_a_run_goes_on(tiny):
+    """Another number of heads is another network, of the same weights."""
+    train(tiny("model.qk_norm=false"))
+    with pytest.raises(UserError, match=r"holds a run with model\.heads=2, this config says None"):
+        train(tiny("model.qk_norm=false", "model.heads=null", "train.steps=8"))

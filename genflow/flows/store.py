@@ -48,7 +48,7 @@ def finish_checkpoint(folder: Path) -> None:
     """Declare a folder's files whole: flush each to the disk, then write the guard file with their sizes."""
     files = sorted(p for p in folder.iterdir() if p.is_file() and p.name != GUARD)
     for file in files:
-        _flush(file)
+        flush(file)
     _write_json(folder / GUARD, {"files": {file.name: file.stat().st_size for file in files}})
 
 
@@ -158,14 +158,15 @@ def _replace(path: Path, write: Any) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         write(temporary)
-        _flush(temporary)
+        flush(temporary)
         os.replace(temporary, path)
-        _flush(path.parent)
+        flush(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Have a file's contents, or a folder's names, on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from genflow.errors import UserError
-from genflow.flows.store import checkpoints, finish_checkpoint, normalise_keys
+from genflow.flows.store import checkpoints, finish_checkpoint, flush, normalise_keys
 from genflow.training.ema import EMA
 from genflow.training.sharding import as_shared, whole
 
@@ -86,6 +86,7 @@ def save_checkpoint(run: Path, step: int, *, config: dict, tensors: Tensors, sta
         finish_checkpoint(temporary)
         shutil.rmtree(final, ignore_errors=True)
         os.replace(temporary, final)
+        flush(final.parent)  # before older ones go
     except Exception as error:  # safetensors reports a full disk with an exception of its own
         shutil.rmtree(temporary, ignore_errors=True)
         last = checkpoints(run)

@@ -102,6 +102,17 @@ def shape_of(data: Any) -> tuple[int, ...]:
     return tuple(data.shape) if hasattr(data, "shape") else (data.channels, data.size, data.size)
 
 
+FITTED = (
+    "shape",
+    "in_channels",
+    "sample_size",
+    "context_dim",
+    "pooled_dim",
+    "condition_dim",
+)  # of the data and the text
+FITTED += ("encoder_channels", "latent_channels", "vocabulary", "width", "grid")  # of the flow
+
+
 def fit_to(model: Any, text: nn.Module, shape: tuple[int, ...], flow: Any = None) -> Any:
     """Fill in what a network's config leaves open: a sample's shape, the text encoder's widths, and what the flow says.
 
@@ -121,4 +132,4 @@ def fit_to(model: Any, text: nn.Module, shape: tuple[int, ...], flow: Any = None
         known |= flow.fits(shape)
     if len(known["shape"]) == 3:
         known["sample_size"] = max(known["shape"][1] // getattr(model, "patch_size", 1), 1)
-    return replace(model, **{k: v for k, v in known.items() if getattr(model, k, 0) is None})
+    return replace(model, **{k: known[k] for k in FITTED if k in known and getattr(model, k, 0) is None})

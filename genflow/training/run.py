@@ -23,7 +23,7 @@ from genflow.errors import UserError, nearest
 from genflow.flows.store import newest_checkpoint, read_config
 from genflow.flows.trained import resolved
 from genflow.registry import api_export
-from genflow.training.config import RunConfig
+from genflow.training.config import FITTED, RunConfig
 from genflow.training.loop import Trainer
 from genflow.training.precision import float32_products, resolve_precision
 from genflow.training.ranks import all_or_none, from_main, join_processes, lost_ranks_told, same_on_all
@@ -180,7 +180,7 @@ def _as_saved(config: RunConfig, run: Path) -> RunConfig:
     asked = _leaves(to_dict(config))
     for key, value in _leaves(saved).items():
         mine = asked.get(key, "nothing of the kind")
-        told = mine is None and key.startswith("model.")  # what a config leaves to the data and the text
+        told = mine is None and key.removeprefix("model.") in FITTED  # left to the data, the text and the flow
         if key not in FREE and not key.startswith(("shape", "sample.", "base.")) and mine != value and not told:
             raise UserError(
                 f"{run} holds a run with {key}={value}, this config says {mine}; choose another `out`, "
