@@ -102,15 +102,11 @@ def shape_of(data: Any) -> tuple[int, ...]:
     return tuple(data.shape) if hasattr(data, "shape") else (data.channels, data.size, data.size)
 
 
+# What a network's config may leave to the data, the text and the flow.
 FITTED = (
-    "shape",
-    "in_channels",
-    "sample_size",
-    "context_dim",
-    "pooled_dim",
-    "condition_dim",
-)  # of the data and the text
-FITTED += ("encoder_channels", "latent_channels", "vocabulary", "width", "grid")  # of the flow
+    *("shape", "in_channels", "sample_size", "context_dim", "pooled_dim", "condition_dim"),
+    *("encoder_channels", "latent_channels", "vocabulary", "width", "grid"),
+)
 
 
 def fit_to(model: Any, text: nn.Module, shape: tuple[int, ...], flow: Any = None) -> Any:
