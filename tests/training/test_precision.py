@@ -3,34 +3,15 @@
 from __future__ import annotations
 
 import json
-from functools import partial
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
-from tiny_run import of_tiny, written
 
 from genflow.errors import UserError
 from genflow.flows.store import newest_checkpoint
 from genflow.training.precision import DTYPES, float32_products, precision_report, refusal, resolve_precision, verified
 from genflow.training.run import train
-
-
-@pytest.fixture
-def config(tmp_path):
-    return written(tmp_path)
-
-
-@pytest.fixture(autouse=True)
-def _one_accelerator_each():
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
-@pytest.fixture
-def tiny(config, tmp_path):
-    return partial(of_tiny, config, tmp_path)
 
 
 def test_what_the_device_cannot_do_is_refused():

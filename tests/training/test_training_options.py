@@ -6,13 +6,10 @@ import json
 import math
 import shutil
 from dataclasses import replace
-from functools import partial
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
-from tiny_run import of_tiny, with_a_bad_one, written
 
 from genflow.cli import main
 from genflow.config import load
@@ -20,23 +17,6 @@ from genflow.errors import UserError
 from genflow.flows.store import newest_checkpoint
 from genflow.training.config import RunConfig
 from genflow.training.run import train
-
-
-@pytest.fixture
-def config(tmp_path):
-    return written(tmp_path)
-
-
-@pytest.fixture(autouse=True)
-def _one_accelerator_each():
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
-@pytest.fixture
-def tiny(config, tmp_path):
-    return partial(of_tiny, config, tmp_path)
-
 
 # -------------------------------------------------------------------------------------------------------------- sampling
 
@@ -306,9 +286,8 @@ def test_flips_are_those_of_the_seed(tiny, losses, tmp_path):
     assert turned.any() and torch.equal(x, torch.where(turned[:, None, None, None], plain.flip(-1), plain))
 
 
-def test_what_could_not_be_read_is_still_known_after_a_restart(tmp_path, config, capsys):
-    folder = with_a_bad_one(tmp_path / "pictures")
-    more = [f"data={{name: folder, path: {folder}, size: 16}}", f"out={tmp_path / 'run'}", "train.log_every=1"]
+def test_what_could_not_be_read_is_still_known_after_a_restart(tmp_path, config, capsys, with_a_bad_one):
+    more = [f"data={{name: folder, path: {with_a_bad_one}, size: 16}}", f"out={tmp_path / 'run'}", "train.log_every=1"]
     train(load(config, [*more, "train.steps=4"], schema=RunConfig))
     assert capsys.readouterr().err.count("skipped bad.png") == 1
     run = train(load(config, [*more, "train.steps=8"], schema=RunConfig))

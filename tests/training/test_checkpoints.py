@@ -4,37 +4,18 @@ from __future__ import annotations
 
 import os
 import signal
-from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from tiny_run import of_tiny, written
 
 from genflow.errors import UserError
 from genflow.flows.store import checkpoints, finish_checkpoint, is_whole, newest_checkpoint
 from genflow.training.checkpoint import checkpoint_tensors, load_checkpoint, save_checkpoint
 from genflow.training.run import train
 from genflow.training.signals import stop_signal
-
-
-@pytest.fixture
-def config(tmp_path):
-    return written(tmp_path)
-
-
-@pytest.fixture(autouse=True)
-def _one_accelerator_each():
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
-@pytest.fixture
-def tiny(config, tmp_path):
-    return partial(of_tiny, config, tmp_path)
 
 
 def test_what_was_half_written_before_is_not_in_the_way_and_not_in_the_checkpoint(tiny, tmp_path):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+from accelerate.state import AcceleratorState
 from PIL import Image
 
 from genflow.config import load
@@ -29,19 +31,35 @@ sample: {sampler: euler, steps: 2, guidance: 1.0}
 """
 
 
-def written(folder: Path) -> Path:
-    path = folder / "tiny.yaml"
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    path = tmp_path / "tiny.yaml"
     path.write_text(CONFIG)
     return path
 
 
-def of_tiny(config: Path, folder: Path, *overrides: str) -> RunConfig:
-    return load(config, [f"out={folder / 'run'}", "train.steps=4", *overrides], schema=RunConfig)
+@pytest.fixture
+def tiny(config: Path, tmp_path: Path):
+    """The run's config, with other settings."""
+
+    def build(*overrides: str) -> RunConfig:
+        return load(config, [f"out={tmp_path / 'run'}", "train.steps=4", *overrides], schema=RunConfig)
+
+    return build
 
 
-def with_a_bad_one(folder: Path) -> Path:
+@pytest.fixture
+def with_a_bad_one(tmp_path: Path) -> Path:
+    """A folder of nine pictures, one of which is none."""
+    folder = tmp_path / "pictures"
     folder.mkdir()
     for i in range(8):
         Image.new("RGB", (16, 16), (i * 30, 0, 0)).save(folder / f"{i}.png")
     (folder / "bad.png").write_text("not a picture")
     return folder
+
+
+@pytest.fixture(autouse=True)
+def _one_accelerator_each():
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)

@@ -8,14 +8,12 @@ import os
 import signal
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
-from tiny_run import of_tiny, with_a_bad_one, written
 
 from genflow.config import from_dict, load
 from genflow.errors import UserError
@@ -25,11 +23,6 @@ from genflow.training.config import RunConfig
 from genflow.training.ema import EMA, power_gamma
 from genflow.training.loop import learning_rate
 from genflow.training.run import train
-
-
-@pytest.fixture
-def config(tmp_path):
-    return written(tmp_path)
 
 
 def run_python(code: str, *arguments: str, check: bool = True) -> subprocess.CompletedProcess:
@@ -160,17 +153,6 @@ def test_ctrl_c_saves_and_goes_on(config, tmp_path):
     assert_same(contents(tmp_path / "whole"), contents(tmp_path / "cut"))
 
 
-@pytest.fixture(autouse=True)
-def _one_accelerator_each():
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
-@pytest.fixture
-def tiny(config, tmp_path):
-    return partial(of_tiny, config, tmp_path)
-
-
 def test_a_run_learns_and_leaves_what_it_should(tiny, tmp_path):
     run = train(
         tiny("train.steps=60", "train.preview_every=30", "train.validate_every=30", "train.trackers=[tensorboard]")
@@ -287,13 +269,13 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(tiny, monkeypatch):
     assert [p.name for p in (run / "checkpoints").iterdir()] == ["step-00000004"]
 
 
-def test_bad_pictures_are_counted_and_too_many_stop_the_run(tmp_path, config, capsys):
-    folder = with_a_bad_one(tmp_path / "pictures")
-    more = [f"data={{name: folder, path: {folder}, size: 16}}", f"out={tmp_path / 'run'}", "train.steps=4"]
+def test_bad_pictures_are_counted_and_too_many_stop_the_run(tmp_path, config, capsys, with_a_bad_one):
+    more = [f"data={{name: folder, path: {with_a_bad_one}, size: 16}}", f"out={tmp_path / 'run'}", "train.steps=4"]
     train(load(config, more, schema=RunConfig))
     assert capsys.readouterr().err.count("skipped bad.png") == 1
     for i in range(4):
-        (folder / f"{i}.png").write_bytes((folder / f"{i}.png").read_bytes()[:40])
+        picture = with_a_bad_one / f"{i}.png"
+        picture.write_bytes(picture.read_bytes()[:40])
     with pytest.raises(UserError, match=r"pictures cannot be read, more than train\.max_bad"):
         train(load(config, [*more, f"out={tmp_path / 'other'}", "train.steps=40"], schema=RunConfig))
 
