@@ -1,16 +1,21 @@
-"""CUDA graphs for sampling (networks/graphs.py). What only a card can show is marked gpu."""
+"""CUDA graphs (networks/graphs.py). What only a card can show is marked gpu."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 
 import pytest
 import torch
 from torch import nn
 
+from genflow.config import load
 from genflow.errors import UserError
-from genflow.networks.graphs import Recorded, record
+from genflow.networks import graphs
+from genflow.networks.graphs import Recorded, record, record_training
 from genflow.networks.mmdit import MMDiTConfig
+from genflow.training.config import RunConfig
+from genflow.training.run import train
 
 SIZES = {"in_channels": 4, "context_dim": 32, "pooled_dim": 16, "sample_size": 8, "depth": 2, "hidden": 128, "heads": 2}
 
@@ -135,3 +140,147 @@ def test_a_recorded_network_answers_as_before(compiled):
     for pair, answers in zip(expected, got, strict=True):
         for one, other in zip(pair, answers, strict=True):
             torch.testing.assert_close(other, one, rtol=1e-5, atol=1e-5)
+
+
+# -------------------------------------------------------------------------------------------------------------- training
+
+
+@pytest.fixture
+def training_pretended(monkeypatch):
+    """torch.cuda.make_graphed_callables without a card: what it reads and writes is in the same memory at every call."""
+    recordings = []
+
+    def make_graphed_callables(function, held, *, allow_unused_input, pool):
+        assert allow_unused_input and pool == "a pool" and not torch.is_autocast_cache_enabled()
+        inputs = [x for x in held if x.requires_grad]
+        outputs, gradients = [], []
+
+        def written(own, new):
+            if not own:
+                own.extend(x if x is None else x.detach().clone() for x in new)
+            for mine, x in zip(own, new, strict=True):
+                if mine is not None:
+                    mine.copy_(x)
+            return tuple(x if x is None else x.detach() for x in own)
+
+        class Graphed(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, *given):
+                for mine, x in zip(held, given, strict=True):
+                    if mine.data_ptr() != x.data_ptr():
+                        mine.data.copy_(x)
+                with torch.enable_grad():
+                    ctx.answer = function(*held)
+                return written(outputs, (ctx.answer,))
+
+            @staticmethod
+            def backward(ctx, *grads):
+                found = torch.autograd.grad(ctx.answer, inputs, grads[0], allow_unused=True)
+                found = iter(written(gradients, found))
+                return tuple(next(found) if x.requires_grad else None for x in held)
+
+        recordings.append(held)
+        return lambda *given: Graphed.apply(*given)[0]
+
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "a pool")
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", make_graphed_callables)
+    monkeypatch.setattr(graphs, "_check_device", lambda network, asked: None)
+    monkeypatch.setattr(torch, "is_autocast_cache_enabled", lambda: False)
+    return recordings
+
+
+class Scaled(nn.Module):
+    """One parameter that some calls leave out."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.tensor(2.0)), nn.Parameter(torch.tensor(0.5))
+
+    def forward(self, x, *, shift=None, times=1):
+        y = x * self.weight * times
+        return y if shift is None else y + shift * self.bias
+
+
+def test_recorded_training_has_the_gradients_of_plain_calls(training_pretended):
+    plain, network = Scaled(), Scaled()
+    record_training(network, "train.graphs")
+    for rows, moving in ((2, False), (2, True), (3, True), (2, True), (3, True)):
+        x, shift = torch.randn(rows, requires_grad=moving), torch.randn(rows)
+        for kwargs in ({}, {"shift": shift}, {"shift": shift, "times": 3}):
+            both = []
+            for each in (plain, network):
+                each.zero_grad()
+                x.grad = None
+                each(x, **kwargs).square().sum().backward()
+                both.append([x.grad if x.grad is None else x.grad.clone(), each.weight.grad.clone(), each.bias.grad])
+            for one, other in zip(*both, strict=True):
+                assert one is other is None or torch.equal(one, other)
+    assert len(training_pretended) == 9  # of each kind of x: with and without a shift, and with another number
+
+
+def test_recorded_training_sums_the_gradients_of_micro_batches(training_pretended):
+    network = Scaled()
+    record_training(network, "train.graphs")
+    batches = torch.randn(4, 3)
+    for x in batches:
+        network(x).sum().backward()
+    torch.testing.assert_close(network.weight.grad, batches.sum())
+
+
+def test_only_calls_that_train_are_recorded(training_pretended):
+    network = Scaled()
+    record_training(network, "train.graphs")
+    with torch.no_grad():
+        network(torch.ones(2))
+    network.eval()
+    network(torch.ones(2)).sum().backward()
+    assert not training_pretended and network.weight.grad == 2
+
+
+def test_a_second_call_before_the_backward_is_refused(training_pretended):
+    network = Scaled()
+    record_training(network, "train.graphs")
+    first = network(torch.ones(2))
+    with pytest.raises(UserError, match="train.graphs: this flow calls its network twice before one backward"):
+        network(torch.ones(2))
+    first.sum().backward()
+    network(torch.ones(2)).sum().backward()
+
+
+def test_a_run_of_recorded_steps_is_the_run_of_plain_ones(training_pretended, tmp_path):
+    (tmp_path / "c.yaml").write_text(RUN)
+    weights = []
+    for way in ("false", "true"):
+        run = train(load(tmp_path / "c.yaml", [f"out={tmp_path / way}", f"train.graphs={way}"], schema=RunConfig))
+        weights.append((run / "checkpoints" / "step-00000004" / "model.safetensors").read_bytes())
+    assert weights[0] == weights[1] and len(training_pretended) == 1
+
+
+def test_what_cannot_be_recorded_is_refused(tmp_path):
+    (tmp_path / "c.yaml").write_text(RUN)
+    for other, words in (("checkpointing=true", "checkpointing"), ("parallel=fsdp", "parallel=fsdp")):
+        with pytest.raises(UserError, match=f"graphs cannot be had with {words}"):
+            load(tmp_path / "c.yaml", ["train.graphs=true", f"train.{other}"], schema=RunConfig)
+    with pytest.raises(UserError, match="train.graphs records CUDA graphs, and this is cpu"):
+        train(load(tmp_path / "c.yaml", [f"out={tmp_path / 'run'}", "train.graphs=true"], schema=RunConfig))
+
+
+RUN = """
+data: {name: emoji, size: 16, limit: 30}
+text: {name: learned, dim: 16, heads: 2, layers: 1, max_tokens: 24}
+model: {name: mmdit, depth: 2, hidden: 64, heads: 2, patch_size: 8}
+train: {steps: 4, batch_size: 8, accumulation: 2, precision: fp32, preview_every: 0, trackers: []}
+"""
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compiled", ["false", "true"])
+def test_a_recorded_run_on_a_card_is_the_run_of_plain_steps(tmp_path, compiled):
+    (tmp_path / "c.yaml").write_text(RUN)
+    losses = []
+    for way in ("false", "true"):
+        settings = ["train.precision=bf16", "train.log_every=1", f"train.compile={compiled}", f"train.graphs={way}"]
+        run = train(load(tmp_path / "c.yaml", [f"out={tmp_path / way}", *settings], schema=RunConfig))
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        losses.append([line["loss"] for line in lines])
+    assert len(losses[0]) == 4 and losses[1] == pytest.approx(losses[0], rel=1e-3)

@@ -49,12 +49,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             choices=["both", "genflow", "peer"],
             help="torch.compile each block, on both sides or on one; a minute more",
         )
+        of.add_argument("--graphs", action="store_true", help="genflow's network as CUDA graphs")
         if what == "train":
             of.add_argument(
                 "--checkpointing", action="store_true", help="each block again in the backward, on both sides"
             )
         else:
-            of.add_argument("--graphs", action="store_true", help="genflow's network as CUDA graphs")
             of.add_argument("--steps", type=_count, default=10, metavar="N", help="(10)")
             of.add_argument("--guidance", type=float, default=4.0, help="1 = none (4)")
             of.add_argument("--sampler", default="euler", metavar="NAME", help="see: genflow info sampler (euler)")

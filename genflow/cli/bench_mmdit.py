@@ -20,7 +20,7 @@ from genflow.flows.rectified import RectifiedFlow, RectifiedFlowConfig
 from genflow.functional import noise_from_seeds
 from genflow.interop import peers
 from genflow.layers.modulation import Modulation
-from genflow.networks.graphs import record
+from genflow.networks.graphs import record, record_training
 from genflow.networks.mmdit import MMDiTConfig
 from genflow.samplers import uniform
 from genflow.text.base import TextEncoder
@@ -34,7 +34,9 @@ KEPT = ", no checkpoints"  # a side whose memory is measured with everything kep
 def training(args: argparse.Namespace) -> list[Contest]:
     """Forward, backward and fused AdamW of an MM-DiT."""
     config, side = mmdit_config(args), f"{args.tokens} + {args.text} tokens, batch {args.batch}"
-    ways = [args.precision, _compiled(args), *["checkpointed"] * args.checkpointing]
+    if args.graphs and args.checkpointing:
+        raise UserError("--graphs cannot be had with --checkpointing; leave one of them out")
+    ways = [args.precision, _way(args), *["checkpointed"] * args.checkpointing]
     flops = args.batch * mmdit_training_flops(config, args.tokens, args.text)
     sides = ("genflow", *_peer(args, "train"))
     # The compiler works in the same process, and takes more than the step.
@@ -57,13 +59,15 @@ def training(args: argparse.Namespace) -> list[Contest]:
 def training_side(args: argparse.Namespace, name: str) -> Side:
     module, velocity = _velocity(args, name, checkpointing=args.checkpointing and not name.endswith(KEPT))
     module.train()
+    if args.graphs and name == "genflow":
+        record_training(module, "--graphs")
     device, dtype = args.device, DTYPES[args.precision]
     x, condition, _ = _inputs(args)
     t = torch.rand(args.batch, generator=torch.Generator().manual_seed(2)).to(device)
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-4, fused=True)
 
     def predict() -> Tensor:
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32, cache_enabled=not args.graphs):
             return velocity(x, t, condition.tokens, condition.pooled)
 
     def step() -> None:
@@ -88,10 +92,9 @@ def sampling(args: argparse.Namespace) -> list[Contest]:
     flops = calls * mmdit_flops(config, args.tokens, args.text)
     how = f"{args.sampler}, {args.steps} steps, guidance {args.guidance:g}"
     what = f"{args.tokens} + {args.text} tokens, batch {args.batch}, {args.precision}"
-    way = _compiled(args) + ", genflow's as CUDA graphs" * args.graphs
     return [
         Contest(
-            f"sampling from an MM-DiT: {_words(config)}, {what}, {way}; {how}",
+            f"sampling from an MM-DiT: {_words(config)}, {what}, {_way(args)}; {how}",
             sides,
             partial(sampling_side, args),
             (Task("sampling", "images", args.batch, flops, calls),),
@@ -204,12 +207,12 @@ def _shape(args: argparse.Namespace) -> tuple[int, int, int]:
     return 3, PATCH * math.isqrt(args.tokens), PATCH * math.isqrt(args.tokens)
 
 
-def _compiled(args: argparse.Namespace) -> str:
+def _way(args: argparse.Namespace) -> str:
     """Raises UserError where a peer is to be compiled that is not there."""
     if args.compile == "peer" and args.against is None:
         raise UserError("--compile peer: there is none; name one with --against, such as diffusers")
     ways = {None: "eager", "both": "compiled", "genflow": "genflow compiled", "peer": f"{args.against} compiled"}
-    return ways[args.compile]
+    return ways[args.compile] + ", genflow's as CUDA graphs" * args.graphs
 
 
 def _peer(args: argparse.Namespace, work: str) -> tuple[str, ...]:

@@ -1,17 +1,19 @@
-"""CUDA graphs for sampling: a network's kernels are recorded once, and from then on launched all at once.
+"""CUDA graphs: a network's kernels are recorded once, and from then on launched all at once.
 
 With few tokens and small batches a GPU is done with a kernel before Python has launched the next. Blocks compiled one by
-one cannot take the compiler's own graphs (pytorch/pytorch#152887), so whole calls are recorded here.
+one cannot take the compiler's own graphs (pytorch/pytorch#152887), so whole calls are recorded here: those of sampling,
+without gradients, by `record`; those of training, with their backward, by `record_training`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
 from genflow.errors import UserError
 
@@ -23,18 +25,45 @@ def record(network: nn.Module, asked: str) -> None:
 
     Raises UserError, about what was asked, where it is not on a CUDA device; a call does where it cannot be recorded.
     """
-    device = next(network.parameters()).device
-    if device.type != "cuda":
-        raise UserError(f"{asked} records CUDA graphs, and this is {device.type}; leave it out")
+    _check_device(network, asked)
     name = "denoise" if hasattr(network, "denoise") else "forward"
     setattr(network, name, Recorded(getattr(network, name), asked))
 
 
-class Recorded:
-    """A function of tensors that is recorded at the first call of each kind, and replayed at the others.
+def record_training(network: nn.Module, asked: str) -> None:
+    """Have the network's calls with gradients, and their backward, replayed as CUDA graphs, in place.
 
-    Calls are of one kind where their tensors have the same shapes and dtypes and all else is equal. Answers are copies.
+    Others, and those of a network in evaluation, go on as before. Autocast must not cache its casts: a recording would keep
+    what belongs to one step. Raises UserError, about what was asked, where it is not on a CUDA device; a call does where it
+    cannot be recorded, or comes before the backward of the last.
     """
+    _check_device(network, asked)
+    network.forward = RecordedTraining(network, asked)  # type: ignore[method-assign]
+
+
+def _check_device(network: nn.Module, asked: str) -> None:
+    device = next(network.parameters()).device
+    if device.type != "cuda":
+        raise UserError(f"{asked} records CUDA graphs, and this is {device.type}; leave it out")
+
+
+def _kind(leaves: list[Any], structure: Any) -> Hashable:
+    """Calls of one kind have tensors of the same shapes and dtypes, and all else equal."""
+    return structure, *((x.shape, x.dtype, x.requires_grad) if isinstance(x, Tensor) else x for x in leaves)
+
+
+@contextmanager
+def _told(asked: str) -> Iterator[None]:
+    """A recording that fails, in one line."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{asked}: this model waits for the device ({reason}); leave it out") from error
+
+
+class Recorded:
+    """A function of tensors, recorded at the first call of each kind and replayed at the others. Answers are copies."""
 
     def __init__(self, function: Callable[..., Any], asked: str) -> None:
         self.function, self.asked = function, asked
@@ -45,7 +74,7 @@ class Recorded:
         if torch.is_grad_enabled():
             return self.function(*arguments, **options)
         leaves, structure = tree_flatten((arguments, options))
-        kind = (structure, *((x.shape, x.dtype) if isinstance(x, Tensor) else x for x in leaves))
+        kind = _kind(leaves, structure)
         if kind not in self._kinds:
             self._kinds[kind] = self._recording(leaves, structure)
         graph, inputs, answer = self._kinds[kind]
@@ -65,11 +94,65 @@ class Recorded:
                 self.function(*arguments, **options)
         torch.cuda.current_stream().wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
-        try:
-            with torch.cuda.graph(graph, pool=self._pool):
-                answer = self.function(*arguments, **options)
-        except RuntimeError as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(f"{self.asked}: this model waits for the device ({reason}); leave it out") from error
+        with _told(self.asked), torch.cuda.graph(graph, pool=self._pool):
+            answer = self.function(*arguments, **options)
         self._pool = graph.pool()
         return graph, [x for x in held if isinstance(x, Tensor)], answer
+
+
+class RecordedTraining:
+    """A network's forward whose calls with gradients are recorded at the first of each kind (torch's own recordings)."""
+
+    def __init__(self, network: nn.Module, asked: str) -> None:
+        self.network, self.forward, self.asked = network, network.forward, asked
+        self._trained = [p for p in network.parameters() if p.requires_grad]
+        self._kinds: dict[Hashable, Callable[..., Any]] = {}
+        self._pool: Any = None  # one for all: of two calls one is over, backward and all, before the other begins
+        self._open = False  # a call whose backward is still to come, from what the next would overwrite
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        if not (torch.is_grad_enabled() and self.network.training):
+            return self.forward(*arguments, **options)
+        if self._open:
+            raise UserError(f"{self.asked}: this flow calls its network twice before one backward; leave it out")
+        leaves, structure = tree_flatten((arguments, options))
+        kind = _kind(leaves, structure)
+        if kind not in self._kinds:
+            self._kinds[kind] = self._recording(leaves, structure)
+        self._set_gradients_apart()
+        answer = self._kinds[kind](*(x for x in leaves if isinstance(x, Tensor)), *self._trained)
+        for x in tree_leaves(answer):
+            if isinstance(x, Tensor) and x.requires_grad:
+                self._open = True
+                x.register_hook(self._closed)
+        return answer
+
+    def _closed(self, _: Tensor) -> None:
+        self._open = False
+
+    def _set_gradients_apart(self) -> None:
+        """Of micro-batches before: autograd keeps what a recording wrote, where the next will (pytorch/pytorch#181723)."""
+        held = [(p, p.grad) for p in self._trained if p.grad is not None]
+        if held:
+            own = [torch.empty_like(grad) for _, grad in held]
+            torch._foreach_copy_(own, [grad for _, grad in held])
+            for (p, _), grad in zip(held, own, strict=True):
+                p.grad = grad
+
+    def _recording(self, leaves: list[Any], structure: Any) -> Callable[..., Any]:
+        """The forward as a function of its tensors and of the trained parameters, which are where they are."""
+        tensors = [x.detach().clone().requires_grad_(x.requires_grad) for x in leaves if isinstance(x, Tensor)]
+
+        def call(*inputs: Tensor) -> Any:
+            given = iter(inputs)
+            arguments, options = tree_unflatten(
+                [next(given) if isinstance(x, Tensor) else x for x in leaves], structure
+            )
+            return self.forward(*arguments, **options)
+
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        with _told(self.asked):
+            return torch.cuda.make_graphed_callables(
+                call, (*tensors, *self._trained), allow_unused_input=True, pool=self._pool
+            )

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from genflow.training.optimizers import step_with_average
 from genflow.training.sharding import as_shared, own
 
 
@@ -29,15 +31,29 @@ class EMA:
         self.gamma = power_gamma(width)
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         self.names = [name for name, _ in named]
+        self.trained = [p for _, p in named]
         self.average = [p.detach().to(torch.promote_types(p.dtype, torch.float32), copy=True) for _, p in named]
         self.live = [own(p.detach()) for _, p in named]
         self.parts = [own(average) for average in self.average]
 
+    def step(self, optimizer: Any, step: int) -> None:
+        """optimizer.step(), which is step number `step`, counted from 1, and the weights that it leaves taken in.
+
+        optimizer: torch's or accelerate's, of the same parameters. One pass over memory where the CPU's kernels serve.
+        """
+        bare, scaler = getattr(optimizer, "optimizer", optimizer), getattr(optimizer, "scaler", None)
+        averages = dict(zip(self.trained, self.parts, strict=True))
+        if scaler is not None or not step_with_average(bare, averages, self._weight(step)):
+            optimizer.step()
+            self.update(step)
+
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Take in the weights after optimiser step `step`, counted from 1."""
-        weight = 1 - (1 - 1 / step) ** (self.gamma + 1)
-        torch._foreach_lerp_(self.parts, self.live, weight)
+        torch._foreach_lerp_(self.parts, self.live, self._weight(step))
+
+    def _weight(self, step: int) -> float:
+        return 1 - (1 - 1 / step) ** (self.gamma + 1)
 
     def state_dict(self) -> dict[str, Tensor]:
         return dict(zip(self.names, self.average, strict=True))

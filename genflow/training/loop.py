@@ -26,6 +26,7 @@ from genflow.flows.bijections.base import Bijection
 from genflow.flows.store import check_base, newest_checkpoint, weights_of
 from genflow.flows.trained import fill_trained
 from genflow.functional import Rng
+from genflow.networks.graphs import record_training
 from genflow.training.apply import checkpointed, compile_blocks, train_in_float8
 from genflow.training.checkpoint import checkpoint_tensors, load_checkpoint, save_checkpoint
 from genflow.training.config import RunConfig, fit_to, shape_of
@@ -118,6 +119,8 @@ class Trainer:
         self.flow.to(accelerator.device).prepare_training()
         if config.init is None:  # else what was fitted to the data goes with the weights
             self.flow.initialise(self.conditions.table, self._first_batch)
+        if train.graphs:
+            record_training(network, "train.graphs")
         return network
 
     def _resume(self) -> None:
@@ -180,8 +183,6 @@ class Trainer:
                 self._note_bad(micro)
                 loss, norm, stop = self._optimise(micro)
                 self.step += 1
-                if self.ema is not None:
-                    self.ema.update(self.step)
                 self.log.advance()
                 if self.step % train.log_every == 0 or self.step == train.steps:
                     self._log(loss, norm)
@@ -241,7 +242,10 @@ class Trainer:
             overflow = accelerator.scaler is not None and bad_norm and not bad_loss
             if (bad_loss or bad_norm) and not overflow:
                 self._refuse_nan(float(loss), float(norm), micro)
-            self.optimizer.step()
+            if self.ema is None or overflow:
+                self.optimizer.step()
+            else:
+                self.ema.step(self.optimizer, self.step + 1)
             self.optimizer.zero_grad()
             if not overflow:
                 for per_sample, t in parts:

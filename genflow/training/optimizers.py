@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from genflow.errors import UserError
+from genflow.native.library import call, library
 from genflow.registry import optimizer_export
+from genflow.training.sharding import own
 
 
 def decay_groups(params: Sequence[Tensor], weight_decay: float) -> list[dict]:
@@ -64,6 +66,39 @@ class AdamW8bitConfig(AdamWConfig):
             raise UserError("optimizer adamw8bit needs bitsandbytes; pip install bitsandbytes") from error
         groups = decay_groups([p for p in model.parameters() if p.requires_grad], self.weight_decay)
         return bitsandbytes.optim.AdamW8bit(groups, lr=self.lr, betas=self.betas, eps=self.eps)
+
+
+@torch.no_grad()
+def step_with_average(optimizer: torch.optim.Optimizer, averages: Mapping[nn.Parameter, Tensor], weight: float) -> bool:
+    """torch's step of AdamW, and average += weight (p - average) of each parameter: one pass over memory.
+
+    averages: of every parameter of the optimiser, this process's own part. Returns False, with nothing done, where the CPU's
+    kernels do not serve: other devices, dtypes and optimisers; the first step; parameters without a gradient.
+    """
+    groups = optimizer.param_groups
+    every = [p for group in groups for p in group["params"]]
+    if type(optimizer) is not torch.optim.AdamW or any(p.grad is None or p not in optimizer.state for p in every):
+        return False
+    states = [optimizer.state[p] for p in every]
+    steps = [state["step"] for state in states]
+    rows = [
+        [own(x) for x in (p.detach(), p.grad, state["exp_avg"], state["exp_avg_sq"], averages[p])]
+        for p, state in zip(every, states, strict=True)
+    ]
+    fits = all(x.is_cpu and x.dtype == torch.float32 and x.is_contiguous() for row in rows for x in row)
+    if not fits or len({float(each) for each in steps}) != 1 or library() is None:
+        return False
+    torch._foreach_add_(steps, 1)
+    t = float(steps[0])
+    for group in groups:
+        mine, rows = rows[: len(group["params"])], rows[len(group["params"]) :]
+        (beta1, beta2), lr = group["betas"], group["lr"]
+        where, sizes = tuple(x.data_ptr() for row in mine for x in row), tuple(row[0].numel() for row in mine)
+        call(
+            "adamw", torch.float32, where, sizes, len(mine), 1 - lr * group["weight_decay"], 1 - beta1, beta2, 1 - beta2,
+            lr / (1 - beta1**t), (1 - beta2**t) ** -0.5, group["eps"], weight,
+        )  # fmt: skip
+    return True
 
 
 def _default(name: str) -> object:

@@ -20,7 +20,6 @@ from genflow.errors import UserError
 from genflow.flows.store import checkpoints, newest_checkpoint
 from genflow.training.apply import checkpointed, compile_blocks
 from genflow.training.config import RunConfig
-from genflow.training.ema import EMA, power_gamma
 from genflow.training.loop import learning_rate
 from genflow.training.run import train
 
@@ -313,32 +312,3 @@ def test_learning_rate_rises_stays_and_falls():
     assert factor[0] == 0.1 and factor[9:51] == [1.0] * 42
     assert math.isclose(factor[75], 0.5) and math.isclose(factor[99], 0.02)
     assert learning_rate(99, steps=100, warmup=0, decay=0.0) == 1.0
-
-
-def test_ema_has_the_power_profile_of_its_width():
-    # The weight of step n in the average after N steps is proportional to n^gamma; its relative std is the width asked.
-    width, steps = 0.1, 2000
-    model = torch.nn.Linear(1, steps, bias=False)
-    model.weight.data.zero_()
-    ema = EMA(model, width)
-    for step in range(1, steps + 1):
-        model.weight.data.zero_()
-        model.weight.data[step - 1] = 1
-        ema.update(step)
-    weights = ema.average[0].flatten().double()
-    n = torch.arange(1, steps + 1, dtype=torch.float64) / steps
-    assert math.isclose(float(weights.sum()), 1, rel_tol=1e-4)
-    mean = float((weights * n).sum())
-    assert math.isclose(math.sqrt(float((weights * (n - mean) ** 2).sum())), width, rel_tol=0.01)
-    assert math.isclose(mean, (power_gamma(width) + 1) / (power_gamma(width) + 2), rel_tol=1e-3)
-
-
-def test_ema_swaps_in_and_out_even_on_errors():
-    model = torch.nn.Linear(2, 2)
-    ema = EMA(model, 0.1)
-    own = model.weight.detach().clone()
-    ema.average[0].zero_()
-    with pytest.raises(RuntimeError), ema.swapped():
-        assert not model.weight.any()
-        raise RuntimeError
-    assert torch.equal(model.weight, own)

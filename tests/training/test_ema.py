@@ -1,0 +1,108 @@
+"""The average of the weights, and AdamW's step that takes them in."""
+
+from __future__ import annotations
+
+import copy
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from genflow.native import library as native
+from genflow.training import optimizers
+from genflow.training.ema import EMA, power_gamma
+from genflow.training.optimizers import AdamWConfig
+
+
+def test_ema_has_the_power_profile_of_its_width():
+    # The weight of step n in the average after N steps is proportional to n^gamma; its relative std is the width asked.
+    width, steps = 0.1, 2000
+    model = torch.nn.Linear(1, steps, bias=False)
+    model.weight.data.zero_()
+    ema = EMA(model, width)
+    for step in range(1, steps + 1):
+        model.weight.data.zero_()
+        model.weight.data[step - 1] = 1
+        ema.update(step)
+    weights = ema.average[0].flatten().double()
+    n = torch.arange(1, steps + 1, dtype=torch.float64) / steps
+    assert math.isclose(float(weights.sum()), 1, rel_tol=1e-4)
+    mean = float((weights * n).sum())
+    assert math.isclose(math.sqrt(float((weights * (n - mean) ** 2).sum())), width, rel_tol=0.01)
+    assert math.isclose(mean, (power_gamma(width) + 1) / (power_gamma(width) + 2), rel_tol=1e-3)
+
+
+@pytest.fixture
+def small():
+    """A model whose tensors are smaller and larger than what a thread takes at a time, its optimiser and its average."""
+    model = torch.nn.Sequential(torch.nn.Linear(129, 257), torch.nn.Linear(257, 3))
+    optimizer = AdamWConfig(lr=0.03, betas=(0.9, 0.95), weight_decay=0.1).build(model)
+    return model, optimizer, EMA(model, 0.1)
+
+
+def stepped(small, together: bool, steps: int = 6):
+    model, optimizer, ema = small
+    noise = torch.Generator().manual_seed(1)
+    for step in range(1, steps + 1):
+        for p in model.parameters():
+            p.grad = torch.randn(p.shape, generator=noise)
+        if together:
+            ema.step(optimizer, step)
+        else:
+            optimizer.step()
+            ema.update(step)
+    return [*model.parameters(), *ema.average, *(x for state in optimizer.state.values() for x in state.values())]
+
+
+@pytest.mark.skipif(native.library() is None, reason="needs the kernels")
+def test_adamw_and_average_in_one_pass_are_the_two_passes(small, monkeypatch):
+    passes = []
+    kernel = optimizers.call
+    monkeypatch.setattr(optimizers, "call", lambda *args: passes.append(args) or kernel(*args))
+    start = copy.deepcopy(small[0].state_dict())
+    one = [x.clone() for x in stepped(small, together=True)]
+    assert len(passes) == 10  # matrices and vectors, of each step after the first, which makes the optimiser's state
+    small[0].load_state_dict(start)
+    small[1].state.clear()
+    small[2].load_state_dict(start)
+    for mine, plain in zip(one, stepped(small, together=False), strict=True):
+        torch.testing.assert_close(mine, plain, rtol=2e-6, atol=2e-7)
+
+
+@pytest.mark.parametrize(
+    "why", ["without a gradient", "without one before", "another optimiser", "double", "a scaler", "no kernels"]
+)
+def test_two_passes_where_one_cannot_serve(small, monkeypatch, why):
+    model, optimizer, ema = small
+    monkeypatch.setattr(optimizers, "call", lambda *args: pytest.fail("the kernel ran"))
+    if why == "double":
+        model.double()
+        ema = EMA(model, 0.1)
+    if why == "another optimiser":
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    if why == "no kernels":
+        monkeypatch.setattr(optimizers, "library", lambda: None)
+    given = SimpleNamespace(optimizer=optimizer, step=optimizer.step, scaler="one") if why == "a scaler" else optimizer
+    for step in (1, 2, 3):
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        if why == "without a gradient" or (why == "without one before" and step == 2):
+            model[0].bias.grad = None
+        before = [(p.detach().clone(), a.clone()) for p, a in zip(model.parameters(), ema.average, strict=True)]
+        ema.step(given, step)
+        weight = 1 - (1 - 1 / step) ** (ema.gamma + 1)
+        for p, average, (was, old) in zip(model.parameters(), ema.average, before, strict=True):
+            assert (p.grad is None) == torch.equal(p, was)
+            torch.testing.assert_close(average, torch.lerp(old, p.detach(), weight))
+
+
+def test_ema_swaps_in_and_out_even_on_errors():
+    model = torch.nn.Linear(2, 2)
+    ema = EMA(model, 0.1)
+    own = model.weight.detach().clone()
+    ema.average[0].zero_()
+    with pytest.raises(RuntimeError), ema.swapped():
+        assert not model.weight.any()
+        raise RuntimeError
+    assert torch.equal(model.weight, own)
