@@ -339,6 +339,8 @@ def test_help_costs_no_torch():
         (["flows", "--model", "nsf", "--levels", "3"], "--levels is of glow"),
         (["sample", "--against", "diffusers", "--sampler", "heun"], "leave --sampler and --option out"),
         (["sample", "--against", "diffusers", "--guidance", "0.9"], "diffusers guides above 1 only"),
+        (["train", "--device", "cpu", "--graphs"], "--graphs records CUDA graphs, and this is cpu"),
+        (["sample", *TINY, "--device", "cpu", "--graphs"], "--graphs records CUDA graphs, and this is cpu"),
         (["sample", *TINY, "--sampler", "huen"], "Did you mean 'heun'?"),
     ],
 )

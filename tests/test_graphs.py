@@ -184,7 +184,7 @@ def training_pretended(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "a pool")
     monkeypatch.setattr(torch.cuda, "make_graphed_callables", make_graphed_callables)
-    monkeypatch.setattr(graphs, "_check_device", lambda network, asked: None)
+    monkeypatch.setattr(graphs, "check_device", lambda device, asked: None)
     monkeypatch.setattr(torch, "is_autocast_cache_enabled", lambda: False)
     return recordings
 

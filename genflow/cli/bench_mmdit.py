@@ -20,7 +20,7 @@ from genflow.flows.rectified import RectifiedFlow, RectifiedFlowConfig
 from genflow.functional import noise_from_seeds
 from genflow.interop import peers
 from genflow.layers.modulation import Modulation
-from genflow.networks.graphs import record, record_training
+from genflow.networks.graphs import check_device, record, record_training
 from genflow.networks.mmdit import MMDiTConfig
 from genflow.samplers import uniform
 from genflow.text.base import TextEncoder
@@ -34,8 +34,10 @@ KEPT = ", no checkpoints"  # a side whose memory is measured with everything kep
 def training(args: argparse.Namespace) -> list[Contest]:
     """Forward, backward and fused AdamW of an MM-DiT."""
     config, side = mmdit_config(args), f"{args.tokens} + {args.text} tokens, batch {args.batch}"
-    if args.graphs and args.checkpointing:
-        raise UserError("--graphs cannot be had with --checkpointing; leave one of them out")
+    if args.graphs:
+        check_device(args.device, "--graphs")
+        if args.checkpointing:
+            raise UserError("--graphs cannot be had with --checkpointing; leave one of them out")
     ways = [args.precision, _way(args), *["checkpointed"] * args.checkpointing]
     flops = args.batch * mmdit_training_flops(config, args.tokens, args.text)
     sides = ("genflow", *_peer(args, "train"))

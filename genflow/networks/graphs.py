@@ -25,7 +25,7 @@ def record(network: nn.Module, asked: str) -> None:
 
     Raises UserError, about what was asked, where it is not on a CUDA device; a call does where it cannot be recorded.
     """
-    _check_device(network, asked)
+    check_device(next(network.parameters()).device, asked)
     name = "denoise" if hasattr(network, "denoise") else "forward"
     setattr(network, name, Recorded(getattr(network, name), asked))
 
@@ -37,12 +37,12 @@ def record_training(network: nn.Module, asked: str) -> None:
     what belongs to one step. Raises UserError, about what was asked, where it is not on a CUDA device; a call does where it
     cannot be recorded, or comes before the backward of the last.
     """
-    _check_device(network, asked)
+    check_device(next(network.parameters()).device, asked)
     network.forward = RecordedTraining(network, asked)  # type: ignore[method-assign]
 
 
-def _check_device(network: nn.Module, asked: str) -> None:
-    device = next(network.parameters()).device
+def check_device(device: torch.device, asked: str) -> None:
+    """Raises UserError, about what was asked, for a device that has no CUDA graphs."""
     if device.type != "cuda":
         raise UserError(f"{asked} records CUDA graphs, and this is {device.type}; leave it out")
 
