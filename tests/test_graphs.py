@@ -11,9 +11,11 @@ from torch import nn
 
 from genflow.config import load
 from genflow.errors import UserError
+from genflow.flows.models.glow import GlowConfig
 from genflow.networks import graphs
 from genflow.networks.graphs import Recorded, record, record_training
 from genflow.networks.mmdit import MMDiTConfig
+from genflow.training.apply import record_steps
 from genflow.training.config import RunConfig
 from genflow.training.run import train
 
@@ -101,14 +103,14 @@ def test_gradients_go_past_the_recording(pretended):
     assert x.grad == 6 and not pretended
 
 
-def test_what_waits_for_the_device_is_told_in_one_line(pretended, monkeypatch):
+def test_what_cannot_be_recorded_is_told_in_one_line(pretended, monkeypatch):
     @contextlib.contextmanager
     def refusing(graph, pool=None):
         yield
         raise RuntimeError("operation not permitted when stream is capturing\nmore of it")
 
     monkeypatch.setattr(torch.cuda, "graph", refusing)
-    told = r"--graphs: this model waits for the device \(operation not .*capturing\)"
+    told = r"--graphs: this model cannot be recorded \(operation not .*capturing\)"
     with pytest.raises(UserError, match=told), torch.no_grad():
         Recorded(lambda x: x, "--graphs")(torch.zeros(1))
 
@@ -150,8 +152,8 @@ def training_pretended(monkeypatch):
     """torch.cuda.make_graphed_callables without a card: what it reads and writes is in the same memory at every call."""
     recordings = []
 
-    def make_graphed_callables(function, held, *, allow_unused_input, pool):
-        assert allow_unused_input and pool == "a pool" and not torch.is_autocast_cache_enabled()
+    def make_graphed_callables(function, held, *, allow_unused_input, **_):
+        assert allow_unused_input and not torch.is_autocast_enabled("cpu")
         inputs = [x for x in held if x.requires_grad]
         outputs, gradients = [], []
 
@@ -182,10 +184,8 @@ def training_pretended(monkeypatch):
         recordings.append(held)
         return lambda *given: Graphed.apply(*given)[0]
 
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "a pool")
     monkeypatch.setattr(torch.cuda, "make_graphed_callables", make_graphed_callables)
     monkeypatch.setattr(graphs, "check_device", lambda device, asked: None)
-    monkeypatch.setattr(torch, "is_autocast_cache_enabled", lambda: False)
     return recordings
 
 
@@ -201,21 +201,52 @@ class Scaled(nn.Module):
         return y if shift is None else y + shift * self.bias
 
 
-def test_recorded_training_has_the_gradients_of_plain_calls(training_pretended):
+@pytest.mark.parametrize("moving", [False, True])
+@pytest.mark.parametrize("options", [{}, {"shift": 1}, {"shift": 1, "times": 3}])
+def test_recorded_training_has_the_gradients_of_plain_calls(training_pretended, options, moving):
     plain, network = Scaled(), Scaled()
     record_training(network, "train.graphs")
-    for rows, moving in ((2, False), (2, True), (3, True), (2, True), (3, True)):
-        x, shift = torch.randn(rows, requires_grad=moving), torch.randn(rows)
-        for kwargs in ({}, {"shift": shift}, {"shift": shift, "times": 3}):
-            both = []
-            for each in (plain, network):
-                each.zero_grad()
-                x.grad = None
-                each(x, **kwargs).square().sum().backward()
-                both.append([x.grad if x.grad is None else x.grad.clone(), each.weight.grad.clone(), each.bias.grad])
-            for one, other in zip(*both, strict=True):
-                assert one is other is None or torch.equal(one, other)
-    assert len(training_pretended) == 9  # of each kind of x: with and without a shift, and with another number
+    for _ in range(3):
+        x = torch.randn(2, requires_grad=moving)
+        own = {name: torch.randn(2) if name == "shift" else value for name, value in options.items()}
+        both = []
+        for each in (plain, network):
+            each.zero_grad()
+            x.grad = None
+            each(x, **own).square().sum().backward()
+            both.append([x.grad if x.grad is None else x.grad.clone(), each.weight.grad.clone(), each.bias.grad])
+        for one, other in zip(*both, strict=True):
+            assert one is other is None or torch.equal(one, other)
+    assert len(training_pretended) == 1
+
+
+@pytest.mark.parametrize(
+    ("x", "options"),
+    [
+        (torch.ones(3), {}),
+        (torch.ones(2).double(), {}),
+        (torch.ones(2, requires_grad=True), {}),
+        (torch.ones(2), {"times": 3}),
+        (torch.ones(2), {"shift": torch.ones(2)}),
+    ],
+)
+def test_a_call_of_another_kind_than_the_recorded_one_is_refused(training_pretended, x, options):
+    network = Scaled()
+    record_training(network, "train.graphs")
+    network(torch.ones(2)).sum().backward()
+    with pytest.raises(UserError, match="train.graphs: a call of other shapes than the first"):
+        network(x, **options)
+
+
+def test_a_recording_computes_in_the_autocast_of_its_call(training_pretended):
+    network = nn.Linear(8, 8)
+    record_training(network, "train.graphs")
+    for _ in range(2):
+        with torch.autocast("cpu", torch.bfloat16):
+            y = network(torch.randn(2, 8))
+        assert y.dtype == torch.bfloat16
+        y.sum().backward()
+    assert network.weight.grad.dtype == torch.float32
 
 
 def test_recorded_training_sums_the_gradients_of_micro_batches(training_pretended):
@@ -258,9 +289,16 @@ def test_a_run_of_recorded_steps_is_the_run_of_plain_ones(training_pretended, tm
 
 def test_what_cannot_be_recorded_is_refused(tmp_path):
     (tmp_path / "c.yaml").write_text(RUN)
-    for other, words in (("checkpointing=true", "checkpointing"), ("parallel=fsdp", "parallel=fsdp")):
-        with pytest.raises(UserError, match=f"graphs cannot be had with {words}"):
-            load(tmp_path / "c.yaml", ["train.graphs=true", f"train.{other}"], schema=RunConfig)
+    with pytest.raises(UserError, match="graphs cannot be had with checkpointing"):
+        load(tmp_path / "c.yaml", ["train.graphs=true", "train.checkpointing=true"], schema=RunConfig)
+    network, flow = Scaled(), GlowConfig(shape=(3, 8, 8), levels=1, steps=1, hidden=8, condition_dim=0).build()
+    for more, words in (
+        ({"network": network, "processes": 2, "one_shape": True}, "for one process, and these are 2"),
+        ({"network": network, "processes": 1, "one_shape": False}, "for samples of one shape"),
+        ({"network": flow, "processes": 1, "one_shape": True}, f"a {type(flow).__name__} is more than one function"),
+    ):
+        with pytest.raises(UserError, match=f"train.graphs.*{words}"):
+            record_steps(**more)
     with pytest.raises(UserError, match="train.graphs records CUDA graphs, and this is cpu"):
         train(load(tmp_path / "c.yaml", [f"out={tmp_path / 'run'}", "train.graphs=true"], schema=RunConfig))
 

@@ -16,7 +16,7 @@ ROOT = Path(genflow.__file__).parent
 FLOORS = [
     {"errors"},
     {"registry"},
-    {"config", "cachedir", "conditions"},
+    {"config", "cachedir", "conditions", "versions"},
     {"functional", "native"},
     {"attention"},
     {"layers"},

@@ -69,7 +69,7 @@ def training_side(args: argparse.Namespace, name: str) -> Side:
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-4, fused=True)
 
     def predict() -> Tensor:
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32, cache_enabled=not args.graphs):
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             return velocity(x, t, condition.tokens, condition.pooled)
 
     def step() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
+from inspect import signature
 from typing import Any
 
 import torch
@@ -17,6 +18,10 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_u
 
 from genflow.errors import UserError
 
+# A thread that reads data may ask the device for memory meanwhile, where torch is new enough to let it.
+ANY_THREAD: dict[str, Any] = {"capture_error_mode": "thread_local"}
+if "capture_error_mode" not in signature(torch.cuda.make_graphed_callables).parameters:
+    ANY_THREAD = {}
 WARM_UP = 2  # calls before a recording: libraries choose their kernels, and the compiler compiles
 
 
@@ -33,9 +38,9 @@ def record(network: nn.Module, asked: str) -> None:
 def record_training(network: nn.Module, asked: str) -> None:
     """Have the network's calls with gradients, and their backward, replayed as CUDA graphs, in place.
 
-    Others, and those of a network in evaluation, go on as before. Autocast must not cache its casts: a recording would keep
-    what belongs to one step. Raises UserError, about what was asked, where it is not on a CUDA device; a call does where it
-    cannot be recorded, or comes before the backward of the last.
+    Others, and those of a network in evaluation, go on as before. Of one process alone. Raises UserError, about what was
+    asked, where it is not on a CUDA device; a call does where it cannot be recorded, where its tensors are of other shapes
+    than the first call's, or where the last call's backward has not begun.
     """
     check_device(next(network.parameters()).device, asked)
     network.forward = RecordedTraining(network, asked)  # type: ignore[method-assign]
@@ -57,9 +62,11 @@ def _told(asked: str) -> Iterator[None]:
     """A recording that fails, in one line."""
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"{asked}: this model waits for the device ({reason}); leave it out") from error
+        raise UserError(f"{asked}: this model cannot be recorded ({reason}); leave it out") from error
 
 
 class Recorded:
@@ -101,14 +108,15 @@ class Recorded:
 
 
 class RecordedTraining:
-    """A network's forward whose calls with gradients are recorded at the first of each kind (torch's own recordings)."""
+    """A network's forward whose calls with gradients are recorded, backward and all, at the first of them."""
 
     def __init__(self, network: nn.Module, asked: str) -> None:
         self.network, self.forward, self.asked = network, network.forward, asked
         self._trained = [p for p in network.parameters() if p.requires_grad]
-        self._kinds: dict[Hashable, Callable[..., Any]] = {}
-        self._pool: Any = None  # one for all: of two calls one is over, backward and all, before the other begins
+        self._kind: Hashable = None
+        self._replay: Callable[..., Any] | None = None
         self._open = False  # a call whose backward is still to come, from what the next would overwrite
+        self._apart: set[int] = set()  # where gradients are that no replay writes
 
     def __call__(self, *arguments: Any, **options: Any) -> Any:
         if not (torch.is_grad_enabled() and self.network.training):
@@ -117,10 +125,12 @@ class RecordedTraining:
             raise UserError(f"{self.asked}: this flow calls its network twice before one backward; leave it out")
         leaves, structure = tree_flatten((arguments, options))
         kind = _kind(leaves, structure)
-        if kind not in self._kinds:
-            self._kinds[kind] = self._recording(leaves, structure)
+        if self._replay is None:
+            self._kind, self._replay = kind, self._recording(leaves, structure)
+        if kind != self._kind:
+            raise UserError(f"{self.asked}: a call of other shapes than the first; leave it out")
         self._set_gradients_apart()
-        answer = self._kinds[kind](*(x for x in leaves if isinstance(x, Tensor)), *self._trained)
+        answer = self._replay(*(x for x in leaves if isinstance(x, Tensor)), *self._trained)
         for x in tree_leaves(answer):
             if isinstance(x, Tensor) and x.requires_grad:
                 self._open = True
@@ -131,28 +141,34 @@ class RecordedTraining:
         self._open = False
 
     def _set_gradients_apart(self) -> None:
-        """Of micro-batches before: autograd keeps what a recording wrote, where the next will (pytorch/pytorch#181723)."""
-        held = [(p, p.grad) for p in self._trained if p.grad is not None]
+        """Of micro-batches before: autograd keeps what a replay wrote, where the next one will (pytorch/pytorch#181723)."""
+        grads = [(p, p.grad) for p in self._trained if p.grad is not None]
+        held = [(p, grad) for p, grad in grads if grad.data_ptr() not in self._apart]
+        own = [torch.empty_like(grad) for _, grad in held]
         if held:
-            own = [torch.empty_like(grad) for _, grad in held]
             torch._foreach_copy_(own, [grad for _, grad in held])
-            for (p, _), grad in zip(held, own, strict=True):
-                p.grad = grad
+        for (p, _), grad in zip(held, own, strict=True):
+            p.grad = grad
+        self._apart = {p.grad.data_ptr() for p, _ in grads if p.grad is not None}
 
     def _recording(self, leaves: list[Any], structure: Any) -> Callable[..., Any]:
         """The forward as a function of its tensors and of the trained parameters, which are where they are."""
         tensors = [x.detach().clone().requires_grad_(x.requires_grad) for x in leaves if isinstance(x, Tensor)]
+        device = self._trained[0].device.type
+        dtype, short = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
 
         def call(*inputs: Tensor) -> Any:
             given = iter(inputs)
             arguments, options = tree_unflatten(
                 [next(given) if isinstance(x, Tensor) else x for x in leaves], structure
             )
-            return self.forward(*arguments, **options)
+            with torch.autocast(
+                device, dtype, enabled=short, cache_enabled=False
+            ):  # a cast that is kept would be that of one step
+                return self.forward(*arguments, **options)
 
-        if self._pool is None:
-            self._pool = torch.cuda.graph_pool_handle()
-        with _told(self.asked):
+        # Outside of autocast, as a backward is, which is recorded with it (pytorch/pytorch#120930).
+        with _told(self.asked), torch.autocast(device, enabled=False):
             return torch.cuda.make_graphed_callables(
-                call, (*tensors, *self._trained), allow_unused_input=True, pool=self._pool
+                call, (*tensors, *self._trained), allow_unused_input=True, **ANY_THREAD
             )

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from genflow.errors import UserError
 from genflow.native.library import untransformed
+from genflow.versions import version
 
 
 class LipSwish(nn.Module):
@@ -64,7 +65,7 @@ class Contracted(nn.Module, ABC):
         weight, lasting = self.weight, untransformed()
         if torch.compiler.is_compiling() or weight.is_inference() or not lasting:
             return self._scaled(self._new_direction(lasting))
-        key = (self.training, weight._version, weight.data_ptr(), weight.dtype, weight.device)
+        key = (self.training, version(weight), weight.data_ptr(), weight.dtype, weight.device)
         if key != self._key:  # the weight is held, lest another one get its address
             self._found = {"direction": self._new_direction(True), "of": weight.detach()}
             self._key = key

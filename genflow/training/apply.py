@@ -1,4 +1,4 @@
-"""Compilation, activation checkpointing and products in 8 bits, applied to a plain network."""
+"""Compilation, activation checkpointing, CUDA graphs and products in 8 bits, applied to a plain network."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from genflow.flows.bijections.base import Bijection
 from genflow.flows.bijections.memory import reversible
 from genflow.layers.float8 import MULTIPLE
 from genflow.layers.modulation import Linear
+from genflow.networks.autoencoders import EncoderDecoder
+from genflow.networks.graphs import record_training
 
 
 def _blocks(network: nn.Module, what: str) -> Iterable[nn.Module]:
@@ -49,6 +51,21 @@ def compile_blocks(network: nn.Module, asked: str = "train.compile") -> None:
     """
     for block in _blocks(network, asked):
         block.compile()
+
+
+def record_steps(network: nn.Module, *, processes: int, one_shape: bool) -> None:
+    """Have the network's forward and backward in training replayed as CUDA graphs (networks/graphs.py).
+
+    Raises UserError where it is not on a CUDA device, and for several processes, samples of several shapes, and networks
+    that are more than a function of tensors.
+    """
+    if processes > 1:
+        raise UserError(f"train.graphs is for one process, and these are {processes}; leave it out")
+    if not one_shape:
+        raise UserError("train.graphs is for samples of one shape; leave it or data.buckets out")
+    if isinstance(network, Bijection | EncoderDecoder):
+        raise UserError(f"train.graphs: a {type(network).__name__} is more than one function of tensors; leave it out")
+    record_training(network, "train.graphs")
 
 
 def train_in_float8(network: nn.Module) -> None:

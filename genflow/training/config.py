@@ -48,7 +48,7 @@ class TrainConfig:
     clip: float = 1.0  # the norm of all gradients, or of each side of a game; 0 turns clipping off
     ema: float = 0.05  # relative width of the power-function EMA profile (training/ema.py); 0 turns it off
     compile: bool = False  # torch.compile each block
-    graphs: bool = False  # on CUDA, record the network's forward and backward once and replay them (networks/graphs.py)
+    graphs: bool = False  # replay the network's forward and backward as CUDA graphs (training/apply.py)
     checkpointing: bool = False  # keep less for the backward and compute it again (training/apply.py)
     workers: int = 0  # data-loading processes
     log_every: int = 20
@@ -71,9 +71,8 @@ class TrainConfig:
                 raise UserError(f"{name} = {value} is not within 0 .. {most:g}")
         if 0 < self.ema < NARROWEST:
             raise UserError(f"ema = {self.ema} averages nothing; the least is {NARROWEST}, and 0 turns it off")
-        for name, other in (("checkpointing", self.checkpointing), ("parallel=fsdp", self.parallel == "fsdp")):
-            if self.graphs and other:
-                raise UserError(f"graphs cannot be had with {name}; leave one of them out")
+        if self.graphs and self.checkpointing:
+            raise UserError("graphs cannot be had with checkpointing; leave one of them out")
         if self.parallel == "fsdp" and isinstance(self.optimizer, AdamW8bitConfig):
             raise UserError("optimizer adamw8bit takes no shared-out parameters; take adamw, or parallel=ddp")
 

@@ -26,8 +26,7 @@ from genflow.flows.bijections.base import Bijection
 from genflow.flows.store import check_base, newest_checkpoint, weights_of
 from genflow.flows.trained import fill_trained
 from genflow.functional import Rng
-from genflow.networks.graphs import record_training
-from genflow.training.apply import checkpointed, compile_blocks, train_in_float8
+from genflow.training.apply import checkpointed, compile_blocks, record_steps, train_in_float8
 from genflow.training.checkpoint import checkpoint_tensors, load_checkpoint, save_checkpoint
 from genflow.training.config import RunConfig, fit_to, shape_of
 from genflow.training.ema import EMA
@@ -120,7 +119,7 @@ class Trainer:
         if config.init is None:  # else what was fitted to the data goes with the weights
             self.flow.initialise(self.conditions.table, self._first_batch)
         if train.graphs:
-            record_training(network, "train.graphs")
+            record_steps(network, processes=accelerator.num_processes, one_shape=of_one_shape(self.dataset))
         return network
 
     def _resume(self) -> None:

@@ -14,6 +14,7 @@ from genflow.errors import UserError
 from genflow.native.library import call, library
 from genflow.registry import optimizer_export
 from genflow.training.sharding import own
+from genflow.versions import count_step
 
 
 def decay_groups(params: Sequence[Tensor], weight_decay: float) -> list[dict]:
@@ -77,7 +78,8 @@ def step_with_average(optimizer: torch.optim.Optimizer, averages: Mapping[nn.Par
     """
     groups = optimizer.param_groups
     every = [p for group in groups for p in group["params"]]
-    if type(optimizer) is not torch.optim.AdamW or any(p.grad is None or p not in optimizer.state for p in every):
+    plain = type(optimizer) is torch.optim.AdamW and not any(g["amsgrad"] or g["maximize"] for g in groups)
+    if not plain or not all(p.is_cpu and p.grad is not None and p in optimizer.state for p in every):
         return False
     states = [optimizer.state[p] for p in every]
     steps = [state["step"] for state in states]
@@ -85,19 +87,20 @@ def step_with_average(optimizer: torch.optim.Optimizer, averages: Mapping[nn.Par
         [own(x) for x in (p.detach(), p.grad, state["exp_avg"], state["exp_avg_sq"], averages[p])]
         for p, state in zip(every, states, strict=True)
     ]
-    fits = all(x.is_cpu and x.dtype == torch.float32 and x.is_contiguous() for row in rows for x in row)
+    fits = all(x.dtype == torch.float32 and x.is_contiguous() for row in rows for x in row)
     if not fits or len({float(each) for each in steps}) != 1 or library() is None:
         return False
     torch._foreach_add_(steps, 1)
     t = float(steps[0])
     for group in groups:
         mine, rows = rows[: len(group["params"])], rows[len(group["params"]) :]
-        (beta1, beta2), lr = group["betas"], group["lr"]
+        beta1, beta2, lr, eps = map(float, (*group["betas"], group["lr"], group["eps"]))
         where, sizes = tuple(x.data_ptr() for row in mine for x in row), tuple(row[0].numel() for row in mine)
         call(
             "adamw", torch.float32, where, sizes, len(mine), 1 - lr * group["weight_decay"], 1 - beta1, beta2, 1 - beta2,
-            lr / (1 - beta1**t), (1 - beta2**t) ** -0.5, group["eps"], weight,
+            lr / (1 - beta1**t), (1 - beta2**t) ** -0.5, eps, weight,
         )  # fmt: skip
+    count_step(optimizer)
     return True
 
 

@@ -15,7 +15,7 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
-from accelerate.utils import AutocastKwargs, DistributedDataParallelKwargs, ProjectConfiguration
+from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
 
 from genflow.config import load, to_dict
 from genflow.data.locks import lock
@@ -114,15 +114,12 @@ def _make_folder(run: Path) -> None:
 
 def _train(asked: RunConfig, run: Path, device: torch.device, why: str) -> None:
     AcceleratorState._reset_state()  # accelerate keeps one precision for a process; the run before may have had another
-    handlers: list[Any] = [AutocastKwargs(cache_enabled=not asked.train.graphs)]
-    if device.type == "cpu":
-        handlers.append(DistributedDataParallelKwargs(bucket_cap_mb=CPU_BUCKETS))
     accelerator = Accelerator(
         mixed_precision={"fp32": "no", "tf32": "no", "fp8": "bf16"}.get(asked.train.precision, asked.train.precision),
         cpu=device.type == "cpu",
         log_with=list(asked.train.trackers) or None,
         project_config=ProjectConfiguration(project_dir=str(run), logging_dir=str(run)),
-        kwargs_handlers=handlers,
+        kwargs_handlers=[DistributedDataParallelKwargs(bucket_cap_mb=CPU_BUCKETS)] if device.type == "cpu" else None,
     )
     trainer = Trainer(asked, run, accelerator)
     if trainer.step >= asked.train.steps:

@@ -56,8 +56,11 @@ def stepped(small, together: bool, steps: int = 6):
 
 
 @pytest.mark.skipif(native.library() is None, reason="needs the kernels")
-def test_adamw_and_average_in_one_pass_are_the_two_passes(small, monkeypatch):
+@pytest.mark.parametrize("eps", [1e-8, 0])
+def test_adamw_and_average_in_one_pass_are_the_two_passes(small, monkeypatch, eps):
     passes = []
+    for group in small[1].param_groups:
+        group["eps"] = eps
     kernel = optimizers.call
     monkeypatch.setattr(optimizers, "call", lambda *args: passes.append(args) or kernel(*args))
     start = copy.deepcopy(small[0].state_dict())
@@ -71,7 +74,17 @@ def test_adamw_and_average_in_one_pass_are_the_two_passes(small, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "why", ["without a gradient", "without one before", "another optimiser", "double", "a scaler", "no kernels"]
+    "why",
+    [
+        "amsgrad",
+        "maximize",
+        "without a gradient",
+        "without one before",
+        "another optimiser",
+        "double",
+        "a scaler",
+        "no kernels",
+    ],
 )
 def test_two_passes_where_one_cannot_serve(small, monkeypatch, why):
     model, optimizer, ema = small
@@ -83,6 +96,8 @@ def test_two_passes_where_one_cannot_serve(small, monkeypatch, why):
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     if why == "no kernels":
         monkeypatch.setattr(optimizers, "library", lambda: None)
+    for group in optimizer.param_groups:
+        group |= {why: True} if why in group else {}
     given = SimpleNamespace(optimizer=optimizer, step=optimizer.step, scaler="one") if why == "a scaler" else optimizer
     for step in (1, 2, 3):
         for p in model.parameters():

@@ -13,6 +13,7 @@ from genflow.flows.bijections.base import Bijection, zero_ladj
 from genflow.flows.bijections.elementwise import channels_and_places, wide
 from genflow.native.library import untransformed
 from genflow.registry import bijection_export
+from genflow.versions import version
 
 
 @bijection_export("conv1x1")
@@ -61,6 +62,10 @@ class InvertibleConv1x1(Bijection):
         solved = torch.linalg.solve_triangular(lower, identity[:, self.order], upper=False, unitriangular=True)
         return torch.linalg.solve_triangular(upper, solved, upper=True).to(self.lower.dtype)
 
+    def train(self, mode: bool = True) -> InvertibleConv1x1:
+        self._cached.clear()  # FSDP gathers other weights into the same memory, uncounted
+        return super().train(mode)
+
     def _kept(self, name: str, compute: Any) -> Tensor:
         """What compute gives, in eval mode without gradients only once for the same weights."""
         with torch.autocast(self.lower.device.type, enabled=False):
@@ -68,7 +73,7 @@ class InvertibleConv1x1(Bijection):
             plain = untransformed() and not torch.compiler.is_compiling() and not any(t.is_inference() for t in tensors)
             if self.training or torch.is_grad_enabled() or not plain:
                 return compute()
-            key = tuple((t.data_ptr(), t._version, t.dtype, t.device) for t in tensors)
+            key = tuple((t.data_ptr(), version(t), t.dtype, t.device) for t in tensors)
             if name not in self._cached or self._cached[name][0] != key:
                 held = [t.detach() for t in tensors]  # lest others get their addresses
                 self._cached[name] = (key, held, compute())

@@ -18,6 +18,7 @@ from genflow.flows.bijections.base import Bijection, Chain, zero_ladj
 from genflow.flows.bijections.continuous import CNF
 from genflow.flows.divergence import current_probing, probing_again
 from genflow.registry import bijection_export
+from genflow.versions import version
 
 
 @bijection_export("reversible")
@@ -114,14 +115,14 @@ class _WalkBack(torch.autograd.Function):
                 x, ladj = step(x, condition)
                 total = total + ladj
         ctx.save_for_backward(first, x, condition, *kept)
-        ctx.parameters, ctx.versions = parameters, [p._version for p in parameters]
+        ctx.parameters, ctx.versions = parameters, [version(p) for p in parameters]
         return x, total
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, grad_ladj: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         first, x, condition, *kept = ctx.saved_tensors
-        if [p._version for p in ctx.parameters] != ctx.versions:
+        if [version(p) for p in ctx.parameters] != ctx.versions:
             raise RuntimeError(
                 "a parameter of an invertible checkpoint was changed between its forward and its backward"
             )

@@ -17,6 +17,7 @@ from genflow.functional import Rng
 from genflow.networks.lipschitz import LipschitzNet
 from genflow.registry import bijection_export
 from genflow.samplers.fixed_point import fixed_point
+from genflow.versions import version
 
 
 @bijection_export("residual")
@@ -147,7 +148,7 @@ class ResidualBlock(Bijection):
         elif scope is not None:
             draw, index, stream = scope.rng, scope.counters, f"residual/{self.seed}/{scope.place(self)}/"
         else:
-            weights = tuple(p._version for p in self.parameters())
+            weights = tuple(version(p) for p in self.parameters())
             self.draws += weights != self._weights
             self._weights = weights
             draw, index = Rng(self.seed, self.draws), fingerprint(x)
