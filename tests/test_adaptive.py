@@ -206,6 +206,15 @@ def test_a_row_does_not_depend_on_its_batch_mates(solver, compact, mixed):
     torch.testing.assert_close(backwards, together.x, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_a_row_of_equal_numbers_takes_the_steps_of_one(solver):
+    """The tolerance is of the root mean square over a row, whatever its size."""
+    one = solver(gaussian, torch.full((1, 1), 1.3, dtype=torch.float64), [1.0, 0.0])
+    many = solver(gaussian, torch.full((1, 3, 10, 10), 1.3, dtype=torch.float64), [1.0, 0.0])
+    assert torch.equal(many.statistics.accepted, one.statistics.accepted) and many.nfe == one.nfe
+    torch.testing.assert_close(many.x, one.x.view(1, 1, 1, 1).expand_as(many.x))
+
+
 def test_a_hard_row_is_as_right_as_the_easy_ones_and_takes_more_steps(mixed):
     solution = dopri5(turning, mixed, [1.0, 0.0], rtol=1e-7, atol=1e-7)
     assert (solution.x - turned(mixed, 1, 0)).abs().amax(1).max() < 1e-5
@@ -386,6 +395,33 @@ def test_steps_end_at_the_edges_of_a_velocity(solver, grid, compact):
     assert blind.statistics.rejected.min() > 5 and blind.nfe > 1.2 * solution.nfe
 
 
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_no_step_leaves_the_grid_for_an_edge(solver):
+    x, velocity = torch.ones(2, 1, dtype=torch.float64), Jumping(0.25, 0.75, True)
+    velocity.edges = (1e-17, 0.25, 0.75, math.nextafter(1, 0))
+    for grid in ([0.6, 0.4], [0.4, 0.6], [1.0, 0.0]):
+        velocity.times.clear()
+        solution = solver(velocity, x, grid, rtol=1e-6, atol=1e-6)
+        assert solution.ok and min(grid) <= min(velocity.times) and max(velocity.times) <= max(grid)
+        growth = 3 * (grid[1] - grid[0]) if grid[0] < 1 else -2
+        torch.testing.assert_close(solution.x, x * math.exp(growth), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_a_slow_velocity_is_not_asked_beyond_the_grid(solver):
+    velocity = Counted(lambda x, t: -1e-6 * x)
+    solution = solver(velocity, torch.ones(2, 1, dtype=torch.float64), [1.0, 0.5])
+    assert solution.ok and min(velocity.times) >= 0.5 and max(velocity.times) <= 1
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_edges_may_be_at_negative_times(solver):
+    x = torch.ones(2, 1, dtype=torch.float64)
+    solution = solver(Jumping(-0.75, -0.25, True), x, [0.0, -1.0], rtol=1e-6, atol=1e-6)
+    assert solution.ok and solution.statistics.rejected.max() == 0
+    torch.testing.assert_close(solution.x, x * math.exp(-2), rtol=1e-5, atol=0)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("interval", [(0.25, 0.75), (0.3, 0.7), (0.1, 1.0)])
 def test_guidance_in_an_interval_has_edges_whatever_the_rounding(dtype, interval):
@@ -418,6 +454,7 @@ def test_max_steps_is_of_the_whole_way(mixed):
     assert 0 < at < 0.5
     first = dopri5(velocity, mixed, [1.0, 0.0], max_steps=5)  # it never comes to the edge
     assert 0.5 < float(first.status[3].split()[4]) < 1
+    assert first.statistics.evaluations[3] == 2 + 5 * 6  # and begins no second time there
 
 
 # ------------------------------------------------------------------------------------------------------------- contract
@@ -459,6 +496,9 @@ def test_progress_is_the_per_cent_of_the_way(mixed):
         ({"rtol": 0.0}, "rtol = 0.0"),
         ({"rtol": math.nan}, "rtol = nan"),
         ({"rtol": 1.5}, "rtol = 1.5"),
+        ({"rtol": 1.0}, "rtol = 1.0 is not between"),
+        ({"rtol": 0.0}, r"and 1$"),
+        ({"rtol": 1e-16, "x": torch.ones(2, 3).double()}, r"noise of torch.float64, and 1$"),
         ({"atol": 0.0}, "atol = 0.0 must be positive, such as 1e-5"),
         ({"atol": math.inf}, "atol = inf"),
         ({"max_steps": 0}, "max_steps = 0"),
@@ -476,6 +516,15 @@ def test_what_cannot_be_is_refused(changes, message):
         dopri5(**arguments)
     if "rtol" in changes and changes["rtol"] == 1e-7:
         assert dopri5(**arguments | {"x": torch.randn(2, 3).double()}).ok
+
+
+def test_the_least_rtol_is_eight_times_what_the_dtype_resolves():
+    x = torch.randn(2, 3)
+    for kind in (torch.float32, torch.float64):
+        floor = 8 * torch.finfo(kind).eps
+        assert dopri5(lambda x, t: -x, x.to(kind), [1.0, 0.9], rtol=floor, atol=1e-3).ok
+        with pytest.raises(UserError, match="is not between"):
+            dopri5(lambda x, t: -x, x.to(kind), [1.0, 0.9], rtol=0.9 * floor, atol=1e-3)
 
 
 def test_a_trajectory_tells_the_evaluations_of_the_row_that_spent_most(mixed):

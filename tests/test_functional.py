@@ -1,5 +1,6 @@
 """The straight path, the time shift and the counter-based randomness, against their formulas."""
 
+import hashlib
 import math
 
 import numpy as np
@@ -73,6 +74,22 @@ def test_shift_translates_the_log_snr(t, shift):
     assert G.log_snr(tensor).item() == pytest.approx(math.log((1 - t) / t), abs=1e-9)
 
 
+def test_the_log_snr_is_infinite_at_the_ends():
+    for ends in ([G.log_snr(0.0), G.log_snr(1.0)], G.log_snr(torch.tensor([0.0, 1.0])).tolist()):
+        assert ends == [math.inf, -math.inf]
+
+
+@pytest.mark.parametrize("shift", [0.01, 0.05, 0.1, 0.3, 1.7, 3.0, 11.3])
+def test_the_shift_leaves_the_ends_exactly_where_they_are(shift):
+    assert G.shift_time(1.0, shift) == 1 and G.shift_time(0.0, shift) == 0
+
+
+def test_resolution_shift_is_linear_between_any_two_numbers_of_tokens():
+    rule = {"base": 100, "top": 200, "low": 0.2, "high": 0.8}
+    for tokens, mu in ((100, 0.2), (150, 0.5), (200, 0.8), (300, 0.8)):
+        assert G.resolution_shift(tokens, **rule) == pytest.approx(math.exp(mu))
+
+
 def test_resolution_shift_takes_tokens_and_is_capped():
     assert G.resolution_shift(256) == pytest.approx(1.6487, abs=1e-4)
     assert G.resolution_shift(4096) == pytest.approx(3.1582, abs=1e-4)
@@ -107,6 +124,34 @@ def test_mixing_is_splitmix64():
     expected = [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]
     counter = torch.tensor([1, 2, 3]) * G._signed(G._GAMMA)
     assert [v % 2**64 for v in G.mix(counter).tolist()] == expected
+
+
+def test_the_numbers_of_a_row_are_the_same_for_ever():
+    """Written out in whole numbers of Python: what was drawn from a seed is drawn again, by any version."""
+    golden = 0x9E3779B97F4A7C15
+
+    def mixed(x):  # splitmix64's finaliser, Steele et al. 2014
+        x = x % 2**64
+        x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+        x = (x ^ x >> 27) * 0x94D049BB133111EB % 2**64
+        return x ^ x >> 31
+
+    key = int.from_bytes(hashlib.blake2b(b"7/3/noise", digest_size=8).digest(), "little")
+    row = mixed(mixed(key + 5 * golden) ^ key)
+    rng, index = Rng(7, 3), torch.tensor([5])
+    assert rng.bits("noise", index).item() % 2**64 == row
+    assert rng.uniform("noise", index).tolist() == [((row >> 12) + 0.5) / 2**52]
+    states = [row + i * golden for i in range(1, 7)]  # splitmix64 goes on before it answers
+    expected = [((mixed(state) >> 12) + 0.5) / 2**52 for state in states]
+    assert rng.uniform("noise", index, (2, 3)).flatten().tolist() == expected
+    normal = np.random.Generator(np.random.PCG64(row)).standard_normal((2, 2), dtype=np.float32)
+    assert np.array_equal(rng.normal("noise", index, (2, 2))[0].numpy(), normal)
+
+
+def test_digits_of_a_seed_are_not_those_of_a_step():
+    index = torch.arange(3)
+    assert not torch.equal(Rng(1, 23).bits("t", index), Rng(12, 3).bits("t", index))
+    assert not torch.equal(Rng(1, 2).bits("3t", index), Rng(1, 23).bits("t", index))
 
 
 def test_a_row_depends_on_its_own_counter_only():

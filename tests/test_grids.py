@@ -13,7 +13,20 @@ from scipy import stats
 from genflow.errors import UserError
 from genflow.functional import log_snr, shift_time
 from genflow.registry import names, resolve
-from genflow.samplers import Solve, beta, cosine, euler, exponential, heun, karras, log_snr_uniform, rk4, uniform
+from genflow.samplers import (
+    Solve,
+    beta,
+    cosine,
+    double_shifted,
+    euler,
+    exponential,
+    heun,
+    karras,
+    log_snr_uniform,
+    rk4,
+    shifted,
+    uniform,
+)
 
 ALL = names("grid")
 
@@ -72,6 +85,46 @@ def test_exponential_and_beta_times_are_those_of_diffusers():
     scheduler.set_timesteps(20)  # diffusers spreads 20 quantiles from 1 to 1/1000, where ours are 21 from 1 to 0
     theirs = (scheduler.sigmas.numpy()[:-1] - 1 / 1000) / (1 - 1 / 1000)
     np.testing.assert_allclose(beta(19), theirs, atol=1e-5)
+
+
+def test_grids_that_end_at_a_smallest_time_take_another():
+    sigmas = [t / (1 - t) for t in karras(6, rho=3.0, sigma_min=0.1, sigma_max=10.0)[1:-1]]
+    roots = np.linspace(10 ** (1 / 3), 0.1 ** (1 / 3), 6)
+    np.testing.assert_allclose(sigmas, roots[1:] ** 3, rtol=1e-12)
+    np.testing.assert_allclose(exponential(5, t_min=0.01), [*np.logspace(0, -2, 5), 0], rtol=1e-12)
+    logits = np.linspace(log_snr(0.9), log_snr(0.05), 6)
+    np.testing.assert_allclose([log_snr(t) for t in log_snr_uniform(6, t_min=0.05, t_max=0.9)[1:-1]], logits[1:])
+    spread = [shift_time(t, 3.0) for t in np.linspace(1, 0.01, 5)]
+    np.testing.assert_allclose(double_shifted(5, 3.0, t_min=0.01), [*spread, 0], rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: shifted(100_001), "steps = 100001 is too many; the most is 100000"),
+        (lambda: karras(5, math.inf), "shift = inf must be positive"),
+        (lambda: log_snr_uniform(5, t_min=0.5, t_max=0.5), "t_min = 0.5, t_max = 0.5"),
+        (lambda: log_snr_uniform(5, t_max=1.0), "not 0 < t_min < t_max < 1"),
+        (lambda: karras(5, rho=0.0), "rho = 0.0 must be positive"),
+        (lambda: karras(5, rho=math.nan), "rho = nan must be positive"),
+        (lambda: karras(5, sigma_min=-1.0), "sigma_min = -1.0, sigma_max = 80.0: not 0 <"),
+        (lambda: karras(5, sigma_min=80.0, sigma_max=1.0), "not 0 < sigma_min < sigma_max"),
+        (lambda: exponential(5, t_min=0.0), "t_min = 0.0 is not between 0 and 1"),
+        (lambda: exponential(5, t_min=2.0), "t_min = 2.0 is not between"),
+        (lambda: double_shifted(5, t_min=2.0), "t_min = 2.0 is not between"),
+        (lambda: beta(10, a=0.01), "a = 0.01 crowds 10 steps until times are equal"),
+        (lambda: beta(5, a=0.0), "a = 0.0 must be positive"),
+        (lambda: beta(5, a=math.nan), "a = nan must be positive"),
+    ],
+)
+def test_options_of_grids_that_cannot_be_are_refused(make, message):
+    with pytest.raises(UserError, match=message):
+        make()
+
+
+def test_as_many_steps_as_are_allowed():
+    grid = shifted(100_000)
+    assert len(grid) == 100_001 and grid[-2] == 1e-5
 
 
 def test_the_ends_of_the_grids_are_pinned():

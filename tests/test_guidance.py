@@ -134,6 +134,15 @@ def test_called_with_tensors_every_row_decides(guide, rescale, x, c, u):
             same(together[i : i + 1], alone.at(x[i : i + 1], t[i]))
 
 
+def test_the_ends_of_interval_and_zero_init_are_the_same_for_rows_of_their_own_times(x, c, u):
+    guided = cfg(conditional, (c,), (u,), 3.0, interval=(0.25, 0.75))
+    ends = guided(x, torch.tensor([0.25, 0.75, 0.75], dtype=x.dtype))
+    same(ends, torch.cat([guided.at(x, 0.25)[:1], guided.at(x, 0.75)[1:]]))
+    late = cfg(conditional, (c,), (u,), 3.0, guide=CFGZero(0.25))
+    same(late(x, torch.full((3,), 0.75, dtype=x.dtype)), late.at(x, 0.75))
+    assert late.at(x, 0.75).abs().min() > 0 and late.edges[0] > 0.75  # it stands still above, not there
+
+
 # --------------------------------------------------------------------------------------------------------------- guides
 
 
@@ -416,6 +425,7 @@ def test_take_is_the_velocity_of_some_rows(guide, x, c, u):
         cfg(conditional, (c,), (c.flip(0),), 3.0, **options),
         cfg(conditional, (c[:1],), (u,), 3.0, **options),
         autoguidance(Conditioned(conditional, (c,)), Conditioned(conditional, (u,)), 3.0, **options),
+        autoguidance(Conditioned(conditional, (u,)), Conditioned(conditional, (c,)), 3.0, **options),
         reversed(cfg(conditional, (c,), (u,), 3.0, **options)),
     ):
         for t in (0.5, 0.95):
@@ -513,11 +523,20 @@ def test_impossible_options_of_a_guide_are_refused(make, near):
 
 def test_one_tensor_is_no_tuple_of_conditions():
     for make in (
-        lambda c: cfg(lambda x, t, c: x, c, c, 2.0),
+        lambda c: cfg(lambda x, t, c: x, c, (c,), 2.0),
+        lambda c: cfg(lambda x, t, c: x, (c,), c, 2.0),
         lambda c: Conditioned(lambda x, t, c: x, c),
     ):
         with pytest.raises(UserError, match="a tuple of tensors"):
             make(torch.zeros(2, 3))
+
+
+def test_pairs_that_are_none_are_refused():
+    c = torch.zeros(2, 3)
+    with pytest.raises(UserError, match="cond has 2 tensors and uncond 1; they must be alike"):
+        cfg(conditional, (c, c), (c,), 2.0)
+    with pytest.raises(UserError, match=r"guidance interval = \(0.0, 0.5, 1.0\) is not two times"):
+        cfg(conditional, (c,), (c,), 2.0, interval=(0.0, 0.5, 1.0))
 
 
 def test_conditions_that_are_written_to_are_heard(x, c, u):
@@ -525,6 +544,12 @@ def test_conditions_that_are_written_to_are_heard(x, c, u):
     for change in (lambda: None, lambda: c.add_(1), lambda: u.mul_(2)):
         change()
         same(guided.at(x, 0.6), cfg(conditional, (c.clone(),), (u.clone(),), 3.0).at(x, 0.6))
+
+
+def test_conditions_of_inference_mode_are_guided_by(x, c, u):
+    with torch.inference_mode():
+        inside, t = c.clone(), 0.6
+    same(cfg(conditional, (inside,), (u,), 3.0).at(x, t), cfg(conditional, (c,), (u,), 3.0).at(x, t))
 
 
 def test_conditions_have_gradients_also_after_a_call_without(x, c, u):

@@ -98,6 +98,68 @@ def test_fewer_calls_in_a_row_and_every_evaluation_is_counted():
     assert 60 <= out.nfe <= 6 * out.sweeps and sum(calls) <= out.nfe * 20
 
 
+def test_where_the_picture_is_known_every_guess_stands():
+    """Data of one point: 8 steps are one, four, and three, whose guesses are three and two; the last step has no noise."""
+    calls = []
+
+    def known(z, t):
+        calls.append(len(z))
+        return (z - 0.5) / t.view(-1, 1)
+
+    out = speculative(known, noise(20), GRID, seeds=range(20), window=4)
+    assert calls == [20, 80, 60] and out.sweeps == 3 and out.nfe == 8
+    assert out.tested.tolist() == out.held.tolist() == [5] * 20
+    torch.testing.assert_close(out.x, torch.full_like(out.x, 0.5))
+
+
+def test_each_picture_pays_for_its_own_evaluations_only():
+    calls = []
+
+    def counted(x, t):
+        calls.append(len(x))
+        return linear(x, t)
+
+    together = speculative(counted, noise(5), uniform(20), seeds=range(5), window=4)
+    paid = sum(calls)
+    alone = [speculative(linear, x, uniform(20), seeds=[i], window=4) for i, x in enumerate(noise(5).split(1))]
+    assert paid == sum(each.nfe for each in alone) and together.nfe == max(each.nfe for each in alone)
+    assert together.tested.tolist() == [int(each.tested) for each in alone]
+
+
+def test_progress_is_that_of_the_slowest_row():
+    seen = []
+    speculative(linear, noise(20), GRID, seeds=range(20), window=4, progress=lambda *each: seen.append(each))
+    done = [each for each, _ in seen]
+    assert done == sorted(done) and {of for _, of in seen} == {8} and done.index(8) == len(done) - 1
+
+
+def test_noise_is_kept_only_until_its_step_is_settled(monkeypatch):
+    kept = []
+
+    class Watched(module._Noise):
+        def forget(self, at):
+            super().forget(at)
+            kept.append(len(self.kept))
+
+    monkeypatch.setattr(module, "_Noise", Watched)
+    speculative(linear, noise(2), uniform(30), seeds=range(2), window=3)
+    assert len(kept) > 10 and max(kept) <= 2 * 3 and kept[-1] == 0
+
+
+def test_every_step_of_every_row_is_judged_by_a_number_of_its_own():
+    judge = module._Noise([5, 6], noise(2))
+    seen = torch.stack([judge.uniform(torch.tensor([k, k])) for k in range(6)])
+    assert len(seen.unique()) == 12 and seen.min() > 0 and seen.max() < 1
+    assert torch.equal(judge.uniform(torch.tensor([4, 1])), torch.stack([seen[4, 0], seen[1, 1]]))
+
+
+@pytest.mark.parametrize("diffusion", ["constant", "sbdm", "decreasing", "bump"])
+def test_the_diffusion_is_that_of_euler_maruyama(diffusion):
+    how = {"seeds": range(4), "diffusion": diffusion, "scale": 0.7}
+    ours, theirs = speculative(linear, noise(4), GRID, window=1, **how), euler_maruyama(linear, noise(4), GRID, **how)
+    torch.testing.assert_close(ours.x, theirs.x)
+
+
 def test_a_row_is_the_same_alone_as_in_any_batch():
     x = noise(6)
     together = speculative(linear, x, GRID, seeds=range(6), window=5)
@@ -136,6 +198,7 @@ def test_it_is_registered_as_an_sde_and_refuses_what_cannot_be():
     for options, says in (
         ({"window": 0}, "window = 0 must be a whole number"),
         ({"window": 2.5}, "window = 2.5 must be"),
+        ({"window": True}, "window = True must be"),
         ({"diffusion": "none"}, "no diffusion is named 'none'"),
         ({"seeds": [0]}, "1 seeds for 3 pictures"),
         ({"grid": [0.0, 1.0]}, "goes from noise to data"),

@@ -18,8 +18,9 @@ from genflow.flows.rectified import RectifiedFlowConfig
 from genflow.flows.store import save_model
 from genflow.flows.tuned import save_tuned, tuned
 from genflow.networks.mmdit import MMDiTConfig
-from genflow.samplers import Conditioned, euler, shifted, uniform
+from genflow.samplers import Conditioned, euler, log_snr_uniform, shifted, uniform
 from genflow.samplers.tuning import (
+    PLANNED,
     Candidate,
     Tuning,
     _cheapest,
@@ -83,6 +84,50 @@ def test_grids_begin_where_the_samples_of_a_model_do(noise):
     gap = euler(mixture, 0.9 * noise[:4], tuning.best.grid).x - fine_solve(mixture, 0.9 * noise[:4], first=0.9)[0]
     assert tuning.best.error == pytest.approx(gap.square().mean().sqrt().item(), rel=1e-6)
     assert fine_times(32, 0.1, 0.9)[0] == 0.9 and all(grid[0] == 0.9 for grid in hand_made(6, 0.1, 0.9).values())
+
+
+def test_the_picture_taken_at_a_last_time_is_what_is_reached_for(noise):
+    def clamped(z, t):  # data = 0.5, as x-prediction gives it below t_min = 0.3
+        return (z - 0.5) / t.clamp(min=0.3).view(-1, 1)
+
+    tuning = tune(clamped, noise[:6], steps=3, samplers=["euler"], last=0.3)
+    planned = [c for c in tuning.candidates if c.name.startswith("planned")]
+    assert planned and min(c.grid[-2] for c in planned) >= 0.3  # all below is one step
+    assert tuning.best.error < 1e-9  # the end of the fine solve from there is the data
+    far = euler(clamped, noise[:4], uniform(3)).x - 0.5
+    uniform_one = next(c for c in tuning.candidates if c.name == "uniform")
+    assert uniform_one.error == pytest.approx(far.square().mean().sqrt().item(), rel=1e-6)
+
+
+def test_the_best_three_solvers_are_fitted_from_both_kinds_of_grids(noise):
+    lines, solvers = [], ["euler", "heun", "midpoint", "rk4"]
+    tuning = tune(mixture, noise[:6], steps=3, samplers=solvers, say=lines.append)
+    given = [c for c in tuning.candidates if c.name != "tuned"]
+    leaders = sorted(solvers, key=lambda name: min(c.error for c in given if c.sampler == name))[:3]
+    fitted = {c.sampler: c for c in tuning.candidates if c.name == "tuned"}
+    assert set(fitted) == set(leaders)
+    for name, found in fitted.items():
+        own = [c for c in given if c.sampler == name]
+        assert found.error <= min(c.error for c in own)
+        for learnt in (False, True):
+            start = min((c for c in own if c.learnt == learnt), key=lambda c: c.error).name
+            assert any(line.startswith(f"{name}, fitted from {start}: ") for line in lines)
+
+
+def test_a_grid_that_meets_a_nan_is_the_worst_and_no_end_of_the_search(noise):
+    def holed(z, t):  # at one time only
+        return torch.where((t - 0.37).abs().view(-1, 1) < 1e-9, math.nan, mixture(z, t))
+
+    grids = {"through the hole": [1, 0.37, 0], "beside it": [1, 0.5, 0]}
+    tuning = tune(holed, noise[:6], steps=2, samplers=["euler"], grids=grids)
+    assert tuning.candidates[-1].name == "through the hole" and tuning.candidates[-1].error == math.inf
+    assert tuning.best.error < math.inf and tuning.hand_made.name == "beside it"
+
+
+def test_hand_made_grids_are_compared_on_the_rows_held_out():
+    rows = [("tuned", 0.1, 0.3, True), ("nearest", 0.2, 0.9, False), ("safest", 0.4, 0.3, False)]
+    tuning = Tuning([Candidate("euler", n, [1.0, 0.5, 0.0], 2, e, h, learnt) for n, e, h, learnt in rows], 0.0)
+    assert tuning.best.name == "tuned" and tuning.hand_made.name == "safest" and tuning.wins
 
 
 @pytest.mark.parametrize("steps", [1, 2, 5])
@@ -157,11 +202,20 @@ def test_a_hand_made_grid_that_is_better_on_other_rows_is_told(noise):
     [
         ({"steps": 0}, "nearest possible number is 1"),
         ({"steps": 2, "samplers": ["hoin"]}, "no sampler is named 'hoin'"),
-        ({"steps": 2, "samplers": ["dopri5"]}, "dopri5 is not an ODE solver of fixed steps"),
+        ({"steps": 2, "samplers": ["dopri5"]}, r"dopri5 is not an ODE solver of fixed steps\. Choose from: .*heun"),
         ({"steps": 2, "fitted": 4}, "leave none to check"),
         ({"steps": 2, "fitted": 0}, "0 of them to fit"),
         ({"steps": 2, "last": 1.0}, "last = 1.0"),
         ({"steps": 2, "grids": {"mine": [0.5, 0.9, 0]}}, "must fall"),
+        (
+            {"steps": 2, "grids": {"mine": uniform(5)}},
+            "grid 'mine' has 5 steps from 1.0 to 0.0; 2 steps from 1.0 to 0.0 are",
+        ),
+        ({"steps": 2, "grids": {"mine": [1, 0.5, 0.1]}}, "2 steps from 1.0 to 0.1"),
+        ({"steps": 2, "grids": {"mine": [0, 0.5, 1]}}, "2 steps from 0.0 to 1.0"),
+        ({"steps": 2, "grids": {"mine": uniform(2)}, "first": 0.9}, "2 steps from 0.9 to 0.0 are tuned"),
+        ({"steps": 100, "grids": {}}, "grids is empty"),
+        ({"steps": 2, "reference": torch.zeros(3, 6)}, r"reference is \(3, 6\), and noise \(4, 6\)"),
     ],
 )
 def test_impossible_tunings_are_refused(arguments, message, noise):
@@ -192,6 +246,27 @@ def test_a_fit_is_never_worse_than_its_start():
     assert fit_grid(miss, best) == best
 
 
+def test_a_fit_that_nothing_moves_leaves_the_grid():
+    assert fit_grid(lambda grid: torch.ones(2), uniform(3)) == uniform(3)
+
+
+def test_a_fit_ends_where_all_around_is_nan():
+    def miss(grid):
+        assert all(a > b for a, b in itertools.pairwise(grid))
+        return torch.tensor([1.0 if grid == uniform(3) else math.nan])
+
+    assert fit_grid(miss, uniform(3)) == uniform(3)
+
+
+def test_the_weight_of_a_plan_is_on_the_errors_before():
+    costs = torch.full((4, 4), math.inf, dtype=torch.float64)
+    costs[0, 1], costs[1, 3] = 1.0, 0.0  # the error early
+    costs[0, 2], costs[2, 3] = 0.0, 0.9  # and late
+    assert _cheapest(costs, 2, 0.8) == [0, 1, 3] and _cheapest(costs, 2, 1.0) == [0, 2, 3]
+    costs[2, 3] = 1.1
+    assert _cheapest(costs, 2, 1.0) == [0, 1, 3] and _cheapest(costs, 2, 1.2) == [0, 2, 3]
+
+
 def test_the_cheapest_way_is_the_cheapest_of_all():
     costs = torch.rand(8, 8, generator=torch.Generator().manual_seed(0)).double().triu(1)
     costs = torch.where(costs > 0, costs, math.inf)
@@ -213,13 +288,25 @@ def test_a_plan_has_a_step_begin_where_the_way_turns(noise):
         assert grid == [1.0, pytest.approx(0.3, abs=0.03), 0.0]
     for grid in plan(mixture, noise, 5, rows=48).values():
         assert len(grid) == 6 and grid[0] == 1.0 and grid[-1] == 0.0
-    assert plan(mixture, noise, 200, rows=48) == {}  # no fewer than the fine trajectory has
+    for steps in (len(fine_times(PLANNED, 0.0)) - 1, len(fine_times(PLANNED, 0.0)), 200):
+        assert plan(mixture, noise, steps, rows=48) == {}  # no fewer than the fine trajectory has
 
 
 def test_a_fine_solve_knows_its_own_error(noise):
     x, told = fine_solve(mixture, noise, steps=64)
     error = (x - fine_solve(mixture, noise, steps=1024)[0]).square().mean().sqrt().item()
     assert 0.3 * told < error < 3 * told
+
+
+def test_the_error_of_a_fine_solve_is_told_where_it_is_known(noise):
+    x, told = fine_solve(lambda z, t: -z, noise, steps=32)
+    assert (x - math.e * noise).square().mean().sqrt().item() == pytest.approx(told, rel=0.35)
+
+
+def test_fine_times_are_three_quarters_equal_and_a_quarter_in_log_snr():
+    assert fine_times(64, 0.0) == sorted({*uniform(48), *log_snr_uniform(16)}, reverse=True)
+    with pytest.raises(UserError, match=r"last = -0.1 is not within 0 .. 1.0"):
+        fine_times(64, -0.1)
 
 
 def test_a_fine_solve_may_take_the_prediction_at_its_last_time(noise):
@@ -234,7 +321,7 @@ def test_a_fine_solve_may_take_the_prediction_at_its_last_time(noise):
 def test_evaluations_are_those_of_the_solver():
     assert [evaluations(name, 5) for name in ("euler", "ab3", "heun", "midpoint", "rk4")] == [5, 5, 9, 10, 20]
     assert [steps_within(name, 9) for name in ("euler", "heun", "midpoint", "rk4")] == [9, 5, 4, 2]
-    assert steps_within("rk4", 3) is None
+    assert steps_within("rk4", 3) is None and steps_within("rk4", 500) == 125
     assert {"euler", "heun", "ab2"} <= set(fixed_step()) and "dopri5" not in fixed_step()
 
 
@@ -244,6 +331,8 @@ def test_hand_made_grids_are_all_different():
     assert {"uniform", "karras", "shifted 2.0"} <= set(grids) and "shifted" not in grids
     ended = hand_made(6, last=0.1)
     assert ended["uniform, last 0.1"] == pytest.approx([1, 0.82, 0.64, 0.46, 0.28, 0.1, 0])
+    assert hand_made(6, 0.1, 0.9)["uniform, last 0.1"] == pytest.approx([0.9, 0.74, 0.58, 0.42, 0.26, 0.1, 0])
+    assert hand_made(1, 0.1) == {"uniform": [1.0, 0.0]}
     for grid in ended.values():
         assert len(grid) == 7 and grid[0] == pytest.approx(1) and grid[-1] == 0
 

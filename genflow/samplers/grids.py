@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from numbers import Integral
 
 from genflow.errors import UserError
@@ -28,6 +29,12 @@ def _check(steps: int, shift: float) -> None:
         raise UserError(f"steps = {steps} is too many; the most is {MOST}")
     if not 0 < shift < math.inf:
         raise UserError(f"shift = {shift} must be positive; 1.0 is no shift")
+
+
+def _smallest(t_min: float) -> float:
+    if not 0 < t_min < 1:
+        raise UserError(f"t_min = {t_min} is not between 0 and 1; try 0.001")
+    return t_min
 
 
 def _falling(steps: int, stop: float = 0.0) -> list[float]:
@@ -64,7 +71,7 @@ def double_shifted(steps: int, shift: float = 1.0, *, t_min: float | None = None
     itself is diffusers' where the shift is by the picture's size.
     """
     _check(steps, shift)
-    last = shift_time(1 / 1000, shift) if t_min is None else t_min
+    last = shift_time(1 / 1000, shift) if t_min is None else _smallest(t_min)
     return [shift_time(t, shift) for t in (_falling(steps - 1, last) if steps > 1 else [1.0])] + [0.0]
 
 
@@ -77,6 +84,10 @@ def karras(
     Karras et al. 2022, arXiv 2206.00364. The first time, sigma_max / (1 + sigma_max) = 0.988, becomes 1.
     """
     _check(steps, shift)
+    if not 0 < sigma_min < sigma_max < math.inf:
+        raise UserError(f"sigma_min = {sigma_min}, sigma_max = {sigma_max}: not 0 < sigma_min < sigma_max")
+    if not 0 < rho < math.inf:
+        raise UserError(f"rho = {rho} must be positive; 7.0 is EDM's")
     top, bottom = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
     sigmas = [(top + (bottom - top) * i / max(steps - 1, 1)) ** rho for i in range(steps)]
     return _then_zero([sigma / (1 + sigma) for sigma in sigmas], shift)
@@ -86,6 +97,7 @@ def karras(
 def exponential(steps: int, shift: float = 1.0, *, t_min: float = 0.001) -> list[float]:
     """Equal steps in log t from 1 to t_min, then 0: diffusers' `use_exponential_sigmas` for flows."""
     _check(steps, shift)
+    _smallest(t_min)
     return _then_zero([t_min ** (i / max(steps - 1, 1)) for i in range(steps)], shift)
 
 
@@ -117,7 +129,10 @@ def beta(steps: int, shift: float = 1.0, *, a: float = 0.6) -> list[float]:
     _check(steps, shift)
     if not 0 < a < math.inf:
         raise UserError(f"a = {a} must be positive; 0.6 crowds the ends, 1.0 is uniform")
-    return [1.0, *(shift_time(_beta_quantile(u, a), shift) for u in _falling(steps)[1:-1]), 0.0]
+    times = [1.0, *(shift_time(_beta_quantile(u, a), shift) for u in _falling(steps)[1:-1]), 0.0]
+    if not all(t > t_next for t, t_next in pairwise(times)):
+        raise UserError(f"a = {a} crowds {steps} steps until times are equal; 0.6 is usual, 1.0 uniform")
+    return times
 
 
 def _beta_quantile(p: float, a: float) -> float:

@@ -64,6 +64,8 @@ class OneNetwork:
     def __post_init__(self) -> None:
         _refuse_one(self.cond)
         _refuse_one(self.uncond)
+        if len(self.cond) != len(self.uncond):
+            raise UserError(f"cond has {len(self.cond)} tensors and uncond {len(self.uncond)}; they must be alike")
 
     def plain(self, x: Tensor, t: Time) -> Tensor:
         return evaluate(Conditioned(self.velocity, self.cond), x, t)
@@ -156,7 +158,7 @@ def cfg(
     back to that of v_c (Lin et al. 2023, arXiv 2305.08891, sec. 3.4).
 
     Raises UserError for a scale that is not finite, an interval that is not 0 <= lo < hi <= 1, such a rescale, and for
-    conditions that are one tensor.
+    conditions that are one tensor, or more on one side than on the other.
     """
     return Guided(OneNetwork(velocity, cond, uncond), scale, interval, guide, rescale)
 
@@ -206,6 +208,8 @@ class Guided:
     _memory: _Memory | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
+        if len(self.interval) != 2:
+            raise UserError(f"guidance interval = {self.interval} is not two times, lo and hi, such as (0.0, 1.0)")
         lo, hi = self.interval
         if not math.isfinite(self.scale):
             raise UserError(f"guidance = {self.scale} is not a finite number; 1.0 is no guidance")

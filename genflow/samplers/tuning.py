@@ -9,6 +9,7 @@ so that any solver serves and nothing is differentiated through. Either alone st
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -95,14 +96,17 @@ def tune(
     hand-made ones to set out from, by name (`hand_made`). reference: the endpoints to reach, like noise; by default those
     of `fine_solve` with this `last` and `first`. say: is told how it goes, in lines. The same input gives the same grid.
 
-    Raises UserError for steps below 1, too few rows, and a solver that is unknown or not for so few fixed steps.
+    Raises UserError for steps below 1, too few rows, a solver that is unknown or not for so few fixed steps, grids of other
+    numbers of steps or other ends, and a reference of another shape.
     """
-    grids = hand_made(steps, last, first) if grids is None else {name: check_grid(grid) for name, grid in grids.items()}
+    grids = hand_made(steps, last, first) if grids is None else _checked(grids, steps, first)
     solvers = [name for name in samplers if evaluations(name, steps)] or _one_a_step(steps)
     n = len(noise) * 2 // 3 if fitted is None else fitted
     if not 0 < n < len(noise):
         raise UserError(f"{len(noise)} rows of noise, {n} of them to fit a grid to, leave none to check it; give more")
     trust = 0.0
+    if reference is not None and reference.shape != noise.shape:
+        raise UserError(f"reference is {tuple(reference.shape)}, and noise {tuple(noise.shape)}; they must be alike")
     if reference is None:
         say(f"a fine solve of {len(noise)} rows in about {FINE} steps")
         reference, trust = fine_solve(velocity, noise, last=last, first=first)
@@ -124,6 +128,18 @@ def tune(
     if not math.isfinite(found[0].error):
         raise UserError("no solver reached a finite picture on any grid; is the velocity finite?")
     return Tuning(found, trust)
+
+
+def _checked(grids: Mapping[str, Sequence[float]], steps: int, first: float) -> dict[str, list[float]]:
+    """Grids to set out from, as floats. Raises UserError where there is none, or one that is not of these steps and ends."""
+    if not grids:
+        raise UserError("grids is empty; name one, or leave it out for the hand-made ones")
+    for name, grid in grids.items():
+        times = check_grid(grid)
+        if (len(times) - 1, times[0], times[-1]) != (steps, first, 0.0):
+            has = f"{len(times) - 1} steps from {times[0]} to {times[-1]}"
+            raise UserError(f"grid {name!r} has {has}; {steps} steps from {first} to 0.0 are tuned")
+    return {name: check_grid(grid) for name, grid in grids.items()}
 
 
 class _Contest:
@@ -279,11 +295,14 @@ def evaluations(sampler: str, steps: int) -> int:
 
 def steps_within(sampler: str, nfe: int) -> int | None:
     """The most steps that a fixed-step solver makes in so many evaluations; none where it makes not even the fewest."""
-    for steps in range(nfe, 0, -1):
+
+    def cost(steps: int) -> int:
         with suppress(UserError):  # fewer steps than a multistep method needs
-            if evaluations(sampler, steps) <= nfe:
-                return steps
-    return None
+            return evaluations(sampler, steps)
+        return 0
+
+    steps = bisect_right(range(1, nfe + 1), nfe, key=cost)
+    return steps if steps and cost(steps) else None
 
 
 def fixed_step() -> list[str]:
