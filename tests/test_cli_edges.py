@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import argparse
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
 
 import pytest
+import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from genflow.cli import main
+from genflow.cli import main, options
 from genflow.config import load as load_config
 from genflow.data.pictures import read_settings
+from genflow.errors import UserError
 from genflow.evaluation.page import _plain
+from genflow.flows.sampling import SolveConfig
+from genflow.functional import noise_from_seeds
 from genflow.training.config import RunConfig
 from genflow.training.run import train
 
@@ -55,8 +61,6 @@ def test_prompts_to_a_model_that_hears_none_are_refused(runs, tmp_path, capsys):
 
 
 def test_dollars_are_dollars(tmp_path):
-    import torch
-
     from genflow.evaluation.plots import plot_strip, save_plot
 
     states = torch.zeros(3, 1, 3, 8, 8)
@@ -85,16 +89,13 @@ def test_what_does_nothing_or_is_no_number_is_refused(runs, tmp_path, capsys):
         (["sample", "x" * 300, *out], "File name too long"),
         (["reflow", run, "--pairs", "4", "--set", "out=elsewhere", *out], "--set out=elsewhere"),
         (["reflow", run, "--pairs", "4", "--out", str(runs / "glow")], "is another run's folder"),
+        (["sample", str(runs / "glow"), "--graphs", *out], "--graphs is for models of a velocity; "),
     ):
         assert main(words) == 2, words
         assert told in capsys.readouterr().err
 
 
 def test_models_go_to_the_accelerator_that_there_is(runs, tmp_path, monkeypatch):
-    import torch
-
-    from genflow.cli import options
-
     class Found(Exception):
         pass
 
@@ -113,6 +114,159 @@ def test_an_evaluation_without_figures_holds(runs, tmp_path, capsys):
     assert json.loads((tmp_path / "figures.json").read_text())["figures"] == []
     assert main(["eval", "--again", str(tmp_path / "figures.json")]) == 0
     assert "other" not in capsys.readouterr().err
+
+
+# -------------------------------------------------------------------------------------------- how to sample, as it is asked
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """Settings of a model of tokens."""
+
+    decoder: object = None
+    draft: str | None = None
+
+
+def settings_of(words, run, own, *, sampling=None, unguided=False):
+    parser = argparse.ArgumentParser()
+    options.add_solving(parser)
+    args = parser.parse_args([str(word) for word in words])
+    args.run = str(run)
+    flow = SimpleNamespace(recipe={"sample": own}, config=SimpleNamespace(sampling=sampling or SolveConfig()))
+    return options.sampling_of(args, flow, unguided=unguided)
+
+
+def test_options_belong_to_the_sampler_they_came_with(tmp_path):
+    own = {"sampler": "dopri5", "options": {"rtol": 0.01}, "steps": 4}
+    assert settings_of([], tmp_path, own) == own
+    assert settings_of(["--sampler", "heun"], tmp_path, own) == {"sampler": "heun", "steps": 4}
+    asked = settings_of(["--sampler", "dopri5", "--option", "atol=1e-3", "max_steps=9"], tmp_path, own)
+    assert asked["options"] == {"atol": 1e-3, "max_steps": 9}
+    own = {"decoder": {"name": "gumbel"}, "draft": "another"}
+    assert settings_of([], tmp_path, own, sampling=Decoding()) == own
+    assert settings_of(["--decoder", "sjd"], tmp_path, own, sampling=Decoding()) == {"decoder": {"name": "sjd"}}
+
+
+def test_what_needs_no_guidance_has_it_only_where_it_is_asked_for(tmp_path):
+    own = {"guidance": 2.0}
+    assert settings_of([], tmp_path, own)["guidance"] == 2.0
+    assert settings_of([], tmp_path, own, unguided=True)["guidance"] == 1.0
+    assert settings_of(["--guidance", 3], tmp_path, own, unguided=True)["guidance"] == 3.0
+    for words in (["--interval", 0, 1], ["--guide", "apg"], ["--rescale", 0.5]):
+        assert settings_of(words, tmp_path, own)["guidance"] == 2.0
+        with pytest.raises(UserError, match=f"{words[0]} does nothing without guidance; add --guidance 2"):
+            settings_of(words, tmp_path, own, unguided=True)
+
+
+def test_what_was_learnt_holds_until_another_way_is_asked_for(tmp_path):
+    learnt = {"sampler": "ab2", "grid": [1.0, 0.4, 0.0]}
+    (tmp_path / "sampling.json").write_text(json.dumps({"2": learnt}))
+    own = {"sampler": "dopri5", "options": {"rtol": 0.01}, "steps": 2, "shift": 3.0, "guidance": 2.0}
+    plain = {**learnt, "options": None, "shift": 1.0, "steps": 2, "guidance": 2.0}
+    assert settings_of([], tmp_path, own) == plain
+    assert settings_of(["--guidance", 4], tmp_path, own) == {**plain, "guidance": 4.0}
+    for words in (
+        ["--sampler", "heun"],
+        ["--shift", 2],
+        ["--grid", "uniform"],
+        ["--option", "rtol=0.1"],
+        ["--steps", 3],
+    ):
+        assert settings_of(words, tmp_path, own).get("grid") != learnt["grid"]
+
+
+def test_settings_reach_the_velocity_the_sampler_and_the_grid(monkeypatch):
+    given = {"guidance": 2.0, "interval": (0.1, 0.9), "guide": {"name": "apg"}, "rescale": 0.5}
+    settings = {**given, "sampler": "dopri5", "options": {"rtol": 0.01}, "grid": "uniform", "shift": 3.0, "steps": 4}
+    flow = SimpleNamespace(
+        guided=lambda condition, **how: (condition, how),
+        times=lambda *how: how,
+        config=SimpleNamespace(coupling=SimpleNamespace(independent=False)),
+        shape=(2,),
+        t_max=0.9,
+        device="cpu",
+    )
+    assert options.guided(flow, "a", settings) == ("a", given)
+    assert options.guided(flow, "a", settings, guidance=1.0) == ("a", {**given, "guidance": 1.0})
+    assert options.time_grid(flow, settings, 5) == (5, "uniform", 3.0) and options.time_grid(flow, {}, 5)[2] == 1.0
+    monkeypatch.setattr("genflow.samplers.bound_sampler", lambda *how: how)
+    assert options.solver(flow, settings, [7]) == ("dopri5", {"rtol": 0.01}, [7])
+    with pytest.raises(UserError, match="ancestral"):
+        options.solver(flow, {"sampler": "ancestral"}, [7])
+    torch.testing.assert_close(options.first_state(flow, [3, 4]), 0.9 * noise_from_seeds([3, 4], (2,)))
+
+
+def test_a_device_that_is_asked_for_is_taken(monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: torch.device("mps"))
+    monkeypatch.setattr(options, "_load", lambda run, *, ema, device: (device, ema))
+    monkeypatch.setattr(options, "sampling_of", lambda args, flow, *, unguided: unguided)
+    for device, no_ema in (("cpu", False), ("cuda", True)):
+        asked = argparse.Namespace(run="x", batch=1, no_ema=no_ema, device=device)
+        assert options.open_model(asked, unguided=no_ema) == ((device, not no_ema), no_ema)
+
+
+def test_weights_of_loras_are_told_from_paths_with_a_colon(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "there:2").mkdir()
+    taken = []
+    monkeypatch.setattr("genflow.interop.lora.load_lora", lambda flow, path, weight: taken.append((path, weight)))
+    options.take_loras(None, ["there:2", "there:2:0.5", "away:2", "away:two", ":2", "away"])
+    assert taken == [("there:2", 1.0), ("there:2", 0.5), ("away", 2.0), ("away:two", 1.0), (":2", 1.0), ("away", 1.0)]
+
+
+def test_values_are_read_as_json_does_and_otherwise_as_words():
+    words = ["a=2", "b=1e-3", "c=.5", "d=True", "e=False", "f=true", "g=[1, 2]", "h=x=y", "i="]
+    found = options.read_options("--option", words)
+    assert found == {"a": 2, "b": 1e-3, "c": 0.5, "d": True, "e": False, "f": True, "g": [1, 2], "h": "x=y", "i": ""}
+    assert type(found["a"]) is int
+    for word in ("a", "=1", ""):
+        with pytest.raises(UserError, match=f"--option: {word!r} is not KEY=VALUE, such as eta=0.5"):
+            options.read_options("--option", [word])
+
+
+def test_where_nothing_can_be_written_is_told(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    assert options.writable(str(tmp_path / "a" / "b")) == tmp_path / "a" / "b" and not (tmp_path / "a").exists()
+    for out in ("file", "file/below"):
+        with pytest.raises(UserError, match="file is a file; name a folder"):
+            options.writable(str(tmp_path / out))
+    monkeypatch.setattr(options.os, "access", lambda *_: False)
+    with pytest.raises(UserError, match=f"nothing can be written in {tmp_path}; name another folder"):
+        options.writable(str(tmp_path / "a"))
+
+
+def test_white_is_1_and_black_is_minus_1():
+    flow = SimpleNamespace(shape=(3, 4, 4), device="cpu")
+    for colour, value in (("white", 1.0), ("black", -1.0)):
+        assert (options.fit_image(Image.new("RGB", (8, 8), colour), flow) == value).all()
+
+
+@pytest.mark.parametrize("option", ["temperature", "guidance", "inverse"])
+def test_a_bijection_run_there_and_back_takes_no_options_of_sampling(option):
+    none = dict.fromkeys(("temperature", "guidance", "inverse"))
+    options.refuse_sampling(argparse.Namespace(**none))
+    with pytest.raises(UserError, match=f"--{option} does nothing here"):
+        options.refuse_sampling(argparse.Namespace(**{**none, option: 1}))
+
+
+def test_the_error_of_a_bijection_is_the_largest_and_each_picture_has_its_own_condition(tmp_path, capsys):
+    from genflow.cli.invert import _by_bijection
+
+    def decode(z, own):
+        x = z - own.view(-1, 1, 1, 1)
+        x[own == 1, 0, 0, 0] += 0.25  # of the second picture
+        return x
+
+    text = SimpleNamespace(encode=lambda prompts: torch.arange(float(len(prompts))))
+    flow = SimpleNamespace(text=text, encode=lambda x, own: x + own.view(-1, 1, 1, 1), decode=decode)
+    args = argparse.Namespace(run="x", no_ema=False, batch=1, pictures=["a", "b"])
+    args.temperature = args.guidance = args.inverse = None
+    x = torch.zeros(2, 3, 4, 4)
+    for prompts in (["p"], ["p", "q"]):
+        assert _by_bijection(args, prompts, flow, x, tmp_path) == 0
+        assert "the largest error of a value in [-1, 1]: 0.25" in capsys.readouterr().out
+        noise = load_file(tmp_path / "noise.safetensors")["noise"]
+        assert torch.equal(noise[:, 0, 0, 0], torch.tensor([0.0, 1.0]))
 
 
 # ------------------------------------------------------------------------------------------------ weights, and how runs end

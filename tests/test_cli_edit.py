@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
+from argparse import Namespace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,8 +18,10 @@ from safetensors.torch import load_file
 
 import genflow.config
 from genflow.cli import main
+from genflow.cli.invert import _save_noise, _together
 from genflow.data.emoji import EmojiConfig
 from genflow.data.pictures import read_settings
+from genflow.errors import UserError
 from genflow.flows.rectified import RectifiedFlowConfig
 from genflow.flows.store import load, save_model
 from genflow.flows.tuned import save_tuned
@@ -140,7 +145,8 @@ def test_every_number_of_steps_has_its_own_tuned_grid(tmp_path, where):
 
 
 def test_a_picture_of_a_batch_is_the_picture_alone(genflow_):
-    for extra in ([], ["--mask", "mask.png", "--repeats", "2"], ["--from", "a"], ["--rf"]):
+    stochastic = ["--sampler", "ancestral"]
+    for extra in ([], stochastic, ["--mask", "mask.png", "--repeats", "2"], ["--from", "a"], ["--rf"]):
         edit = ["--prompt", "x", "--prompt", "y", "-n", "2", "--seed", "3", *extra]
         together, small = (
             genflow_("edit", "p0.png", "p1.png", *edit),
@@ -214,6 +220,114 @@ def test_an_interpolation_begins_at_one_picture_and_ends_at_the_other(genflow_):
     assert read_settings(prompts / "grid.png")["nfe"] == 6  # 3 steps to noise, and 3 back
 
 
+def test_an_interpolation_has_both_ends_however_many_frames(genflow_):
+    how = ["p0.png", "--into", "p1.png", "--prompt", "a"]
+    outs = [genflow_("edit", *how, "--to", "b", "--frames", n) for n in "125"]
+    (one,), (first, last), five = (pictures(out) for out in outs)
+    for same in (one, five[0]):
+        assert abs(same - first).max() <= 1
+    assert abs(five[4] - last).max() <= 1
+    assert read_settings(outs[1] / "grid.png")["to"] == "b"
+    assert pixels(outs[1] / "grid.png")[20, 20].tolist() == original("p0.png")[2, 2].tolist()
+    (there,) = pictures(genflow_("edit", "p1.png", "--into", "p1.png", "--prompt", "b", "--frames", "1"))
+    assert abs(there - last).max() <= 1  # to noise and back under the prompt where it ends
+    without, empty = (pictures(genflow_("edit", *how, *to, "--frames", "2"))[1] for to in ([], ["--to", ""]))
+    assert abs(without - empty).max() > 1
+
+
+def test_rf_inversion_inverts_without_a_prompt_and_comes_back_as_it_is_told(genflow_, where, monkeypatch):
+    from genflow.samplers import editing
+
+    seen, rf_inversion = {}, editing.rf_inversion
+
+    def spied(now, velocity, x, noise, grid, **how):
+        seen.update(now=now, x=x, **how)
+        return rf_inversion(now, velocity, x, noise, grid, **how)
+
+    monkeypatch.setattr(editing, "rf_inversion", spied)
+    genflow_("edit", "p0.png", "--prompt", "x", "--rf", "--gamma", "0.2", "--eta", "0.7", "--hold", "0.4")
+    assert (seen["gamma"], seen["eta"], seen["interval"]) == (0.2, 0.7, (0.4, 1.0))
+    flow, half = load(where / "model"), torch.full((1,), 0.5)
+    with torch.no_grad():
+        unprompted = flow.guided(flow.embed(flow.text.encode([""])), guidance=1.0)(seen["x"], half)
+        torch.testing.assert_close(seen["now"](seen["x"], half), unprompted)
+
+
+def test_repeated_steps_draw_their_noise_from_the_seeds_of_the_pictures(genflow_, monkeypatch):
+    from genflow.samplers import editing
+
+    seen, inpaint = [], editing.inpaint
+
+    def spied(*arguments, **how):
+        seen.append((how["repeats"], list(how["seeds"])))
+        return inpaint(*arguments, **how)
+
+    monkeypatch.setattr(editing, "inpaint", spied)
+    genflow_("edit", "p0.png", "--prompt", "x", "--mask", "mask.png", "--repeats", "3", "-n", "2", "--seed", "7")
+    assert seen == [(3, [7, 8])]
+
+
+def test_flowedit_leaves_the_runs_own_sampler_and_its_options_alone(where, tmp_path):
+    shutil.copytree(where / "model", tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    config["sample"] |= {"sampler": "dopri5", "options": {"rtol": 0.01}}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    asked = [str(tmp_path / "model"), str(where / "p0.png"), "--from", "a", "--prompt", "b"]
+    assert main(["edit", *asked, "--out", str(tmp_path / "out")]) == 0
+    assert not {"sampler", "options"} & set(read_settings(tmp_path / "out" / "grid.png"))
+
+
+def test_the_sheet_says_what_its_cells_are_and_shows_what_is_masked(genflow_, monkeypatch):
+    import genflow.data.pictures as module
+
+    seen, caption_grid = [], module.caption_grid
+
+    def spied(x, captions, **how):
+        seen.append((x, captions, how["columns"]))
+        return caption_grid(x, captions, **how)
+
+    monkeypatch.setattr(module, "caption_grid", spied)
+    genflow_("edit", "p0.png", "--prompt", "x", "--mask", "mask.png")
+    genflow_("edit", "p0.png", "p1.png", "--to", "y", "--frames", "2")
+    (x, captions, columns), (_, frames, _) = seen
+    assert captions == ["p0", "masked", "x"] and columns == 3
+    assert torch.equal(x[1, :, :, :8], x[0, :, :, :8]) and not x[1, :, :, 8:].any()
+    assert frames == ["p0", "frame 1", "frame 2", "p1", "frame 1", "frame 2"]
+
+
+def test_a_mask_may_be_smaller_but_not_of_another_shape_and_grey_is_not_white(genflow_, where, capsys):
+    grey = np.full((16, 16), 100, np.uint8)
+    grey[:, 8:] = 255
+    Image.fromarray(grey).save(where / "grey.png")
+    ways = [genflow_("edit", "p0.png", "--prompt", "x", "--mask", name) for name in ("mask.png", "grey.png")]
+    assert np.array_equal(*(pictures(way)[0] for way in ways))
+    with Image.open(where / "p0.png") as image:
+        image.convert("RGB").resize((20, 32)).save(where / "tall.png")
+    genflow_("edit", "tall.png", "--prompt", "x", "--mask", "wide.png", code=2)
+    assert "the mask wide.png is 32 x 20 pixels, but tall.png is 20 x 32" in capsys.readouterr().err
+
+
+def test_each_picture_is_inverted_under_its_own_prompt_in_any_batch(genflow_):
+    how = ["invert", "p0.png", "p1.png", "--prompt", "a", "--prompt", "b"]
+    together, apart = (load_file(genflow_(*how, "--batch", n) / "noise.safetensors")["noise"] for n in "21")
+    torch.testing.assert_close(together, apart, rtol=1e-4, atol=1e-4)
+    swapped = load_file(genflow_("invert", "p1.png", "p0.png", "--prompt", "b", "--prompt", "a") / "noise.safetensors")
+    torch.testing.assert_close(swapped["noise"].flip(0), together, rtol=1e-4, atol=1e-4)
+
+
+def test_what_all_ways_share_is_told_once():
+    ways = [{"steps": 4, "sampler": "heun"}, {"steps": 8, "sampler": "heun"}, {"steps": 4, "shift": 2.0}]
+    assert _together(ways[:2]) == {"steps": [4, 8], "sampler": "heun"}
+    assert _together(ways) == {"steps": [4, 8, 4], "sampler": ["heun", "heun", None], "shift": [None, None, 2.0]}
+
+
+def test_noise_that_cannot_be_written_leaves_nothing_behind(tmp_path):
+    (tmp_path / "noise.safetensors").mkdir()
+    with pytest.raises(UserError, match=r"could not write .*noise\.safetensors: Is a directory"):
+        _save_noise(tmp_path / "noise.safetensors", torch.zeros(1), {})
+    assert [path.name for path in tmp_path.iterdir()] == ["noise.safetensors"]
+
+
 def test_a_mask_may_be_strokes_on_a_clear_sheet(genflow_, where):
     mask = np.asarray(Image.open(where / "mask.png"))
     strokes = np.stack([np.full_like(mask, 255), mask], -1)
@@ -284,6 +398,20 @@ def test_a_model_of_oblong_pictures_edits_and_inverts_oblong_ones(where, tmp_pat
         (["edit", "p0.png", "--prompt", "x", "--steps", "0"], "steps = 0 is too few"),
         (["edit", "p0.png", "--prompt", "x", "--batch", "0"], "--batch must be 1 or more"),
         (["invert", "p0.png", "--steps", "4", "0"], "steps = 0 is too few"),
+        (["invert", "p0.png", "--sampler", "ancestral"], "sampler 'ancestral' draws noise, so it has no inverse"),
+        (
+            ["edit", "p0.png", "--prompt", "x", "--mask", "mask.png", "--repeats", "2", "--sampler", "ancestral"],
+            "sampler 'ancestral' draws noise, which has no place here",
+        ),
+        (["sample"], 'nothing to draw: give --prompt "..."'),
+        (["sample", "--class", "otter"], "model draws from text, not from classes; give --prompt 'otter'"),
+        (["sample", "--prompt", "x", "-n", "0"], "-n and --batch must be 1 or more, not 0 and 64"),
+        (["sample", "--prompt", "x", "--batch", "0"], "-n and --batch must be 1 or more, not 1 and 0"),
+        (["sample", "--prompt", "x", "--size", "16", "16", "16"], "--size takes one or two numbers, not 3"),
+        (
+            ["sample", "--prompt", "x", "--graphs", "--cache", "0.1"],
+            "--graphs: first-block caching waits for the device at every step; leave one of the two out",
+        ),
         (["invert", "p0.png", "--prompt", "a", "--prompt", "b"], "2 prompts for 1 pictures"),
         (["invert", "p0.png", "none.png"], "none.png: No such file"),
     ],
@@ -295,6 +423,63 @@ def test_mistakes_cost_one_line_and_exit_code_2(arguments, message, genflow_, ca
     line = error.strip().splitlines()[-1]
     assert message in line and line.startswith("genflow: ") and error.count("genflow: ") == 1
     assert not out.exists()
+
+
+def test_pictures_of_several_batches_are_those_of_their_prompts_and_seeds(genflow_, where):
+    out = genflow_("sample", "--prompt", "a", "--prompt", "b", "-n", "2", "--seed", "5", "--batch", "3")
+    names = ["0000-a-5.png", "0001-a-6.png", "0002-b-7.png", "0003-b-8.png"]
+    assert sorted(path.name for path in out.glob("0*.png")) == names
+    flow = load(where / "model")
+    x = flow.sample(["a", "a", "b", "b"], seeds=[5, 6, 7, 8], **flow.recipe["sample"]).x
+    for picture, expected in zip(pictures(out), x, strict=True):
+        assert abs(picture - ((expected + 1) * 127.5).permute(1, 2, 0).numpy()).max() <= 1
+
+
+def test_a_summary_is_of_all_batches(genflow_, monkeypatch, capsys):
+    told = iter([(7, 0.8, 0.1), (3, 0.0, 0.5), (5, 0.0, 0.2)])
+
+    def sample(self, prompts, *, seeds, **settings):
+        nfe, skipped, off = next(told)
+        return SimpleNamespace(x=torch.zeros(len(seeds), 3, 16, 16), nfe=nfe, skipped=skipped, certificate=off)
+
+    monkeypatch.setattr("genflow.flows.rectified.RectifiedFlow.sample", sample)
+    genflow_("sample", "--prompt", "a", "-n", "8", "--batch", "3", "--cache", "0.1")
+    line = "(7 network evaluations each; max |f(x) - z| = 0.5; LOSSY cache: 30% of the blocks skipped)"
+    assert capsys.readouterr().out.rstrip().endswith(line)
+
+
+def test_the_weaker_model_is_opened_and_cast_as_the_other_is(genflow_, monkeypatch):
+    from genflow.flows import store
+    from genflow.flows.rectified import RectifiedFlow
+
+    opened, load_, sample = [], store.load, RectifiedFlow.sample
+    seen = []
+
+    def spied(run, *, ema, device):
+        opened.append((run, ema))
+        return load_(run, ema=ema, device=device)
+
+    @functools.wraps(sample)
+    def sampled(self, *arguments, weak, **settings):
+        seen.extend(next(each.network.parameters()).dtype for each in (self, weak))
+        return sample(self, *arguments, weak=weak, **settings)
+
+    monkeypatch.setattr(store, "load", spied)
+    monkeypatch.setattr(RectifiedFlow, "sample", sampled)
+    genflow_("sample", "--prompt", "a", "--weak", "model", "--dtype", "bf16", "--no-ema")
+    assert opened[-2:] == [("model", False)] * 2 and seen == [torch.bfloat16] * 2
+
+
+def test_prompts_are_those_of_the_words_then_classes_then_files(tmp_path):
+    from genflow.cli.sample import _prompts, _stem
+
+    (tmp_path / "p.txt").write_text("\ufeffone\n  \n\ntwo\n", encoding="utf-8")
+    asked = Namespace(prompt=["a", ""], classes=["b"], prompt_file=[str(tmp_path / "p.txt")])
+    assert _prompts(asked) == ["a", "", "b", "one", "two"]
+    (tmp_path / "p.txt").write_bytes(b"\xff\xfe\xfa")
+    with pytest.raises(UserError, match=r"p\.txt: not UTF-8 text"):
+        _prompts(asked)
+    assert _stem("A red_apple, 猫!") == "a-red-apple-猫" and _stem("!?") == "empty" and len(_stem("a" * 99)) == 40
 
 
 def test_a_model_without_a_velocity_is_refused(genflow_, monkeypatch, capsys):

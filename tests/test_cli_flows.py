@@ -315,6 +315,7 @@ def test_vectors_come_in_the_units_and_columns_of_the_table(genflow_, where):
     )
     head, *rows = table("v/samples.csv")
     assert head == ["weight", "height, m", "x", "caption"] and len(rows) == 200
+    assert not Path("v/points.png").exists()
     numbers = np.array([row[:3] for row in rows], dtype=float)
     assert abs(numbers.mean(0) - (1000, -5, 0)).max() < 100 and (numbers.std(0) / (100, 0.1, 1) > 0.3).all()
     assert (numbers.std(0) / (100, 0.1, 1) < 3).all()
@@ -359,6 +360,9 @@ def test_an_interpolation_begins_and_ends_at_the_pictures(genflow_):
     assert len({frame.tobytes() for frame in frames[:4]}) == 4
     assert all(abs(frame - pixels(last)).max() <= 1 for frame in frames[4:])
     assert read_settings("i/grid.png")["into"] == last
+    genflow_("edit", "glow", first, "--into", last, "--frames", "1", "--out", "one")
+    (frame,) = Path("one").glob("0*.png")
+    assert abs(pixels(frame) - pixels(first)).max() <= 1
 
 
 # -------------------------------------------------------------------------------------------------------------- mistakes

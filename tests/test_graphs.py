@@ -13,7 +13,7 @@ from genflow.config import load
 from genflow.errors import UserError
 from genflow.flows.models.glow import GlowConfig
 from genflow.networks import graphs
-from genflow.networks.graphs import Recorded, record, record_training
+from genflow.networks.graphs import WARM_UP, Recorded, record, record_training
 from genflow.networks.mmdit import MMDiTConfig
 from genflow.training.apply import record_steps
 from genflow.training.config import RunConfig
@@ -84,6 +84,38 @@ def test_one_recording_for_each_kind_of_call(pretended):
         y = torch.randn(2, 3)
         assert torch.equal(call(y, 2.0), y * 2)
         assert len(pretended) == 5 and pretended[0].replays == 4
+
+
+def test_the_same_tensors_in_other_places_are_another_kind_of_call(pretended):
+    def function(x, y=None, *, shift=None):
+        return 2 * x if y is None and shift is None else x * y if shift is None else x + shift
+
+    call, x, y = recorded(function, pretended), torch.randn(3), torch.randn(3)
+    with torch.no_grad():
+        assert torch.equal(call(x, y), x * y) and torch.equal(call(x, shift=y), x + y)
+
+
+def test_recordings_come_after_a_warm_up_and_share_their_memory(pretended, monkeypatch):
+    pools, calls, graph = [], [], torch.cuda.graph
+    monkeypatch.setattr(
+        torch.cuda, "graph", lambda one, pool=None: pools.append((len(calls), pool)) or graph(one, pool)
+    )
+    call = recorded(lambda x: calls.append(len(x)) or x + 1, pretended)
+    with torch.no_grad():
+        call(torch.zeros(1)), call(torch.zeros(2))
+    (first, none), (second, pool) = pools
+    assert first == calls[:first].count(1) == WARM_UP and none is None and pool == "a pool"
+    assert calls[:second].count(2) == WARM_UP
+
+
+def test_what_denoises_is_recorded_and_otherwise_the_whole_network(monkeypatch):
+    monkeypatch.setattr(graphs, "check_device", lambda device, asked: None)
+    plain, denoising = nn.Linear(1, 1), nn.Linear(1, 1)
+    denoising.denoise = denoising.forward
+    for network in (plain, denoising):
+        record(network, "--graphs")
+    assert isinstance(plain.forward, Recorded) and not hasattr(plain, "denoise")
+    assert isinstance(denoising.denoise, Recorded) and not isinstance(denoising.forward, Recorded)
 
 
 def test_answers_and_arguments_are_the_callers_own(pretended):
@@ -276,6 +308,14 @@ def test_a_second_call_before_the_backward_is_refused(training_pretended):
         network(torch.ones(2))
     first.sum().backward()
     network(torch.ones(2)).sum().backward()
+
+
+def test_answers_without_a_backward_hold_no_call_up_and_numbers_may_be_whole(training_pretended):
+    network = Scaled().requires_grad_(False)
+    record_training(network, "train.graphs")
+    for _ in range(2):
+        assert torch.equal(network(torch.tensor([1, 2])), torch.tensor([2.0, 4.0]))
+    assert len(training_pretended) == 1
 
 
 def test_a_run_of_recorded_steps_is_the_run_of_plain_ones(training_pretended, tmp_path):

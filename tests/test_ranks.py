@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import socket
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from genflow.config import load
 from genflow.errors import UserError
 from genflow.flows.store import newest_checkpoint
+from genflow.training import ranks, sharding
 from genflow.training.config import RunConfig
 from genflow.training.ranks import LOST, join_processes
 from genflow.training.run import train
@@ -97,7 +101,13 @@ def test_ranks_that_do_not_train_the_same_run_are_refused(config, tmp_path, over
     assert ended[1].code == 2 and not any(line.startswith("genflow") for line in ended[1].said.splitlines())
 
 
-def test_an_address_in_use_is_told(monkeypatch):
+@pytest.fixture
+def nothing_before():
+    """As in a process that has not trained yet."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_an_address_in_use_is_told(monkeypatch, nothing_before):
     """By the rank that would listen there; torch lets the others wait for an answer until the launcher ends them."""
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
@@ -116,6 +126,173 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(UserError, match="3 processes on a machine of 2 GPUs; start one for each, 2"):
         join_processes()
+
+
+ADDRESS = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500", "WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}
+
+
+def test_a_process_for_each_gpu_meets_the_others(monkeypatch):
+    for name in ADDRESS:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(ranks, "PartialState", lambda **how: SimpleNamespace(device="its own"))
+    assert join_processes() == "its own"
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (ValueError("environment variable MASTER_PORT expected, but not set"), "expected, but not set; look at MASTER"),
+        (dist.DistNetworkError("no\n  route"), "cannot meet at 127.0.0.1:29500: no route; look at MASTER_ADDR, MASTER"),
+        (ValueError("a mistake of ours"), None),
+    ],
+)
+def test_what_keeps_processes_apart_is_told_and_other_errors_stay(monkeypatch, error, told):
+    def met(**how):
+        raise error
+
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, ADDRESS[name])
+    monkeypatch.setattr(ranks, "PartialState", met)
+    monkeypatch.setattr(ranks, "_meet", dict)
+    with pytest.raises(UserError if told else ValueError, match=told or "a mistake of ours") as raised:
+        join_processes()
+    assert isinstance(raised.value, UserError) == (told is not None)
+
+
+def test_processes_wait_minutes_to_meet_and_as_long_as_torch_does_for_messages(monkeypatch):
+    limits = []
+    store = SimpleNamespace(set_timeout=limits.append)
+    monkeypatch.setattr(dist, "rendezvous", lambda url, timeout: limits.append(timeout) or iter([(store, 1, 2)]))
+    monkeypatch.setattr(ranks.PartialState, "_shared_state", {})
+    for name, value in ADDRESS.items():
+        monkeypatch.setenv(name, value)
+    assert ranks._meet() == {"store": store, "rank": 1, "world_size": 2}
+    assert limits == [ranks.MEETING, dist.distributed_c10d.default_pg_timeout]
+    monkeypatch.setattr(ranks.PartialState, "_shared_state", {"of": "the training before"})
+    assert ranks._meet() == {}
+    monkeypatch.setattr(ranks.PartialState, "_shared_state", {})
+    for name in ADDRESS:
+        with monkeypatch.context() as patch:
+            patch.delenv(name)
+            assert ranks._meet() == {}
+    assert len(limits) == 2
+
+
+@pytest.fixture
+def one_of(monkeypatch):
+    """As rank `rank` of those whose gathered objects, its own apart, are `others`."""
+
+    def become(rank, others):
+        state = SimpleNamespace(num_processes=len(others), process_index=rank, is_main_process=rank == 0)
+        monkeypatch.setattr(ranks, "PartialState", lambda: state)
+        monkeypatch.setattr(ranks, "gather_object", lambda own: [*others[:rank], *own, *others[rank + 1 :]])
+        monkeypatch.setattr(ranks.time, "sleep", lambda seconds: None)
+
+    return become
+
+
+@pytest.mark.parametrize(
+    ("rank", "others", "mine", "told"),
+    [
+        (0, [None, None, None], None, None),
+        (0, [None, "no disk", "no data"], None, "^rank 1: no disk$"),
+        (0, [None, "no disk", None], "no data", "^no data$"),
+        (2, [None, None, None], "no data", None),
+        (1, [None, None, "no data"], None, None),
+    ],
+)
+def test_where_one_rank_fails_all_end_and_the_main_one_says_the_first_reason(one_of, rank, others, mine, told):
+    one_of(rank, others)
+    ended = pytest.raises(UserError, match=told) if told else pytest.raises(SystemExit, match="^2$")
+    with ended if told or rank else contextlib.nullcontext(), ranks.all_or_none():
+        if mine is not None:
+            raise UserError(mine)
+
+
+def test_what_only_another_rank_has_differs_too(one_of):
+    one_of(0, [None, {"seed": 0, "init": "a run"}])
+    with pytest.raises(UserError, match="ranks 0 and 1 do not train the same run: init is None and a run. Start all"):
+        ranks.same_on_all({"seed": 0})
+
+
+def test_the_main_ones_value_is_everyones(one_of):
+    one_of(1, ["of rank 0", None])
+    assert ranks.from_main("of rank 1") == "of rank 0"
+
+
+@pytest.mark.parametrize(
+    ("world", "error", "lost"),
+    [
+        (1, RuntimeError("Broken pipe"), False),
+        (2, RuntimeError("Broken pipe"), True),
+        (2, RuntimeError("shapes do not match"), False),
+        (2, dist.DistBackendError("said otherwise"), True),
+    ],
+)
+def test_only_among_several_is_another_one_lost(one_of, world, error, lost):
+    one_of(world - 1, [None] * world)
+    words = "rank 1 ends: another process of this run is gone" if lost else str(error)
+    with pytest.raises(UserError if lost else type(error), match=words), ranks.lost_ranks_told():
+        raise error
+
+
+class Shared(sharding.FSDPModule):
+    def set_requires_gradient_sync(self, synced):
+        self.synced.append(synced)
+
+
+class Replicated(torch.nn.parallel.DistributedDataParallel):
+    @contextlib.contextmanager
+    def no_sync(self):
+        self.synced.append(False)
+        try:
+            yield
+        finally:
+            self.synced.append(True)
+
+
+@pytest.mark.parametrize("kind", [Shared, Replicated])
+def test_gradients_stay_on_their_rank_inside_and_go_out_again_after_an_error(kind):
+    model = object.__new__(kind)
+    model.__dict__["synced"] = [True]
+    with contextlib.suppress(KeyError), sharding.unreduced(model):
+        assert model.synced == [True, False]
+        raise KeyError
+    assert model.synced == [True, False, True]
+
+
+def test_blocks_are_shared_out_in_the_runs_dtype_and_their_gradients_averaged_in_float32(monkeypatch):
+    class Flow(torch.nn.Module):
+        def __init__(self, network):
+            super().__init__()
+            self.network, self.device = network, torch.device("cpu")
+
+        def sample(self):
+            pass
+
+        def preview(self):
+            pass
+
+    network = torch.nn.Module()
+    network.blocks = torch.nn.ModuleList([torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)])
+    network.blocks[0].bias.requires_grad_(False)
+    flow, shared, verbs = Flow(network), [], []
+    monkeypatch.setattr(sharding.dist, "get_world_size", lambda: 3)
+    monkeypatch.setattr(sharding, "init_device_mesh", lambda device, shape: (device, shape))
+    monkeypatch.setattr(sharding, "fully_shard", lambda module, **how: shared.append((module, how)))
+    monkeypatch.setattr(sharding, "register_fsdp_forward_method", lambda module, verb: verbs.append((module, verb)))
+    assert sharding.shard(flow, network, torch.bfloat16) is flow
+    assert [module for module, _ in shared] == [*network.blocks, flow]
+    policies = [how["mp_policy"] for _, how in shared]
+    assert [(each.param_dtype, each.reduce_dtype) for each in policies] == [(torch.bfloat16, torch.float32)] * 2 + [
+        (None, None)
+    ]
+    assert not any(each.cast_forward_inputs for each in policies)
+    for _, how in shared:
+        assert how["mesh"] == ("cpu", (3,)) and how["ignored_params"] == {network.blocks[0].bias}
+    assert verbs == [(flow, "sample"), (flow, "preview")]
 
 
 @pytest.mark.parametrize(

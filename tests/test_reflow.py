@@ -332,6 +332,84 @@ def test_the_command_draws_trains_and_measures(run, tmp_path, capsys):
         call(run, *options, "--steps", 5)
 
 
+def test_pairs_are_of_the_seeds_asked_for_and_both_rows_of_those_after(run, tmp_path, monkeypatch):
+    import genflow.evaluation.few_steps as module
+    from genflow.flows import reflow
+
+    seen, few_steps, drawn = [], module.few_steps, []
+
+    def spied(flow, real, prompts, seeds, **how):
+        seen.append((prompts, seeds, how["guidance"]))
+        return few_steps(flow, real, prompts, seeds, **how)
+
+    def drawing(flow, prompts, seeds, **settings):
+        drawn.extend(zip(seeds, prompts, strict=True))
+        return draw_pairs(flow, prompts, seeds, **settings)
+
+    monkeypatch.setattr(module, "few_steps", spied)
+    monkeypatch.setattr(reflow, "draw_pairs", drawing)
+    monkeypatch.setattr("genflow.data.pairs.SHARD", 3)
+    how = ["--pairs", 8, "--samples", 4, "--seed", 5, "--guidance", 3, "--steps", 2, "--sampler", "heun", "--no-ema"]
+    assert call(run, *how, "--out", tmp_path / "next", "--set", "train.steps=1") == 0
+    pairs, every = PairsConfig(str(tmp_path / "next" / "pairs")).build(), torch.arange(8)
+    assert pairs.about["seeds"] == [5, 13] and pairs.about["weights"]["file"] == "model.safetensors"
+    assert torch.equal(pairs.noise[every], noise_from_seeds(range(5, 13), (2,)))
+    flow = load(run, ema=False)
+    settings = {**flow.recipe["sample"], "guidance": 3.0, "steps": 2, "sampler": "heun"}
+    x = flow.sample(pairs.captions, seeds=range(5, 13), **settings).x
+    torch.testing.assert_close(pairs.rows[every], x, rtol=1e-3, atol=1e-4)
+    assert drawn == list(zip(range(5, 13), pairs.captions, strict=True))
+    captions = from_dict(RunConfig, {**RUN, "out": "x"}).data.build("train").captions
+    expected, of_another_seed = (command._prompts(captions, 8, seed) for seed in (5, 0))
+    assert pairs.captions == expected != of_another_seed
+    (prompts, seeds, guidance), after = seen
+    assert seeds == [13, 14, 15, 16] and guidance == 3.0 and after == (prompts, seeds, 1.0)
+
+
+def test_an_interrupted_reflow_says_how_to_go_on(run, tmp_path, monkeypatch, capsys):
+    from genflow.training.signals import Interrupted
+
+    def interrupted(config):
+        raise Interrupted
+
+    monkeypatch.setattr("genflow.training.run.train", interrupted)
+    assert call(run, "--pairs", 8, "--samples", 4, "--out", tmp_path / "next") == 130
+    assert "to go on, give the same command again" in capsys.readouterr().err
+
+
+def test_the_next_run_has_a_folder_of_its_own_name(run, monkeypatch):
+    class Found(Exception):
+        pass
+
+    def found(folder):
+        raise Found(folder)
+
+    monkeypatch.setattr(command, "writable", found)
+    for words, name in (([], "first-reflow"), (["--distill"], "first-distilled"), (["--out", "here"], "^here")):
+        with pytest.raises(Found, match=f"{name}$"):
+            call(f"{run}/", *words)
+
+
+def test_distances_are_to_half_of_the_real_samples_at_most(tmp_path, capsys):
+    from argparse import Namespace
+
+    from genflow.data.toy2d import Toy2DConfig
+
+    data = Toy2DConfig("gaussians8", n=60).build("train")
+    asked = Namespace(features=None, samples=1000, batch=7, seed=0, pairs=4)
+    table = command._Table(asked, data, (2,))
+    n = len(data) // 2
+    assert table.n == n and table.seeds == list(range(4, 4 + n)) and table.real.shape == (n, 2)
+    both = command._real(data, 2 * n, (2,))
+    assert len({tuple(row) for row in both.tolist()}) == 2 * n  # no sample is in both halves
+    assert table.floor == pytest.approx(frechet_distance(both[:n], both[n:]), rel=1e-6)
+    rows = {"before": FewSteps(0.5, {1: 8.0, 2: 4.0}, {}), "after": FewSteps(0.25, {1: 2.0, 2: 0.0}, {})}
+    rows = {name: FewSteps(row.straightness, row.distance, {1: torch.zeros(3, 2)}) for name, row in rows.items()}
+    table.report(rows, tmp_path)
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("before / after"))
+    assert line.split()[3:] == ["2.00", "x", "4.00", "x", "-"]
+
+
 def test_the_next_run_starts_from_the_weights_of_the_last(run, tmp_path):
     call(
         run, "--pairs", 8, "--samples", 8, "--out", tmp_path / "next", "--set", "train.steps=1", "train.optimizer.lr=0"
@@ -350,6 +428,7 @@ def test_a_distilled_flow_samples_in_one_step(run, tmp_path):
     about = PairsConfig(str(tmp_path / "two" / "pairs")).build().about
     assert about["data"] == load(run).recipe["data"] and about["data"]["name"] == "toy2d"
     assert flow.config.density == OneStep() and flow.recipe["sample"]["steps"] == 1
+    assert {"sampler": "euler", "grid": "uniform", "guidance": 1.0}.items() <= flow.recipe["sample"].items()
 
 
 @pytest.mark.parametrize(
@@ -359,6 +438,8 @@ def test_a_distilled_flow_samples_in_one_step(run, tmp_path):
         (["--samples", 1], "--samples 1 is too few"),
         (["--sampler", "ancestral"], "draws noise on the way"),
         (["--set", "train.stepz=3"], "train.steps|'steps'"),
+        (["--set", "data.n=3"], "--set data.n=3: the pairs and the run go to --out; leave it out"),
+        (["--seed", -1], "--seed -1 is below 0"),
     ],
     ids=str,
 )

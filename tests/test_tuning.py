@@ -11,12 +11,13 @@ import torch
 
 import genflow.config
 from genflow.cli import main
-from genflow.cli.tune import _print_table
+from genflow.cli.tune import _print_table, psnr
 from genflow.data.emoji import EmojiConfig
 from genflow.errors import UserError
 from genflow.flows.rectified import RectifiedFlowConfig
-from genflow.flows.store import save_model
+from genflow.flows.store import load, save_model
 from genflow.flows.tuned import save_tuned, tuned
+from genflow.functional import noise_from_seeds
 from genflow.networks.mmdit import MMDiTConfig
 from genflow.samplers import Conditioned, euler, log_snr_uniform, shifted, uniform
 from genflow.samplers.tuning import (
@@ -420,15 +421,83 @@ def test_tune_learns_a_grid_and_keeps_it(model, capsys):
     assert tuned(model, 2)["under"]["guidance"] == 1 and tuned(model, 3) == found
 
 
-def test_a_model_that_samples_from_less_noise_is_tuned_so(tmp_path):
+@pytest.fixture
+def asked(monkeypatch):
+    """What `genflow tune` asks `tune`, whose answer is that a hand-made grid is better."""
+    found = {}
+
+    def answered(velocity, noise, **how):
+        found.update(velocity=velocity, noise=noise, **how)
+        rows = [("tuned", 0.1, 0.4, True), ("hand", 0.3, 0.2, False)]
+        return Tuning([Candidate("euler", n, [1.0, 0.5, 0.0], 2, e, h, learnt) for n, e, h, learnt in rows], 0.0)
+
+    monkeypatch.setattr("genflow.samplers.tuning.tune", answered)
+    return found
+
+
+def test_every_third_picture_checks_what_the_others_fit(model, asked, capsys):
+    how = ["--steps", "2", "--images", "6", "--seed", "7", "--prompt", "a", "--prompt", "b", "--samplers", "ab2"]
+    assert main(["tune", str(model), *how]) == 0
+    flow, seeds = load(model), [7, 8, 10, 11, 9, 12]
+    assert torch.equal(asked["noise"], noise_from_seeds(seeds, (3, 16, 16))) and asked["fitted"] == 4
+    assert (asked["steps"], asked["samplers"], asked["first"], asked["last"]) == (2, ["ab2"], 1.0, flow.config.t_min)
+    own = {"shifted 3.0": flow.times(2, "shifted", 3.0)}
+    assert asked["grids"] == {**hand_made(2, flow.config.t_min, 1.0), **own}
+    with torch.no_grad():
+        condition = flow.embed(flow.text.encode(["ab"[(seed - 7) % 2] for seed in seeds]))
+        expected = flow.guided(condition, guidance=1.5)(asked["noise"], torch.full((6,), 0.5))
+        torch.testing.assert_close(asked["velocity"](asked["noise"], torch.full((6,), 0.5)), expected)
+    found = tuned(model, 2)
+    assert (found["name"], found["error"], found["images"]) == ("hand", 0.2, 6)
+    assert "the fitted grid does not hold: euler on hand is better" in capsys.readouterr().out
+
+
+def test_captions_are_taken_from_all_over_the_training_data(model, asked, monkeypatch):
+    from genflow.cli import tune as command
+
+    texts = []
+    monkeypatch.setattr(command, "captions", lambda flow, run: [f"caption {i}" for i in range(9)])
+    monkeypatch.setattr(command, "embed", lambda flow, prompts: texts.extend(prompts) or flow.embed(flow.text.null()))
+    assert main(["tune", str(model), "--steps", "2", "--images", "4"]) == 0
+    assert texts == [f"caption {i}" for i in (0, 2, 6, 4)]
+
+
+def test_the_table_has_the_best_held_out_grid_of_each_kind_and_solver(capsys):
+    rows = [
+        ("tuned", 0.2, 0.03, True),
+        ("planned 0.8", 0.3, 0.05, True),
+        ("near", 0.1, 0.09, False),
+        ("far", 0.4, 0.07, False),
+    ]
+    found = Tuning([Candidate("euler", n, [1.0, 0.5, 0.0], 2, e, h, learnt) for n, e, h, learnt in rows], 0.0)
+    _print_table(found, found.best, pictures=True)
+    lines = capsys.readouterr().out.splitlines()[2:5]
+    assert [line.split()[1] for line in lines] == ["tuned", "planned", "far"]
+    assert [line.endswith("*") for line in lines] == [name == "tuned" for name in ("tuned", "planned", "far")]
+    assert psnr(0.2) == pytest.approx(20) and psnr(0) == math.inf  # of a range of 2
+
+
+@pytest.fixture
+def quieter(tmp_path):
+    """A folder with a model whose samples begin at 0.95."""
     flow = RectifiedFlowConfig(prediction="eps")
     torch.manual_seed(0)
     state = flow.build(MODEL.build(), TEXT.build(), shape=(3, 16, 16)).state_dict()
     config = {"model": genflow.config.to_dict(MODEL), "flow": genflow.config.to_dict(flow), "shape": [3, 16, 16]}
     save_model(tmp_path, config={**config, "text": genflow.config.to_dict(TEXT)}, state=state)
+    return tmp_path
+
+
+def test_a_model_that_samples_from_less_noise_is_tuned_so(quieter):
     how = ["--steps", "2", "--images", "3", "--prompt", "a", "--samplers", "euler"]
-    assert main(["tune", str(tmp_path), *how]) == 0
-    assert tuned(tmp_path, 2)["grid"][0] == 0.95
+    assert main(["tune", str(quieter), *how]) == 0
+    assert tuned(quieter, 2)["grid"][0] == 0.95
+
+
+def test_it_begins_at_that_noise_in_every_hand_made_grid_and_ends_at_0(quieter, asked):
+    assert main(["tune", str(quieter), "--steps", "2", "--images", "3", "--prompt", "a"]) == 0
+    assert (asked["first"], asked["last"], asked["grids"]) == (0.95, 0.0, hand_made(2, 0.0, 0.95))
+    assert torch.equal(asked["noise"], 0.95 * noise_from_seeds([0, 1, 2], (3, 16, 16)))
 
 
 def test_vectors_have_no_decibels(capsys):

@@ -154,7 +154,7 @@ class RecordedTraining:
     def _recording(self, leaves: list[Any], structure: Any) -> Callable[..., Any]:
         """The forward as a function of its tensors and of the trained parameters, which are where they are."""
         tensors = [x.detach().clone().requires_grad_(x.requires_grad) for x in leaves if isinstance(x, Tensor)]
-        device = self._trained[0].device.type
+        device = next(self.network.parameters()).device.type
         dtype, short = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
 
         def call(*inputs: Tensor) -> Any:

@@ -50,7 +50,8 @@ class EMA:
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Take in the weights after optimiser step `step`, counted from 1."""
-        torch._foreach_lerp_(self.parts, self.live, self._weight(step))
+        live = [p.to(average.dtype) for p, average in zip(self.live, self.parts, strict=True)]
+        torch._foreach_lerp_(self.parts, live, self._weight(step))
 
     def _weight(self, step: int) -> float:
         return 1 - (1 - 1 / step) ** (self.gamma + 1)

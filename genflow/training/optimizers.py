@@ -18,7 +18,7 @@ from genflow.versions import count_step
 
 
 def decay_groups(params: Sequence[Tensor], weight_decay: float) -> list[dict]:
-    """Matrices decay; biases, norms and embeddings' vectors do not."""
+    """Matrices decay, those of embeddings too; biases, norms and other vectors do not."""
     return [
         {"params": [p for p in params if p.ndim >= 2], "weight_decay": weight_decay},
         {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0},

@@ -9,10 +9,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from genflow.errors import UserError
 from genflow.native import library as native
 from genflow.training import optimizers
 from genflow.training.ema import EMA, power_gamma
-from genflow.training.optimizers import AdamWConfig
+from genflow.training.optimizers import AdamW8bitConfig, AdamWConfig
 
 
 def test_ema_has_the_power_profile_of_its_width():
@@ -73,6 +74,48 @@ def test_adamw_and_average_in_one_pass_are_the_two_passes(small, monkeypatch, ep
         torch.testing.assert_close(mine, plain, rtol=2e-6, atol=2e-7)
 
 
+@pytest.mark.skipif(native.library() is None, reason="needs the kernels")
+def test_one_pass_takes_the_settings_of_each_group(small):
+    model, optimizer, ema = small
+    own = [
+        {"lr": 0.03, "betas": (0.9, 0.95), "eps": 0.5, "weight_decay": 0.1},
+        {"lr": 0.3, "betas": (0.5, 0.8), "eps": 0.02, "weight_decay": 0.4},
+    ]
+    for group, settings in zip(optimizer.param_groups, own, strict=True):
+        group.update(settings)
+    plain = copy.deepcopy(model)
+    groups = [[p for p in plain.parameters() if (p.ndim < 2) == vectors] for vectors in (False, True)]
+    two = torch.optim.AdamW([{"params": ps, **settings} for ps, settings in zip(groups, own, strict=True)])
+    for one, step in zip((optimizer, two), (lambda n: ema.step(optimizer, n), lambda _: two.step()), strict=True):
+        noise = torch.Generator().manual_seed(1)
+        for n in range(1, 5):
+            for p in (p for group in one.param_groups for p in group["params"]):
+                p.grad = torch.randn(p.shape, generator=noise)
+            step(n)
+    for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=2e-6, atol=2e-7)
+
+
+@pytest.mark.parametrize("kind", [AdamWConfig, AdamW8bitConfig])
+def test_the_optimiser_is_of_what_is_trained_and_as_the_config_says(kind):
+    if kind is AdamW8bitConfig:
+        pytest.importorskip("bitsandbytes")
+    model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(3, 1))
+    model[0].requires_grad_(False)
+    groups = kind(lr=0.02, betas=(0.7, 0.8), eps=0.03, weight_decay=0.1).build(model).param_groups
+    assert [[id(p) for p in group["params"]] for group in groups] == [[id(model[1].weight)], [id(model[1].bias)]]
+    assert [group["weight_decay"] for group in groups] == [0.1, 0]
+    for group in groups:
+        assert (group["lr"], tuple(group["betas"]), group["eps"]) == (0.02, (0.7, 0.8), 0.03)
+
+
+@pytest.mark.parametrize("name", ["lr", "eps", "weight_decay"])
+@pytest.mark.parametrize("value", [-1.0, math.inf, math.nan])
+def test_settings_that_are_no_finite_numbers_of_0_or_more_are_refused(name, value):
+    with pytest.raises(UserError, match=f"{name} = {value} must be a finite number of 0 or more; the default is"):
+        AdamWConfig(**{name: value})
+
+
 @pytest.mark.parametrize(
     "why",
     [
@@ -84,6 +127,7 @@ def test_adamw_and_average_in_one_pass_are_the_two_passes(small, monkeypatch, ep
         "double",
         "a scaler",
         "no kernels",
+        "strides",
     ],
 )
 def test_two_passes_where_one_cannot_serve(small, monkeypatch, why):
@@ -91,6 +135,9 @@ def test_two_passes_where_one_cannot_serve(small, monkeypatch, why):
     monkeypatch.setattr(optimizers, "call", lambda *args: pytest.fail("the kernel ran"))
     if why == "double":
         model.double()
+        ema = EMA(model, 0.1)
+    if why == "strides":
+        model[0].weight.data = model[0].weight.data.t().contiguous().t()
         ema = EMA(model, 0.1)
     if why == "another optimiser":
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
@@ -121,3 +168,29 @@ def test_ema_swaps_in_and_out_even_on_errors():
         assert not model.weight.any()
         raise RuntimeError
     assert torch.equal(model.weight, own)
+
+
+def test_ema_is_of_what_is_trained_in_float32_or_wider_and_takes_in_what_was_saved():
+    model = torch.nn.ModuleList(
+        [torch.nn.Linear(2, 2).bfloat16(), torch.nn.Linear(2, 2).double(), torch.nn.Linear(2, 2)]
+    )
+    model[2].weight.requires_grad_(False)
+    ema = EMA(model, 0.1)
+    found = {name: average.dtype for name, average in ema.state_dict().items()}
+    short, wide = (
+        dict.fromkeys(("0.weight", "0.bias"), torch.float32),
+        dict.fromkeys(("1.weight", "1.bias"), torch.float64),
+    )
+    assert found == {**short, **wide, "2.bias": torch.float32}
+    saved = {name: torch.full_like(average, 7) for name, average in ema.state_dict().items()}
+    ema.load_state_dict(saved)
+    for average in saved.values():
+        average.zero_()  # it keeps nothing of what it has read
+    assert all((average == 7).all() for average in ema.state_dict().values())
+    with ema.swapped():
+        assert all((p == 7).all() for p in model.parameters() if p.requires_grad)
+    ema.update(2)
+    weight = 1 - 0.5 ** (ema.gamma + 1)
+    for name, average in ema.state_dict().items():
+        expected = torch.lerp(torch.full_like(average, 7), model.get_parameter(name).to(average.dtype), weight)
+        torch.testing.assert_close(average, expected)
