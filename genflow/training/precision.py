@@ -19,6 +19,7 @@ from genflow.networks.couplers import ConvNet
 # What weights and pictures meet in inside of products; weights, optimiser and averages are float32 in all of them.
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DTYPES["fp8"] = torch.bfloat16  # what such products give, and the rest of the network is in
+PATIENCE = 0.25  # seconds for one product whose rate is measured
 WHAT = {
     "fp32": "float32 products, not shortened",
     "tf32": "float32 whose products take 10 bits of each factor",
@@ -84,8 +85,16 @@ def float32_products(precision: str) -> Iterator[None]:
 
 
 def matmul_tflops(precision: str, device: torch.device) -> float:
-    """Best of a few products of square matrices on the device, in TFLOP/s."""
+    """Best of a few products of square matrices on the device, in TFLOP/s: small ones, where large ones would take long."""
     size = 1024 if device.type == "cpu" else 8192
+    with float32_products(precision):
+        if device.type == "cpu" and 64 * _product_seconds(256, precision, device) > PATIENCE:
+            size = 256  # such as of bf16, on a processor that has none
+        return 2 * size**3 / _product_seconds(size, precision, device) / 1e12
+
+
+def _product_seconds(size: int, precision: str, device: torch.device) -> float:
+    """The least of a few."""
     a, b = (torch.ones(size, size, dtype=DTYPES[precision], device=device) for _ in range(2))
     multiply: Callable[[Tensor, Tensor], Tensor] = torch.mm
     if precision == "fp8":
@@ -95,14 +104,13 @@ def matmul_tflops(precision: str, device: torch.device) -> float:
     if device.type == "cuda":
         wait = partial(torch.cuda.synchronize, device)
     seconds = []
-    with float32_products(precision):
-        for _ in range(5):
-            start = time.perf_counter()
-            multiply(a, b)
-            if wait is not None:
-                wait()
-            seconds.append(time.perf_counter() - start)
-    return 2 * size**3 / min(seconds) / 1e12
+    for _ in range(5):
+        start = time.perf_counter()
+        multiply(a, b)
+        if wait is not None:
+            wait()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
 
 
 def precision_report(device: torch.device) -> dict[str, str]:

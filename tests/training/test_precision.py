@@ -10,8 +10,29 @@ from safetensors.torch import load_file
 
 from genflow.errors import UserError
 from genflow.flows.store import newest_checkpoint
-from genflow.training.precision import DTYPES, float32_products, precision_report, refusal, resolve_precision, verified
+from genflow.training.precision import (
+    DTYPES,
+    float32_products,
+    matmul_tflops,
+    precision_report,
+    refusal,
+    resolve_precision,
+    verified,
+)
 from genflow.training.run import train
+
+
+@pytest.mark.parametrize(("slow", "sizes"), [(False, [256, 1024]), (True, [256, 256])])
+def test_a_rate_is_that_of_small_products_where_large_ones_would_take_long(monkeypatch, slow, sizes):
+    tried = []
+
+    def seconds(size, precision, device):
+        tried.append(size)
+        return size**3 / 1024**3 * (0.26 if slow else 0.24)
+
+    monkeypatch.setattr("genflow.training.precision._product_seconds", seconds)
+    rate = matmul_tflops("bf16", torch.device("cpu"))
+    assert tried == sizes and rate == pytest.approx(2 * 1024**3 / (0.26 if slow else 0.24) / 1e12)
 
 
 def test_what_the_device_cannot_do_is_refused():
