@@ -122,7 +122,8 @@ def test_text_and_modulation_are_computed_once(flow, monkeypatch):
 
 def test_blocks_that_are_shared_out_among_processes_are_only_called_whole(flow, monkeypatch):
     expected = flow.sample(PROMPTS, seeds=SEEDS, steps=4).x
-    monkeypatch.setattr("genflow.flows.prepared.DTensor", torch.nn.Parameter)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.tensor.DTensor", torch.nn.Parameter)
     calls = counted(flow, monkeypatch)
     close(flow.sample(PROMPTS, seeds=SEEDS, steps=4).x, expected)
     assert calls["blocks.1"] == calls["blocks.1.image_modulation"] == 7

@@ -82,6 +82,15 @@ def test_samplers_need_torch_and_functional_only():
     assert result.returncode == 0, result.stderr
 
 
+def test_drawing_starts_without_the_compiler():
+    code = (
+        "import sys, genflow.flows.store, genflow.flows.latent, genflow.cli.options, genflow.training.apply; "
+        "sys.exit(' '.join({'torch._dynamo', 'torch.distributed.tensor', 'sympy', 'accelerate'} & set(sys.modules)) or 0)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
 def test_importing_genflow_is_light():
     code = "import sys, genflow; dir(genflow); sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -23,6 +23,7 @@ from torch import Tensor
 from genflow.attention.known_bad import known_bad
 from genflow.attention.masks import NONE, Mask
 from genflow.errors import UserError, nearest
+from genflow.native.library import assume_constant
 from genflow.registry import api_export, names, resolve
 
 ORDER = ("sdpa", "sdpa_efficient", "math")  # what "auto" tries, fastest first
@@ -180,7 +181,7 @@ def _chosen(name: str, *call: Any) -> Attention:
     return choose(environment() if name == "auto" else name, Call(*call))
 
 
-@torch.compiler.assume_constant_result
+@assume_constant
 def _constant(name: str, device: str, dtype: torch.dtype, head_dim: int, mask: str, needs: frozenset[str]) -> str:
     return _chosen(name, device, dtype, head_dim, mask, None, None, needs).name
 

@@ -8,8 +8,7 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch import Tensor, distributed, nn
 
 from genflow.conditions import Condition
 from genflow.errors import UserError
@@ -36,9 +35,8 @@ class PreparedVelocity:
         self.flow, self.cache = flow, cache
         self.network: Any = flow.network
         small = rows * len(times) <= getattr(self.network, "hidden", 0)
-        # Blocks that are shared out among processes are whole only while they run.
-        apart = any(isinstance(p, DTensor) for p in self.network.parameters())
-        self._step = {time: i for i, time in enumerate(times)} if flow.straight and small and not apart else {}
+        useful = flow.straight and small and not _shared_out(self.network)
+        self._step = {time: i for i, time in enumerate(times)} if useful else {}
 
     def prepare(self, condition: Condition) -> tuple[Tensor, ...]:
         """Tensors of as many rows as an embedded condition has."""
@@ -72,6 +70,15 @@ class PreparedVelocity:
             cache=self.cache,
         )
         return output.to(x.dtype)
+
+
+def _shared_out(network: nn.Module) -> bool:
+    """Whether blocks are shared out among processes, which are whole only while they run."""
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return False
+    from torch.distributed.tensor import DTensor  # which imports the compiler: a second at every start
+
+    return any(isinstance(p, DTensor) for p in network.parameters())
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,12 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
+def assume_constant(function: Callable[P, R]) -> Callable[P, R]:
+    """torch.compiler.assume_constant_result, which would import the compiler: a second at every start."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
 @cache
 def library() -> ctypes.CDLL | None:
     """The compiled kernels; None, said once, where they cannot be had."""
@@ -81,14 +87,14 @@ def _build(compiler: str, path: Path) -> None:
         os.replace(built, path)
 
 
-@torch.compiler.assume_constant_result
+@assume_constant
 def matrix_units() -> bool:
     """Whether this processor multiplies bf16, on matrix units (AMX) or vectors (AVX-512 BF16), by kernels that are built."""
     lib = library()
     return lib is not None and bool(lib.matrix_units())
 
 
-@torch.compiler.assume_constant_result
+@assume_constant
 def untransformed() -> bool:
     """Whether tensors are numbers in memory here, now: no vmap, jvp and their like, trace, fake mode or export is on."""
     return (
@@ -99,7 +105,7 @@ def untransformed() -> bool:
     )
 
 
-@torch.compiler.assume_constant_result
+@assume_constant
 def _at_hand() -> bool:
     return untransformed() and library() is not None
 

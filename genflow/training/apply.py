@@ -10,7 +10,6 @@ from torch.utils.checkpoint import checkpoint
 
 from genflow.errors import UserError
 from genflow.flows.bijections.base import Bijection
-from genflow.flows.bijections.memory import reversible
 from genflow.layers.float8 import MULTIPLE
 from genflow.layers.modulation import Linear
 from genflow.networks.autoencoders import EncoderDecoder
@@ -31,6 +30,8 @@ def checkpointed(network: nn.Module) -> nn.Module:
     output (flows/bijections/memory.py).
     """
     if isinstance(network, Bijection) and not hasattr(network, "blocks"):
+        from genflow.flows.bijections.memory import reversible  # which imports the compiler: a second at every start
+
         return reversible(network)
     for block in _blocks(network, "train.checkpointing"):
         block.forward = _computed_again(block.forward)  # type: ignore[method-assign]
