@@ -19,9 +19,8 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_u
 from genflow.errors import UserError
 
 # A thread that reads data may ask the device for memory meanwhile, where torch is new enough to let it.
-ANY_THREAD: dict[str, Any] = {"capture_error_mode": "thread_local"}
-if "capture_error_mode" not in signature(torch.cuda.make_graphed_callables).parameters:
-    ANY_THREAD = {}
+NEW = "capture_error_mode" in signature(torch.cuda.make_graphed_callables).parameters
+ANY_THREAD: dict[str, Any] = {"capture_error_mode": "thread_local"} if NEW else {}
 WARM_UP = 2  # calls before a recording: libraries choose their kernels, and the compiler compiles
 
 
@@ -159,12 +158,10 @@ class RecordedTraining:
 
         def call(*inputs: Tensor) -> Any:
             given = iter(inputs)
-            arguments, options = tree_unflatten(
-                [next(given) if isinstance(x, Tensor) else x for x in leaves], structure
-            )
-            with torch.autocast(
-                device, dtype, enabled=short, cache_enabled=False
-            ):  # a cast that is kept would be that of one step
+            own = [next(given) if isinstance(x, Tensor) else x for x in leaves]
+            arguments, options = tree_unflatten(own, structure)
+            # A cast that is kept would be that of one step.
+            with torch.autocast(device, dtype, enabled=short, cache_enabled=False):
                 return self.forward(*arguments, **options)
 
         # Outside of autocast, as a backward is, which is recorded with it (pytorch/pytorch#120930).
