@@ -6,4 +6,4 @@ cd "$root"
 bin="$root/.venv/bin"
 "$bin/ruff" check genflow scripts tests
 "$bin/mypy" genflow
-"$bin/python" -m pytest -q -n auto --maxprocesses 8 --dist worksteal "$@"
+"$bin/python" -m pytest -q -n logical --maxprocesses 8 --dist worksteal "$@"
