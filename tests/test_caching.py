@@ -109,6 +109,15 @@ def test_a_sample_is_the_solve_of_the_plain_velocity(config, sampler, interval):
     close(got.x, expected, 1e-5 if flow.config.prediction == "v" else 1e-4)  # over t: what is small becomes large
 
 
+@torch.no_grad()
+def test_guidance_repeats_rows_of_the_modulations_and_not_the_modulations(flow):
+    velocity = PreparedVelocity(flow, [1.0, 0.5], rows=len(PROMPTS))
+    *_, rows = velocity.prepare(flow.embed(flow.text.encode(PROMPTS)))
+    *_, null = velocity.prepare(flow.embed(flow.text.null()))
+    n = len(PROMPTS)
+    assert rows.tolist() == list(range(n)) and null.tolist() == [n] and velocity._table.shape[:2] == (n + 1, 2)
+
+
 def test_text_and_modulation_are_computed_once(flow, monkeypatch):
     calls = counted(flow, monkeypatch)
     flow.sample(PROMPTS, seeds=SEEDS, steps=4, sampler="heun", guidance=3.0)

@@ -221,20 +221,21 @@ def _peak_memory(build: Callable[[str], Side], name: str, task: str, device: tor
             ctypes.CDLL(None).malloc_trim(0)  # what building left behind would be taken again, unseen
         try:
             Path("/proc/self/clear_refs").write_text("5")  # the highest so far is forgotten
-            before = _high_water()
+            before = _status("VmHWM") - _status("RssFile")
         except (OSError, StopIteration):  # else the peak of building would hide as much of what follows
             return None
     for _ in range(3):
         run()
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / MIB
-    return _high_water() - before + side.weights / MIB
+    # What was read of files meanwhile is code: of libraries that the first run loads.
+    return _status("VmHWM") - _status("RssFile") - before + side.weights / MIB
 
 
-def _high_water() -> float:
-    """MiB that this process had at its most. Linux."""
+def _status(name: str) -> float:
+    """MiB of this process: at its most (VmHWM), or now of files (RssFile). Linux."""
     lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
+    return next(int(line.split()[1]) for line in lines if line.startswith(name)) / 1024
 
 
 def matrix_peak(dtype: torch.dtype, device: torch.device, *, seconds: float = 2.0) -> MatrixPeak:

@@ -37,6 +37,7 @@ class PreparedVelocity:
         small = rows * len(times) <= getattr(self.network, "hidden", 0)
         useful = flow.straight and small and not _shared_out(self.network)
         self._step = {time: i for i, time in enumerate(times)} if useful else {}
+        self._table: Tensor | None = None  # modulation by row and step, of all conditions that were prepared
 
     def prepare(self, condition: Condition) -> tuple[Tensor, ...]:
         """Tensors of as many rows as an embedded condition has."""
@@ -46,7 +47,10 @@ class PreparedVelocity:
         if torch.is_grad_enabled() or not hasattr(self.network, "prepare"):
             return tokens, condition.mask, pooled
         context, pooled, table = self.network.prepare(tokens, pooled, list(self._step))
-        return context, condition.mask, pooled, table
+        before = 0 if self._table is None else len(self._table)
+        self._table = table if self._table is None else torch.cat([self._table, table])
+        # Rows of the table, not the table, are what guidance repeats and puts side by side.
+        return context, condition.mask, pooled, torch.arange(before, before + len(table), device=table.device)
 
     def __call__(self, z: Tensor, t: Tensor, *cond: Tensor) -> Tensor:
         return self.flow.velocity_of(lambda x, s: self._predict(x, s, cond, None), z, t)
@@ -59,14 +63,14 @@ class PreparedVelocity:
         flow = self.flow
         if len(cond) == 3:
             return flow.predict(x, s, Condition(*cond))
-        context, mask, pooled, table = cond
+        context, mask, pooled, rows = cond
         output = self.network.denoise(
             x.to(context.dtype),
             s,
             context,
             pooled,
             context_mask=mask if flow.config.text_mask else None,
-            modulation=None if step is None else table[:, step],
+            modulation=None if step is None or self._table is None else self._table[rows, step],
             cache=self.cache,
         )
         return output.to(x.dtype)
