@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from genflow.attention import Mask, attention, cpu
+from genflow.attention import Mask, attention, attention_backend, cpu
+from genflow.layers.modulation import QKV, joint_attention
 from genflow.native import library as native
 
 pytestmark = pytest.mark.skipif(not native.matrix_units(), reason="this processor does not multiply bf16")
@@ -134,3 +135,90 @@ def test_gradients_add_up_over_keys_that_are_taken_in_parts(causal):
     _, exact = gradients(*(x.detach().double().requires_grad_() for x in (q, k, v)), cotangent, is_causal=causal)
     for a, b in zip(got, exact, strict=True):
         assert worst(a, b) <= 2**-6 * float(b.abs().max())
+
+
+STREAMS = [
+    ((5, 3), 16, 2),
+    ((40, 33, 1), 12, 3),
+    ((33,), 40, 1),
+    ((256, 16), 64, 1),
+    ((0, 70), 72, 2),
+    ((270, 2), 256, 1),
+]
+
+
+def streams(lengths, dim, heads, *, norm, batch=3):
+    """Each stream's QKV with weights that bf16 can hold, its tokens, and the gradient of what it hears."""
+    torch.manual_seed(0)
+    parts = [QKV(heads * dim, heads, qk_norm=norm) for _ in lengths]
+    for part in parts:
+        torch.nn.init.normal_(part.linear.bias, 0, 0.5)
+        for w in (part.q_norm, part.k_norm):
+            if w is not None:
+                torch.nn.init.normal_(w, 1, 0.3)
+    tokens, cotangents = ([torch.randn(batch, n, heads * dim).bfloat16() for n in lengths] for _ in range(2))
+    return [part.bfloat16() for part in parts], tokens, cotangents
+
+
+def heard(parts, tokens, cotangents, mask=None, dtype=torch.bfloat16):
+    """What each stream hears, and every gradient; the name of what made it."""
+    parts, tokens = [p.to(dtype) for p in parts], [x.detach().to(dtype).requires_grad_() for x in tokens]
+    outs = joint_attention(list(zip(parts, tokens, strict=True)), mask)
+    leaves = [*tokens, *(w for part in parts for w in part.parameters())]
+    grads = torch.autograd.grad(outs, leaves, [g.to(dtype) for g in cotangents])
+    return [x.detach() for x in (*outs, *grads)], type(outs[0].grad_fn).__name__
+
+
+@pytest.mark.parametrize(("lengths", "dim", "heads"), STREAMS)
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("causal", [False, True])
+def test_attention_from_products_is_as_near_to_float64_as_in_two_steps(lengths, dim, heads, norm, causal, monkeypatch):
+    mask, given = Mask(causal=causal), streams(lengths, dim, heads, norm=norm)
+    got, name = heard(*given, mask)
+    assert name == "JointAttentionBackward"
+    monkeypatch.setattr("genflow.layers.modulation.joins", lambda *_: False)
+    other, name = heard(*given, mask)
+    assert name != "JointAttentionBackward"
+    exact, _ = heard(*given, mask, dtype=torch.float64)
+    for a, b, e in zip(got, other, exact, strict=True):
+        if a.numel():
+            assert a.shape == e.shape and worst(a, e) <= 1.3 * worst(b, e) + 2**-8 * float(e.abs().max())
+
+
+def test_attention_from_products_hangs_on_neither_batch_nor_threads():
+    parts, tokens, cotangents = streams((40, 9), 32, 3, norm=True)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = [heard(parts, *([x[i : i + 1] for x in xs] for xs in (tokens, cotangents)))[0] for i in range(3)]
+        torch.set_num_threads(2)
+        together, _ = heard(parts, tokens, cotangents)
+    finally:
+        torch.set_num_threads(threads)
+    for i, mine in enumerate(alone):
+        for a, b in zip(mine[:2], together[:2], strict=True):
+            assert torch.equal(a[0], b[i])
+
+
+def test_attention_from_products_gives_way_to_what_it_cannot_serve():
+    parts, tokens, cotangents = streams((6, 4), 16, 2, norm=True)
+
+    def made_by(mask=None, tokens=tokens):
+        return heard(parts, tokens, cotangents, mask)[1]
+
+    keys = torch.arange(10) < 8
+    assert made_by(Mask(keys=keys.expand(3, -1))) != "JointAttentionBackward"
+    assert made_by(Mask(causal=True, keys=keys.expand(3, -1))) != "JointAttentionBackward"
+    for way in (attention_backend("math"), attention_backend(needs=["double_backward"])):
+        with way:
+            assert made_by() != "JointAttentionBackward"
+    long = [torch.zeros(1, cpu.LONGEST - 3, 32).bfloat16().requires_grad_(), tokens[1][:1]]
+    assert type(joint_attention(list(zip(parts, long, strict=True)))[0].grad_fn).__name__ != "JointAttentionBackward"
+    assert made_by() == "JointAttentionBackward"
+
+
+def test_not_a_number_stays_in_its_sample():
+    parts, tokens, _ = streams((20, 4), 16, 2, norm=True)
+    tokens[0][1, 3, 5] = torch.nan
+    for out in joint_attention(list(zip(parts, tokens, strict=True))):
+        assert out[1].isnan().all() and out[::2].isfinite().all()

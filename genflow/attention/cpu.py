@@ -7,12 +7,15 @@ The weights and their sums are in float32 here, in a head of one thread: no samp
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from genflow.attention.dispatch import Call, serving
+from genflow.attention.masks import Mask
 from genflow.native import library as native
 
 LONGEST = 4096  # keys: beyond, a head's weights leave the cache
@@ -20,13 +23,27 @@ LONGEST = 4096  # keys: beyond, a head's weights leave the cache
 
 def serves(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether attention without a mask, or a causal one of equal lengths, is to be had here."""
+    return q.shape[-1] == v.shape[-1] and _fits(q, q.shape[-1], k.shape[2]) and native.usable(q, k, v)
+
+
+def joins(products: Sequence[Tensor], heads: int, mask: Mask, default: str) -> bool:
+    """Whether the kernel is the one to attend from streams' products, B x L_i x 3 hidden, which kernels can take."""
+    first, length = products[0], sum(p.shape[1] for p in products)
+    head_dim = first.shape[-1] // (3 * heads)
+    if mask.kind not in ("none", "causal") or not _fits(first, head_dim, length):
+        return False
+    grad = torch.is_grad_enabled() and any(p.requires_grad for p in products)
+    needs = frozenset({"backward"} if grad else ())
+    call = Call(first.device.type, first.dtype, head_dim, mask.kind, length, length, needs)
+    return serving(call, default=default).name == "sdpa"
+
+
+def _fits(x: Tensor, head_dim: int, length: int) -> bool:
     return (
-        q.dtype == torch.bfloat16
-        and q.is_cpu
-        and q.shape[-1] == v.shape[-1]
-        and 0 < q.shape[-1] <= 256
-        and 0 < k.shape[2] <= LONGEST
-        and native.usable(q, k, v)
+        x.dtype == torch.bfloat16
+        and x.is_cpu
+        and 0 < head_dim <= 256
+        and 0 < length <= LONGEST
         and native.matrix_units()
     )
 

@@ -157,17 +157,22 @@ def attention(
         mask.check(batch, heads, lq, lk)
     if q.numel() == 0 or lk == 0:
         return q.masked_fill(torch.ones((), dtype=torch.bool, device=q.device), 0)
+    grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    needs = needs | _BACKWARD if grad else needs
+    return serving(Call(device, dtype, head_dim, mask.kind, lq, lk, needs), backend, default).fn(q, k, v, mask, scale)
+
+
+def serving(call: Call, backend: str = "auto", default: str = "auto") -> Attention:
+    """The backend of a call, which may need more here than it says itself. backend, default: as of `attention`."""
     scope, needed = _scope.get()
     if needed:
-        needs = needs | needed
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        needs = needs | _BACKWARD
+        call = call._replace(needs=call.needs | needed)
     name = backend if backend != "auto" else scope if scope != "auto" else default
     if torch.compiler.is_compiling():  # the choice is a constant of the graph, which may serve other lengths
-        head_dim = len(range(head_dim))  # a number to the graph, where it was a symbol
-        name = _constant(name, device, dtype, head_dim, mask.kind, needs)
-        return resolve("attention", name)().fn(q, k, v, mask, scale)
-    return _chosen(name, device, dtype, head_dim, mask.kind, lq, lk, needs).fn(q, k, v, mask, scale)
+        head_dim = len(range(call.head_dim))  # a number to the graph, where it was a symbol
+        name = _constant(name, *call._replace(head_dim=head_dim, lq=None, lk=None))
+        return resolve("attention", name)()
+    return _chosen(name, *call)
 
 
 @api_export("attention_report")
@@ -182,8 +187,8 @@ def _chosen(name: str, *call: Any) -> Attention:
 
 
 @assume_constant
-def _constant(name: str, device: str, dtype: torch.dtype, head_dim: int, mask: str, needs: frozenset[str]) -> str:
-    return _chosen(name, device, dtype, head_dim, mask, None, None, needs).name
+def _constant(name: str, *call: Any) -> str:
+    return _chosen(name, *call).name
 
 
 @cache

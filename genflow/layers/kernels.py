@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from genflow.native import library as native
 from genflow.native.library import Forgotten, call, operator
@@ -265,3 +266,66 @@ def heads_backward(
         out_weights += [d.sum(0).to(w.dtype) for d, w in zip((dbias, dwq, dwk), own, strict=True)]
         at += L
     return [*out_streams, *out_weights]
+
+
+class JointAttention(torch.autograd.Function):
+    """Attention over several streams side by side, in bf16, between their products and what each hears, B x L x hidden.
+
+    scale: 1/sqrt(head_dim); tensors: as those of JointHeads, whose q, k and v are made where attention reads them, and made
+    again in the backward.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, heads: int, eps: float, causal: bool, *tensors: Tensor) -> tuple[Tensor, ...]:
+        n = len(tensors) // 4
+        *outs, lse = joint_attention_forward(list(tensors[:n]), list(tensors[n:]), heads, eps, causal)
+        ctx.save_for_backward(*tensors, *outs, lse)
+        ctx.how = heads, eps, causal
+        return tuple(outs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        n, saved = len(grads), list(ctx.saved_tensors)
+        streams, weights, outs, lse = saved[:n], saved[n : 4 * n], saved[4 * n : -1], saved[-1]
+        dense = [g.contiguous() for g in grads]
+        return None, None, None, *joint_attention_backward(dense, streams, weights, outs, lse, *ctx.how)
+
+
+@operator
+def joint_attention_forward(
+    streams: list[Tensor], weights: list[Tensor], heads: int, eps: float, causal: bool
+) -> list[Tensor]:
+    """What each stream hears, and the log-sum-exp of each row's scores, to the base of 2: B x heads x all rows."""
+    how, numbers = _joint(streams, weights, heads, eps, causal)
+    outs = [s.new_empty(*s.shape[:2], s.shape[2] // 3) for s in streams]
+    lse = streams[0].new_empty(streams[0].shape[0], heads, sum(s.shape[1] for s in streams), dtype=torch.float32)
+    call("joint_attention_forward", streams[0].dtype, streams, list(map(as_float, weights)), outs, *how, lse, *numbers)
+    return [*outs, lse]
+
+
+@operator
+def joint_attention_backward(
+    grads: list[Tensor],
+    streams: list[Tensor],
+    weights: list[Tensor],
+    outs: list[Tensor],
+    lse: Tensor,
+    heads: int,
+    eps: float,
+    causal: bool,
+) -> list[Tensor]:
+    """The gradients of the streams and of their weights from those of what each heard."""
+    how, numbers = _joint(streams, weights, heads, eps, causal)
+    dx, B = [torch.empty_like(s) for s in streams], lse.shape[0]
+    dw = [torch.zeros(B, 1 if i % 3 == 0 else heads, w.numel(), dtype=torch.float32) for i, w in enumerate(weights)]
+    floats = list(map(as_float, weights))
+    call("joint_attention_backward", dx[0].dtype, streams, floats, outs, grads, dx, dw, *how, lse, *numbers)
+    return [*dx, *(d.sum((0, 1)).to(w.dtype) for d, w in zip(dw, weights, strict=True))]
+
+
+def _joint(streams: list[Tensor], weights: list[Tensor], heads: int, eps: float, causal: bool) -> tuple[tuple, tuple]:
+    """What both kernels take: lengths and whether there are norms; n, B, heads, head_dim, eps, scale, causal."""
+    B, D = streams[0].shape[0], streams[0].shape[2] // (3 * heads)
+    lengths, normed = tuple(s.shape[1] for s in streams), tuple(int(w.numel() > 0) for w in weights[1::3])
+    return (lengths, normed), (len(streams), B, heads, D, eps, D**-0.5, int(causal))

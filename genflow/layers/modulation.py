@@ -8,6 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from genflow.attention import Mask, attention
+from genflow.attention.cpu import joins
+from genflow.attention.masks import NONE
 from genflow.layers import kernels
 from genflow.layers.float8 import Float8Product
 from genflow.native import library as native
@@ -98,28 +101,56 @@ class QKV(nn.Module):
         self.k_norm = nn.Parameter(torch.ones(hidden // heads)) if qk_norm else None
 
 
+def joint_attention(
+    streams: Sequence[tuple[QKV, Tensor]], mask: Mask | None = None, *, default: str = "auto"
+) -> tuple[Tensor, ...]:
+    """What each stream hears of all: attention over q, k and v of each, normed, the streams side by side.
+
+    streams: (its QKV, its tokens B x L_i x hidden); mask: over sum(L_i) tokens; default: the attention backend where nobody
+    says more. Returns for each stream B x L_i x hidden.
+    """
+    heads = streams[0][0].heads
+    products, weights, fused = _products(streams)
+    if fused and joins(products, heads, mask or NONE, default):
+        return native.run(kernels.JointAttention, heads, EPS, mask is not None and mask.causal, *products, *weights)
+    q, k, v = _joined(heads, products, weights, fused)
+    del products
+    heard = attention(q, k, v, mask, default=default).transpose(1, 2).flatten(2)
+    return heard.split([x.shape[1] for _, x in streams], dim=1)
+
+
 def joint_heads(streams: Sequence[tuple[QKV, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
     """The q, k, v of each stream, normed, cut into heads, and the streams side by side.
 
     streams: (its QKV, its tokens B x L_i x hidden). Returns q, k, v, each B x heads x sum(L_i) x head_dim.
     """
-    heads = streams[0][0].heads
+    return _joined(streams[0][0].heads, *_products(streams))
+
+
+def _products(streams: Sequence[tuple[QKV, Tensor]]) -> tuple[list[Tensor], list[Tensor], bool]:
+    """Each stream's product, B x L_i x 3 hidden; of each the bias still to be added, and the weights of its norms.
+
+    Also whether kernels are to take them; if not, no bias is left to add.
+    """
     tokens = [x for _, x in streams]
     fused = native.usable(*tokens) and all(x.dim() == 3 and x.shape[::2] == tokens[0].shape[::2] for x in tokens)
     products = [qkv.linear(x, bias=not fused) for qkv, x in streams]
     none = products[0].new_empty(0)
-    parameters = [
+    weights = [
         none if w is None else w
         for qkv, _ in streams
         for w in (qkv.linear.bias if fused else None, qkv.q_norm, qkv.k_norm)
     ]
+    return [p.contiguous() for p in products] if fused else products, weights, fused
 
+
+def _joined(heads: int, products: list[Tensor], weights: list[Tensor], fused: bool) -> tuple[Tensor, Tensor, Tensor]:
     def plain(*tensors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return _joint_heads(heads, tensors)
 
     if fused:
-        return native.run(kernels.JointHeads, heads, EPS, plain, *(p.contiguous() for p in products), *parameters)
-    return plain(*products, *parameters)
+        return native.run(kernels.JointHeads, heads, EPS, plain, *products, *weights)
+    return plain(*products, *weights)
 
 
 def _joint_heads(heads: int, tensors: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:

@@ -5,15 +5,13 @@
 // work of one thread, so that no answer hangs on the batch or the number of threads. Its rows of D numbers are copied to
 // rows of W, a multiple of 32, with zeros after them.
 
-#include "matrix.h"
-#include "wide.h"
+#include "streams.h"
 
 #ifdef GENFLOW_MATRIX
 
 #include <algorithm>
-#include <cmath>
 #include <cstdlib>
-#include <cstring>
+#include <vector>
 
 namespace {
 
@@ -43,18 +41,6 @@ void product(const u16* a, long lda, const u16* b, long ldb, float* c, long ldc,
             else if (n - j > 16) tiles<1, 2>(rows, columns, to, ldc, k / 32, add);
             else tiles<1, 1>(rows, columns, to, ldc, k / 32, add);
         }
-}
-
-inline __mmask16 first(long n) { return n >= 16 ? __mmask16(0xffff) : n <= 0 ? __mmask16(0) : __mmask16((1u << n) - 1); }
-
-// Numbers d to d + 32 of a row of D; zeros beyond it.
-inline __m512i pairs_at(const u16* row, long d, long D) { return _mm512_maskz_loadu_epi16(D - d >= 32 ? ~0u : (1u << (D - d)) - 1, row + d); }
-
-// The rows, L x D, as rows of W, followed by zeros up to `to` rows.
-void copy(const u16* x, long row, long L, long D, u16* y, long W, long to) {
-    for (long i = 0; i < L; i++)
-        for (long d = 0; d < W; d += 32) _mm512_storeu_si512(y + i * W + d, pairs_at(x + i * row, d, D));
-    std::memset(y + L * W, 0, 2 * (to - L) * W);
 }
 
 // 16 x 16 numbers of 32 bits, rows of x and of y; the transpose.
@@ -119,16 +105,6 @@ void transposed(const u16* pairs, long L, long D, u16* y, long wide) {
     }
 }
 
-// Rows of C, float32, D numbers of each, times its factor, as bf16. factor: of each row; none: 1.
-void put(const float* c, long ldc, const float* factor, long rows, long D, u16* y, long row) {
-    for (long i = 0; i < rows; i++)
-        for (long d = 0; d < D; d += 16) {
-            __m512 x = _mm512_loadu_ps(c + i * ldc + d);
-            if (factor) x = _mm512_mul_ps(x, _mm512_set1_ps(factor[i]));
-            _mm256_mask_storeu_epi16(y + i * row + d, first(D - d), half(x));
-        }
-}
-
 // Of one row of scores, the first n alive: weights 2^(s scale - max) in bf16, zeros up to `wide`; 1 / their sum, and its logarithm
 // with the maximum added, to the base of 2.
 void softmax_row(const float* s, long n, float scale, u16* p, long wide, float* inverse, float* lse) {
@@ -152,42 +128,41 @@ void softmax_row(const float* s, long n, float scale, u16* p, long wide, float* 
     *lse = most + std::log2(total);
 }
 
-void forward_head(Arena arena, const u16* q, long q_row, const u16* k, long k_row, const u16* v, long v_row, u16* out, long out_row, float* lse,
-                  long Lq, long Lk, long D, float scale, bool causal) {
+// What a head reads and writes.
+struct Head {
+    Sequence q, k, v, out;
+    float* lse;  // of each query
+    Sequence g, dq, dk, dv;  // in the backward
+};
+
+void forward_head(Arena arena, const Head& x, long Lq, long Lk, float scale, bool causal) {
+    const long D = x.q.D;
     const long W = up(D, 32), keys = up(Lk, 16), deep = up(Lk, 32);
     u16* rows = arena.take<u16>(deep * W);
     u16 *kp = arena.take<u16>(keys * W), *vp = arena.take<u16>(deep * W), *qb = arena.take<u16>(BLOCK * W);
     u16* p = arena.take<u16>(BLOCK * deep);
     float *s = arena.take<float>(BLOCK * keys), *o = arena.take<float>(BLOCK * W);
-    copy(k, k_row, Lk, D, rows, W, keys);
+    read_rows(x.k, 0, Lk, rows, W, keys);
     pairs_of_columns(rows, keys, W, kp);
-    copy(v, v_row, Lk, D, rows, W, deep);
+    read_rows(x.v, 0, Lk, rows, W, deep);
     pairs_of_rows(rows, deep, W, vp);
     float inverse[BLOCK];
     for (long i = 0; i < Lq; i += BLOCK) {
         const long n = std::min(BLOCK, Lq - i), m = up(n, 16);
         const long seen = causal ? std::min(Lk, i + n) : Lk;  // keys
-        copy(q + i * q_row, q_row, n, D, qb, W, m);
+        read_rows(x.q, i, n, qb, W, m);
         product(qb, W, kp, 2 * keys, s, keys, m, up(seen, 16), W);
         for (long r = 0; r < n; r++)
-            softmax_row(s + r * keys, causal ? i + r + 1 : Lk, LOG2E * scale, p + r * deep, up(seen, 32), inverse + r, lse + i + r);
+            softmax_row(s + r * keys, causal ? i + r + 1 : Lk, LOG2E * scale, p + r * deep, up(seen, 32), inverse + r, x.lse + i + r);
         if (m > n) std::memset(p + n * deep, 0, 2 * (m - n) * deep);
         product(p, deep, vp, 2 * W, o, W, m, W, up(seen, 32));
-        put(o, W, inverse, n, D, out + i * out_row, out_row);
+        write_rows(o, W, inverse, x.out, i, n);
     }
 }
 
-// What a head's backward reads and writes.
-struct Head {
-    const u16 *q, *k, *v, *out, *g;
-    long q_row, k_row, v_row, out_row, g_row;
-    const float* lse;
-    u16 *dq, *dk, *dv;  // rows of D
-};
-
 // dV = P^T dO, dS = P (dO V^T - rowsum(dO O)), dQ = scale dS K, dK = scale dS^T Q (alg. 4), with rows of keys.
-void backward_head(Arena arena, const Head& x, long Lq, long Lk, long D, float scale, bool causal) {
-    const long W = up(D, 32), queries = up(Lq, 16), deep = up(Lq, 32), keys = up(Lk, 16), wide = up(Lk, 32);
+void backward_head(Arena arena, const Head& x, long Lq, long Lk, float scale, bool causal) {
+    const long D = x.q.D, W = up(D, 32), queries = up(Lq, 16), deep = up(Lq, 32), keys = up(Lk, 16), wide = up(Lk, 32);
     const long chunk = std::max(BLOCK, std::min(wide, PANEL / queries / 32 * 32));
     u16 *k = arena.take<u16>(keys * W), *v = arena.take<u16>(keys * W), *kp = arena.take<u16>(keys * W), *kt = arena.take<u16>(wide * W);
     u16 *q = arena.take<u16>(deep * W), *g = arena.take<u16>(deep * W);
@@ -196,26 +171,25 @@ void backward_head(Arena arena, const Head& x, long Lq, long Lk, long D, float s
     u16 *p = arena.take<u16>(BLOCK * deep), *ds = arena.take<u16>(BLOCK * deep), *panel = arena.take<u16>(chunk * queries);
     float *s = arena.take<float>(BLOCK * queries), *dp = arena.take<float>(BLOCK * queries), *dqt = arena.take<float>(W * queries);
     float *lse = arena.take<float>(queries), *delta = arena.take<float>(queries), *c = arena.take<float>(std::max(BLOCK * W, 16 * queries));
-    copy(x.k, x.k_row, Lk, D, k, W, keys);
-    copy(x.v, x.v_row, Lk, D, v, W, keys);
+    read_rows(x.k, 0, Lk, k, W, keys);
+    read_rows(x.v, 0, Lk, v, W, keys);
     pairs_of_columns(k, keys, W, kp);
     transposed(kp, keys, W, kt, wide);
-    copy(x.q, x.q_row, Lq, D, q, W, deep);
-    copy(x.g, x.g_row, Lq, D, g, W, deep);
+    read_rows(x.q, 0, Lq, q, W, deep);
+    read_rows(x.g, 0, Lq, g, W, deep);
     pairs_of_columns(q, queries, W, q_columns);
     pairs_of_columns(g, queries, W, g_columns);
     pairs_of_rows(q, deep, W, q_rows);
     pairs_of_rows(g, deep, W, g_rows);
-    for (long i = 0; i < queries; i++) {
+    std::memset(lse, 0, 4 * queries);
+    std::memset(delta, 0, 4 * queries);
+    std::memcpy(lse, x.lse, 4 * Lq);
+    x.out.rows(0, Lq, [&](const Stream& s, long at, long i) {
         __m512 sum = _mm512_setzero_ps();
-        if (i < Lq)
-            for (long d = 0; d < D; d += 32) {  // pairs of products, as products have them
-                const __m512i o = pairs_at(x.out + i * x.out_row, d, D);
-                sum = _mm512_dpbf16_ps(sum, (__m512bh)o, (__m512bh)_mm512_loadu_si512(g + i * W + d));
-            }
+        for (long d = 0; d < D; d += 32)  // pairs of products, as products have them
+            sum = _mm512_dpbf16_ps(sum, (__m512bh)pairs_at(s.at + at, d, D), (__m512bh)_mm512_loadu_si512(g + i * W + d));
         delta[i] = scale * _mm512_reduce_add_ps(sum);
-        lse[i] = i < Lq ? x.lse[i] : 0;
-    }
+    });
     alignas(64) u16 order[32];
     for (int i = 0; i < 16; i++) order[2 * i] = u16(i), order[2 * i + 1] = u16(i + 16);
     const __m512i interleave = _mm512_load_si512(order);
@@ -226,10 +200,9 @@ void backward_head(Arena arena, const Head& x, long Lq, long Lk, long D, float s
             const long n = std::min(BLOCK, Lk - j), m = up(n, 16), begin = causal ? j : 0;  // queries before see none of these
             if (begin >= queries) {
                 std::memset(panel + (j - from) * queries, 0, 2 * BLOCK * queries);
-                for (long r = 0; r < n; r++) {
-                    std::memset(x.dk + (j + r) * D, 0, 2 * D);
-                    std::memset(x.dv + (j + r) * D, 0, 2 * D);
-                }
+                std::memset(c, 0, 4 * BLOCK * W);
+                write_gradient(c, W, x.dv, j, n);
+                write_gradient(c, W, x.dk, j, n);
                 continue;
             }
             product(k + j * W, W, q_columns + 2 * begin, 2 * queries, s + begin, queries, m, queries - begin, W);
@@ -264,15 +237,15 @@ void backward_head(Arena arena, const Head& x, long Lq, long Lk, long D, float s
                 }
             }
             product(p + begin, deep, g_rows + begin * W, 2 * W, c, W, m, W, deep - begin);
-            put(c, W, nullptr, n, D, x.dv + j * D, D);
+            write_gradient(c, W, x.dv, j, n);
             product(ds + begin, deep, q_rows + begin * W, 2 * W, c, W, m, W, deep - begin);
-            put(c, W, nullptr, n, D, x.dk + j * D, D);
+            write_gradient(c, W, x.dk, j, n);
         }
         product(kt + from, wide, panel, 2 * queries, dqt, queries, W, queries, to - from, from > 0);
     }
     for (long i = 0; i < queries; i += 16) {
         for (long d = 0; d < W; d += 16) transpose(dqt + d * queries + i, queries, c + d, W);
-        put(c, W, nullptr, std::min(16L, Lq - i), D, x.dq + i * D, D);
+        write_gradient(c, W, x.dq, i, std::min(16L, Lq - i));
     }
 }
 
@@ -282,41 +255,109 @@ long scratch(long Lq, long Lk, long W) {
     return 2 * (16 * longest * W + 2 * BLOCK * longest + PANEL + BLOCK * queries) + 4 * (2 * BLOCK * longest + W * queries + BLOCK * W + 20 * queries) + 64 * 32;
 }
 
+// All heads of all samples. The streams of q and of what comes of it have the same lengths, and so those of k and v.
+struct Problem {
+    std::vector<Stream> q, k, v, out;
+    float* lse;  // B x H x Lq
+    long B, H, D;
+    float eps, scale;
+    bool causal;
+    std::vector<Stream> g, dq, dk, dv;  // in the backward
+};
+
+long length(const std::vector<Stream>& x) {
+    long sum = 0;
+    for (const Stream& s : x) sum += s.L;
+    return sum;
+}
+
 template <typename F>
-void each_head(long B, long H, long bytes, F work) {
+void each_head(const Problem& x, F work) {
+    const long Lq = length(x.q), Lk = length(x.k);
 #pragma omp parallel
     {
-        void* memory = std::aligned_alloc(64, up(bytes, 64));
+        void* memory = std::aligned_alloc(64, up(scratch(Lq, Lk, up(x.D, 32)), 64));
         [[maybe_unused]] const Units units;
 #pragma omp for collapse(2) schedule(static)
-        for (long b = 0; b < B; b++)
-            for (long h = 0; h < H; h++) work(Arena{static_cast<char*>(memory)}, b, h);
+        for (long b = 0; b < x.B; b++)
+            for (long h = 0; h < x.H; h++) {
+                const auto of = [&](const std::vector<Stream>& s) { return Sequence{s.data(), b, h, x.H, x.D, x.eps}; };
+                const Head head{of(x.q), of(x.k), of(x.v), of(x.out), x.lse + (b * x.H + h) * Lq, of(x.g), of(x.dq), of(x.dk), of(x.dv)};
+                work(Arena{static_cast<char*>(memory)}, head, Lq, Lk, x.scale, x.causal);
+            }
         std::free(memory);
     }
 }
 
+// q, k and v of n products, each B x L x 3 x H x D. weights: of each its bias, 3 x H x D, and the weights of its norms of q and of
+// k; normed: whether it has those.
+struct Products {
+    u16* const* at;
+    float* const* weights;
+    const long *lengths, *normed;
+    long n, H, D;
+
+    std::vector<Stream> part(int p) const {
+        std::vector<Stream> found;
+        for (long s = 0; s < n; s++) {
+            Stream stream{at[s] + p * H * D, lengths[s] * 3 * H * D, D, 3 * H * D, lengths[s], weights[3 * s] + p * H * D};
+            if (p < 2 && normed[s]) stream.weight = weights[3 * s + 1 + p];
+            found.push_back(stream);
+        }
+        return found;
+    }
+
+    // The same of their gradients. dweights: B x that of each weight, and for every head that of a norm's.
+    std::vector<Stream> gradient(int p, u16* const* grads, float* const* dweights) const {
+        std::vector<Stream> found = part(p);
+        for (long s = 0; s < n; s++) {
+            found[s].x = found[s].at;
+            found[s].at = grads[s] + p * H * D;
+            found[s].dbias = dweights[3 * s] + p * H * D;
+            if (found[s].weight) found[s].dweight = dweights[3 * s + 1 + p];
+        }
+        return found;
+    }
+
+    // Rows of H x D, B x L of each product.
+    std::vector<Stream> rows(u16* const* x) const {
+        std::vector<Stream> found;
+        for (long s = 0; s < n; s++) found.push_back({x[s], lengths[s] * H * D, D, H * D, lengths[s]});
+        return found;
+    }
+};
+
 }  // namespace
 
 // strides: of q, k, v and out, each of batch, head and row. lse: B x H x Lq.
-extern "C" void attention_forward_bf16(const u16* q, const u16* k, const u16* v, u16* out, const long* strides, float* lse, long B, long H, long Lq,
-                                       long Lk, long D, float scale, long causal) {
-    const long* t = strides;
-    each_head(B, H, scratch(Lq, Lk, up(D, 32)), [&](Arena arena, long b, long h) {
-        forward_head(arena, q + b * t[0] + h * t[1], t[2], k + b * t[3] + h * t[4], t[5], v + b * t[6] + h * t[7], t[8],
-                     out + b * t[9] + h * t[10], t[11], lse + (b * H + h) * Lq, Lq, Lk, D, scale, causal);
-    });
+extern "C" void attention_forward_bf16(u16* q, u16* k, u16* v, u16* out, const long* t, float* lse, long B, long H, long Lq, long Lk, long D,
+                                       float scale, long causal) {
+    each_head({{{q, t[0], t[1], t[2], Lq}}, {{k, t[3], t[4], t[5], Lk}}, {{v, t[6], t[7], t[8], Lk}}, {{out, t[9], t[10], t[11], Lq}},
+               lse, B, H, D, 0, scale, causal != 0}, forward_head);
 }
 
 // strides: of q, k, v, out and its gradient. dq, dk, dv: contiguous.
-extern "C" void attention_backward_bf16(const u16* q, const u16* k, const u16* v, const u16* out, const u16* g, const long* strides, const float* lse,
-                                        u16* dq, u16* dk, u16* dv, long B, long H, long Lq, long Lk, long D, float scale, long causal) {
-    const long* t = strides;
-    each_head(B, H, scratch(Lq, Lk, up(D, 32)), [&](Arena arena, long b, long h) {
-        const long head = b * H + h;
-        Head x{q + b * t[0] + h * t[1], k + b * t[3] + h * t[4], v + b * t[6] + h * t[7], out + b * t[9] + h * t[10], g + b * t[12] + h * t[13],
-               t[2], t[5], t[8], t[11], t[14], lse + head * Lq, dq + head * Lq * D, dk + head * Lk * D, dv + head * Lk * D};
-        backward_head(arena, x, Lq, Lk, D, scale, causal);
-    });
+extern "C" void attention_backward_bf16(u16* q, u16* k, u16* v, u16* out, u16* g, const long* t, float* lse, u16* dq, u16* dk, u16* dv, long B,
+                                        long H, long Lq, long Lk, long D, float scale, long causal) {
+    each_head({{{q, t[0], t[1], t[2], Lq}}, {{k, t[3], t[4], t[5], Lk}}, {{v, t[6], t[7], t[8], Lk}}, {{out, t[9], t[10], t[11], Lq}},
+               lse, B, H, D, 0, scale, causal != 0, {{g, t[12], t[13], t[14], Lq}}, {{dq, H * Lq * D, Lq * D, D, Lq}},
+               {{dk, H * Lk * D, Lk * D, D, Lk}}, {{dv, H * Lk * D, Lk * D, D, Lk}}}, backward_head);
+}
+
+// n streams side by side, from their products to what each hears: outs, each B x L x H x D. lse: B x H x all rows.
+extern "C" void joint_attention_forward_bf16(u16* const* products, float* const* weights, u16* const* outs, const long* lengths, const long* normed,
+                                             float* lse, long n, long B, long H, long D, float eps, float scale, long causal) {
+    const Products x{products, weights, lengths, normed, n, H, D};
+    each_head({x.part(0), x.part(1), x.part(2), x.rows(outs), lse, B, H, D, eps, scale, causal != 0}, forward_head);
+}
+
+// gs: the gradients of outs; grads: of products; dweights: zeros at first.
+extern "C" void joint_attention_backward_bf16(u16* const* products, float* const* weights, u16* const* outs, u16* const* gs, u16* const* grads,
+                                              float* const* dweights, const long* lengths, const long* normed, float* lse, long n, long B, long H,
+                                              long D, float eps, float scale, long causal) {
+    const Products x{products, weights, lengths, normed, n, H, D};
+    each_head({x.part(0), x.part(1), x.part(2), x.rows(outs), lse, B, H, D, eps, scale, causal != 0, x.rows(gs),
+               x.gradient(0, grads, dweights), x.gradient(1, grads, dweights), x.gradient(2, grads, dweights)}, backward_head);
 }
 
 #endif

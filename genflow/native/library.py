@@ -158,8 +158,8 @@ def operator(kernel: Callable[P, R]) -> Callable[P, R]:
 
 
 def call(name: str, dtype: torch.dtype, *arguments: Any) -> None:
-    """Run the kernel of this name for numbers of dtype. arguments: tensors, numbers, tuples of integers."""
-    if FakeTensor in map(type, arguments):
+    """Run the kernel of this name for numbers of dtype. arguments: tensors, lists of them, numbers, tuples of integers."""
+    if any(type(a) is FakeTensor or (type(a) is list and FakeTensor in map(type, a)) for a in arguments):
         return
     converted = [
         ctypes.c_long(a)
@@ -168,6 +168,8 @@ def call(name: str, dtype: torch.dtype, *arguments: Any) -> None:
         if isinstance(a, float)
         else (ctypes.c_long * len(a))(*a)
         if isinstance(a, tuple)
+        else (ctypes.c_void_p * len(a))(*(t.data_ptr() for t in a))
+        if isinstance(a, list)
         else ctypes.c_void_p(a.data_ptr())
         for a in arguments
     ]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from genflow.attention import Mask, attention
 from genflow.errors import UserError
-from genflow.layers.modulation import EPS, MLP, QKV, Linear, gated_residual, joint_heads, modulated_norm
+from genflow.layers.modulation import EPS, MLP, QKV, Linear, gated_residual, joint_attention, modulated_norm
 from genflow.networks.cache import KeyValueCache
 from genflow.registry import api_export
 
@@ -103,8 +103,8 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x: B x L x width, and so the result."""
         m = self.modulation.to(x.dtype)[:, None, None].expand(-1, len(x), -1, -1).unbind()
-        o = attention(*joint_heads([(self.qkv, modulated_norm(x, m[0], m[1]))]), CAUSAL)
-        x = gated_residual(x, m[2], self.proj, o.transpose(1, 2).flatten(2))
+        (o,) = joint_attention([(self.qkv, modulated_norm(x, m[0], m[1]))], CAUSAL)
+        x = gated_residual(x, m[2], self.proj, o)
         return gated_residual(x, m[5], self.mlp.fc2, self.mlp.hidden(modulated_norm(x, m[3], m[4])))
 
     def extend(self, x: Tensor, cache: KeyValueCache, layer: int) -> Tensor:

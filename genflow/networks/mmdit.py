@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from genflow.attention import Mask, attention
+from genflow.attention import Mask
 from genflow.config import Named
 from genflow.errors import UserError
 from genflow.layers.embeddings import MLPEmbedder, PatchEmbed, sincos_2d, sinusoidal, unpatchify
-from genflow.layers.modulation import MLP, QKV, Linear, Modulation, gated_residual, joint_heads, modulated_norm
+from genflow.layers.modulation import MLP, QKV, Linear, Modulation, gated_residual, joint_attention, modulated_norm
 from genflow.native.library import untransformed
 from genflow.networks.caching import FirstBlockCache
 from genflow.registry import api_export, network_export
@@ -266,10 +266,17 @@ class JointBlock(nn.Module):
         """
         packed = (self.image_modulation(c), self.context_modulation(c)) if isinstance(c, Tensor) else c
         x_mod, context_mod = self.image_modulation.vectors(packed[0]), self.context_modulation.vectors(packed[1])
-        x_out, context_out = self.attended(x, context, x_mod, context_mod, mask)
+        x_out, context_out = joint_attention(
+            [
+                (self.image_attention.qkv, modulated_norm(x, x_mod[0], x_mod[1])),
+                (self.context_attention.qkv, modulated_norm(context, context_mod[0], context_mod[1])),
+            ],
+            mask,
+            default=self.backend,
+        )
         if self.image_attention2 is not None:
             own_in = modulated_norm(x, x_mod[6], x_mod[7])
-            own_out = attention(*joint_heads([(self.image_attention2.qkv, own_in)]), default=self.backend)
+            (own_out,) = joint_attention([(self.image_attention2.qkv, own_in)], default=self.backend)
         x = self.image_attention.add_to(x, x_mod[2], x_out)
         if self.image_attention2 is not None:
             x = self.image_attention2.add_to(x, x_mod[8], own_out)
@@ -283,15 +290,6 @@ class JointBlock(nn.Module):
             context = gated_residual(context, context_mod[5], self.context_mlp.fc2, hidden)
         return x, context
 
-    def attended(
-        self, x: Tensor, context: Tensor, x_mod: Sequence[Tensor], context_mod: Sequence[Tensor], mask: Mask | None
-    ) -> tuple[Tensor, ...]:
-        """What each stream hears of both, B x heads x L x head_dim. A method, for q, k and v to be gone after it."""
-        x_in = modulated_norm(x, x_mod[0], x_mod[1])
-        context_in = modulated_norm(context, context_mod[0], context_mod[1])
-        q, k, v = joint_heads([(self.image_attention.qkv, x_in), (self.context_attention.qkv, context_in)])
-        return attention(q, k, v, mask, default=self.backend).split([x.shape[1], context.shape[1]], dim=2)
-
 
 class SelfAttention(nn.Module):
     """The projections around one stream's attention."""
@@ -302,6 +300,6 @@ class SelfAttention(nn.Module):
         self.proj = Linear(hidden, hidden) if project else None
 
     def add_to(self, x: Tensor, gate: Tensor, o: Tensor) -> Tensor:
-        """x + gate proj(o). o: B x heads x L x head_dim; x: B x L x hidden; gate: B x 1 x hidden."""
+        """x + gate proj(o). x, o: B x L x hidden; gate: B x 1 x hidden."""
         assert self.proj is not None
-        return gated_residual(x, gate, self.proj, o.transpose(1, 2).flatten(2))
+        return gated_residual(x, gate, self.proj, o)

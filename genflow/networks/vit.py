@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from genflow.attention import attention
 from genflow.errors import UserError
-from genflow.layers.modulation import MLP, QKV, Linear, joint_heads
+from genflow.layers.modulation import MLP, QKV, Linear, joint_attention
 from genflow.registry import api_export
 
 
@@ -82,6 +81,6 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: B x L x width."""
-        q, k, v = joint_heads([(self.qkv, self.attention_norm(x))])
-        x = x + self.proj(attention(q, k, v, default=self.backend).transpose(1, 2).flatten(2))
+        (heard,) = joint_attention([(self.qkv, self.attention_norm(x))], default=self.backend)
+        x = x + self.proj(heard)
         return x + self.mlp.fc2(self.mlp.hidden(self.mlp_norm(x)))

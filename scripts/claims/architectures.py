@@ -15,7 +15,7 @@ from torch import nn
 
 from genflow.attention import attention
 from genflow.layers.embeddings import MLPEmbedder, PatchEmbed, sincos_2d, sinusoidal, unpatchify
-from genflow.layers.modulation import MLP, QKV, Linear, Modulation, gated_residual, joint_heads, modulated_norm
+from genflow.layers.modulation import MLP, QKV, Linear, Modulation, gated_residual, joint_attention, modulated_norm
 from genflow.networks.mmdit import MMDiTConfig
 from genflow.registry import network_export
 
@@ -57,8 +57,8 @@ class Block(nn.Module):
 
     def forward(self, x, context, c):
         shift, scale, gate, shift2, scale2, gate2 = self.modulation.vectors(self.modulation(c))
-        heads = attention(*joint_heads([(self.qkv, modulated_norm(x, shift, scale))]))
-        x = gated_residual(x, gate, self.proj, heads.transpose(1, 2).flatten(2))
+        (heard,) = joint_attention([(self.qkv, modulated_norm(x, shift, scale))])
+        x = gated_residual(x, gate, self.proj, heard)
         x = x if self.cross is None else self.cross(x, context)
         return gated_residual(x, gate2, self.mlp.fc2, self.mlp.hidden(modulated_norm(x, shift2, scale2)))
 
