@@ -356,3 +356,13 @@ def test_no_step_is_taken_whose_error_is_above_the_tolerance(solver):
         size = stepping.atol + stepping.rtol * torch.maximum(step.stages[0].abs(), end.abs())
         ratios.append(float((error / size).square().mean().sqrt()))
     assert 0.1 < max(ratios) <= 1 + 1e-9
+
+
+@pytest.mark.parametrize("gradient", GRADIENTS)
+def test_a_parameter_that_has_changed_since_gives_no_wrong_gradient(gradient):
+    problem = Problem()
+    solved = GRADIENTS[gradient](problem, problem.x, problem.parameters, Stepping(rtol=1e-6, atol=1e-6))
+    with torch.no_grad():
+        problem.weight.mul_(2)
+    with pytest.raises(RuntimeError, match="changed between its forward and its backward"):
+        solved.x.sum().backward()

@@ -8,8 +8,8 @@ import pytest
 import torch
 from toy_tokens import model
 
-from genflow.ar.decoders import MedusaTypical, SpeculativeTree
-from genflow.ar.drafts import ModelDraft
+from genflow.ar.decoders import MedusaTypical, Speculative, SpeculativeTree
+from genflow.ar.drafts import HeadsDraft, ModelDraft, MTPDraft
 from genflow.ar.law import TokenLaw
 from genflow.ar.tabular import TabularModel
 from genflow.errors import UserError
@@ -44,3 +44,35 @@ def test_more_different_guesses_than_tokens_are_refused(decoder):
 def test_top_k_is_a_whole_number():
     with pytest.raises(UserError, match="top_k = 2.5 is not a whole number; none keeps all"):
         model().sample(["dark"], seeds=[0], top_k=2.5)
+
+
+def test_a_draft_and_the_model_do_not_share_a_reader():
+    toy = TabularModel.random(3, 4, 0)
+    reader = toy.reader(2)
+    with pytest.raises(UserError, match="one reader, and each needs its own"):
+        Speculative(2)(reader, range(2), draft=ModelDraft(reader))
+
+
+def test_a_draft_of_another_number_of_rows_or_that_was_used_is_refused():
+    toy = TabularModel.random(3, 4, 0)
+    with pytest.raises(UserError, match="the draft's reader has 1 rows and the model's 2"):
+        Speculative(2)(toy.reader(2), range(2), draft=ModelDraft(toy.reader(1)))
+    draft = ModelDraft(toy.reader(2))
+    Speculative(2)(toy.reader(2), range(2), draft=draft)
+    with pytest.raises(UserError, match="the draft's reader has read something already; take a new draft"):
+        Speculative(2)(toy.reader(2), range(2), draft=draft)
+
+
+@pytest.mark.parametrize("make", [MTPDraft, lambda reader: HeadsDraft(reader, lambda h: h[:, None], 1)])
+def test_guesses_from_the_states_of_another_reader_are_refused(make):
+    flow = model(mtp=1)
+    one, other = (flow.reader(["dark"], 2, TokenLaw()) for _ in range(2))
+    with pytest.raises(UserError, match="Draft guesses from the model's own states; make it of the model's reader"):
+        Speculative(1)(one, range(2), draft=make(other))
+
+
+def test_numbers_of_guesses_are_whole():
+    with pytest.raises(UserError, match="window = 2.5 is not a whole number"):
+        Speculative(2.5)
+    with pytest.raises(UserError, match="1.5 is not a whole number"):
+        SpeculativeTree((2, 1.5))

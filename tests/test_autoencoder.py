@@ -164,13 +164,16 @@ def test_ssim_is_its_formula_in_every_window():
     window /= window.sum()
     each = []
     for top in (0, 1):
-        x, y = a[..., top : top + 11, :], b[..., top : top + 11, :]
+        x, y = a[..., top : top + 11, :] + 1, b[..., top : top + 11, :] + 1
         mean = lambda z: (z * window).sum((2, 3))
         mx, my = mean(x), mean(y)
         vx, vy, c = mean(x * x) - mx**2, mean(y * y) - my**2, mean(x * y) - mx * my
         each.append((2 * mx * my + 4e-4) * (2 * c + 3.6e-3) / ((mx**2 + my**2 + 4e-4) * (vx + vy + 3.6e-3)))
     torch.testing.assert_close(ssim(a, b), torch.stack(each).mean((0, 2)).float())
     torch.testing.assert_close(ssim(a, a), torch.ones(2))
+    torch.testing.assert_close(ssim(a / 2 + 0.5, b / 2 + 0.5, low=0.0, peak=1.0), ssim(a, b))
+    dark, light = (torch.full((1, 1, 11, 11), grey / 127.5 - 1) for grey in (126, 130))
+    assert float(ssim(dark, light)) == pytest.approx((2 * 126 * 130 + 2.55**2) / (126**2 + 130**2 + 2.55**2), abs=1e-5)
     with pytest.raises(UserError, match="smaller than its window"):
         ssim(a[..., :8], b[..., :8])
 

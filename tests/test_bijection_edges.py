@@ -20,6 +20,8 @@ from genflow.flows.bijections.transformer import guide
 from genflow.flows.dequantization import VariationalDequantization
 from genflow.flows.models.ffjord import FFJORDConfig
 from genflow.flows.models.glow import GlowConfig
+from genflow.flows.models.nsf import NSFConfig
+from genflow.flows.models.realnvp import RealNVPConfig
 from genflow.flows.models.tarflow import TarFlowConfig
 from genflow.flows.normalizing import NormalizingFlowConfig
 from genflow.functional import Rng
@@ -54,6 +56,39 @@ def test_no_samples_go_through_every_verb(model, dequantization):
     flow, x = normalizing(model, dequantization=dequantization), torch.zeros(0, *PICTURES)
     assert flow.log_prob(x).shape == flow.bits_per_dim(x).shape == (0,)
     assert flow.encode(x).shape == flow.decode(x).shape == x.shape
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        GlowConfig(levels=1, steps=1, hidden=8),
+        RealNVPConfig(levels=1, hidden=8),
+        NSFConfig(levels=1, steps=1, hidden=8),
+        FFJORDConfig(hidden=(4,), divergence="exact"),
+    ],
+)
+@pytest.mark.parametrize("dequantization", [None, VariationalDequantization(hidden=4, steps=1)])
+def test_a_flow_of_wide_weights_goes_through_every_verb(model, dequantization):
+    torch.manual_seed(0)
+    flow = shaken(normalizing(model, dequantization=dequantization), 0.1)
+    wide, x = copy.deepcopy(flow).double(), torch.randint(0, 256, (3, *PICTURES)) / 127.5 - 1
+    batch = SimpleNamespace(x=x, condition=flow.text.encode([""] * 3), position=torch.arange(3))
+    for verb in (
+        lambda each: each.loss(batch, Rng(0)).loss,
+        lambda each: each.validate(batch)["validation_loss"],
+        lambda each: each.bits_per_dim(x, k=2),
+        lambda each: each.sample([""], seeds=[0, 1]).x,
+    ):
+        torch.testing.assert_close(verb(wide).float(), verb(flow), rtol=0, atol=1e-3)
+
+
+def test_samples_that_are_not_finite_are_told_where_there_are_marginals():
+    flow = normalizing(TarFlowConfig(blocks=1, layers=1, width=16, heads=1, patch=2, marginals=True))
+    with torch.no_grad():
+        for p in flow.parameters():
+            p.fill_(math.nan)
+    with pytest.raises(UserError, match="not finite"):
+        flow.sample([""], seeds=[0, 1])
 
 
 def test_sampling_leaves_the_inverse_of_a_tarflow_as_it_was():

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler, StableDiffusion3Pipeline
 from PIL import Image
 from safetensors.torch import save_file
 
 from genflow.cli import main
 from genflow.data.pictures import read_settings
 from genflow.errors import UserError
+from genflow.flows.paths import CosinePath
 from genflow.interop.checkpoints import open_checkpoint
 from genflow.interop.convert import convert, recipe_of
+from genflow.interop.diffusers import to_diffusers
 from genflow.interop.lora import load_lora
+from genflow.interop.pipelines import open_pipeline, to_pipeline
 from genflow.interop.schedulers import as_scheduler
 from genflow.networks.mmdit import MMDiTConfig
 from tests import tiny_sd3
@@ -144,3 +148,62 @@ def test_a_latent_flow_is_guided_away_from_a_weaker_one_of_its_latents(pipe, tmp
     assert "whose autoencoder is another" in capsys.readouterr().err
     assert main([*asked, "--graphs", "--out", str(tmp_path / "c")]) == 2
     assert "--graphs records CUDA graphs, and this is cpu" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("key", "value"), [("prediction", "x"), ("path", CosinePath()), ("text_mask", True)])
+def test_a_flow_that_is_not_asked_as_sd3_is_becomes_no_pipeline(pipe, key, value):
+    flow = open_pipeline(pipe)
+    flow.flow.config = replace(flow.flow.config, **{key: value})
+    with pytest.raises(UserError, match=f"its flow has {key} .*, where SD3's has"):
+        to_pipeline(flow)
+
+
+def test_a_text_mask_is_not_lost_in_a_conversion(pipe, tmp_path):
+    convert(pipe, tmp_path / "model")
+    path = tmp_path / "model" / "config.json"
+    config = json.loads(path.read_text())
+    config["flow"]["flow"]["text_mask"] = True
+    path.write_text(json.dumps(config))
+    with pytest.raises(UserError, match="its flow has text_mask True, where SD3.s has False"):
+        convert(tmp_path / "model", tmp_path / "out")
+
+
+def test_another_network_is_no_transformer_of_diffusers():
+    with pytest.raises(UserError, match="to_diffusers takes an MMDiT, not a Linear"):
+        to_diffusers(torch.nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize(("sampler", "kind"), [("heun", "Heun"), ("euler", "Euler"), ("unipc", "Euler")])
+def test_a_model_goes_back_to_diffusers_with_its_own_solver(pipe, tmp_path, sampler, kind):
+    theirs = tmp_path / "pipe"
+    shutil.copytree(pipe, theirs)
+    FlowMatchHeunDiscreteScheduler(shift=2.0).save_pretrained(theirs / "scheduler")
+    index = json.loads((theirs / "model_index.json").read_text())
+    index["scheduler"] = ["diffusers", "FlowMatchHeunDiscreteScheduler"]
+    (theirs / "model_index.json").write_text(json.dumps(index))
+    convert(theirs, tmp_path / "model")
+    path = tmp_path / "model" / "config.json"
+    config = json.loads(path.read_text())
+    config["sample"]["sampler"] = sampler
+    path.write_text(json.dumps(config))
+    convert(tmp_path / "model", tmp_path / "back")
+    flow = open_pipeline(theirs)
+    flow.recipe["sample"]["sampler"] = sampler
+    for found in (StableDiffusion3Pipeline.from_pretrained(tmp_path / "back"), to_pipeline(flow)):
+        assert type(found.scheduler).__name__ == f"FlowMatch{kind}DiscreteScheduler"
+        assert found.scheduler.config.shift == 2.0
+
+
+def test_a_lora_of_no_weight_changes_nothing_of_wide_weights(tmp_path):
+    network = MMDiTConfig(
+        depth=1, hidden=32, heads=2, patch_size=2, in_channels=3, context_dim=8, pooled_dim=8, sample_size=2
+    ).build()
+    network.double()
+    stem = "transformer.transformer_blocks.0.ff.net.2"
+    tensors = {f"{stem}.lora_A.weight": torch.ones(4, 128), f"{stem}.lora_B.weight": torch.ones(32, 4)}
+    save_file(tensors, tmp_path / "lora.safetensors")
+    weight = network.blocks[0].image_mlp.fc2.weight
+    torch.nn.init.normal_(weight)
+    before = weight.clone()
+    load_lora(network, tmp_path / "lora.safetensors", weight=0.0)
+    assert torch.equal(weight, before)

@@ -40,8 +40,8 @@ class Exact(nn.Module):
         a, b = self.path.alpha(s), self.path.sigma(s)
         gain = (x.double() - a * self.mean) / (a**2 * self.std**2 + b**2)
         clean, noise = self.mean + a * self.std**2 * gain, b * gain
-        if self.prediction == "x":
-            return clean + self.bias
+        if self.prediction != "v":
+            return (clean if self.prediction == "x" else noise) + self.bias
         da, db = self.path.rates(s)
         return da * clean + db * noise + self.bias
 
@@ -64,6 +64,16 @@ def test_the_likelihood_of_x_prediction_is_of_the_clamped_velocity_as_it_says():
     assert 1 / scale > 1.05 * flow.network.std  # which is not where `sample` ends
     assert "velocity clamped below t = 0.05" in flow.likelihood_note(1)
     assert "clamped" not in make(Exact(prediction="v"), prediction="v").likelihood_note(1)
+
+
+def test_the_likelihood_of_eps_prediction_is_of_decode_which_does_not_start_at_1():
+    flow = make(Exact(prediction="eps", mean=0.7, std=0.4), prediction="eps")
+    x = torch.tensor([[0.7, 0.7], [1.5, 0.9]])
+    z = flow.encode(x, steps=400)
+    scale = (z[1, 0] - z[0, 0]) / (x[1, 0] - x[0, 0])  # the map is affine
+    base = -0.5 * z.square().sum(1) - math.log(2 * math.pi)
+    found = flow.log_prob(x, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found, base + 2 * scale.log(), rtol=0, atol=2e-3)
 
 
 @pytest.mark.parametrize("sigma_min", [0.0, 0.02, 0.2])
@@ -185,6 +195,12 @@ class Halves(Autoencoder):
 
     def decode(self, z):
         return self.up(z)
+
+
+def test_pairs_of_latents_are_refused():
+    flow = LatentFlow(SimpleNamespace(), make(shape=(4, 4, 4)), Halves())
+    with pytest.raises(UserError, match="only a rectified flow can be reflowed, and this is a LatentFlow"):
+        draw_pairs(flow, [""], [0], steps=2)
 
 
 class HalvesConfig:

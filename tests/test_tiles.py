@@ -52,6 +52,14 @@ def test_a_tile_that_holds_the_picture_changes_no_bit(flow, z, tile):
     assert torch.equal(flow.to_pictures(z, tile=tile), flow.to_pictures(z))
 
 
+def test_the_tiling_that_an_autoencoder_had_stays_its_own(flow, z):
+    module = flow.autoencoder.module
+    own = vars(module).keys() & {"use_tiling", "tile_sample_min_size", "tile_latent_min_size"}
+    before = {name: getattr(module, name) for name in own}
+    flow.to_pictures(z, tile=48)
+    assert len(own) == 3 and before == {name: getattr(module, name) for name in own}
+
+
 @pytest.mark.parametrize(("tile", "off"), [(64, 0.01), (48, 0.015), (32, 0.025)])
 def test_smaller_tiles_come_near(flow, z, tile, off):
     """In [0, 1], of pictures whose standard deviation is 0.18: random weights, so that norms and attention see far."""

@@ -90,6 +90,8 @@ class Windowed(Decoder):
     window: int
 
     def __post_init__(self) -> None:
+        if not isinstance(self.window, int):
+            raise UserError(f"window = {self.window!r} is not a whole number of guesses")
         if self.window < 1:
             why = "is too few guesses; the least is 1, and decoder ancestral makes none"
             raise UserError(f"window = {self.window} {why}")
@@ -112,8 +114,8 @@ def decode(
 
     draft: where guesses come from; none, for no guesses. branching: their shape; it is cut short at the end of the sequence.
     rule: of verification (rules.py). stream: of the guesses' noise. Every row goes at its own pace. Each pass waits for the
-    device once. Raises UserError for a draft of another vocabulary, or that cannot guess such a shape, for more guesses at
-    a place than there are tokens, for seeds that are not one for each row, and for NaN.
+    device once. Raises UserError for a draft of another vocabulary or of a reader that does not fit, or that cannot guess
+    such a shape, for more guesses at a place than there are tokens, for seeds that are not one for each row, and for NaN.
     """
     rows, n, device = len(target.lengths), target.tokens, target.device
     _check(target, seeds, draft, branching)
@@ -180,6 +182,8 @@ def _check(target: Reader, seeds: Sequence[int], draft: Draft | None, branching:
     check_seeds(seeds, len(target.lengths))
     if target.lengths.any():
         raise UserError("the reader has read something already; take a new one for each decoding")
+    if draft is not None:
+        draft.check(target)
     if draft is not None and draft.vocabulary != target.vocabulary:
         raise UserError(
             f"the draft has {draft.vocabulary} tokens and the model {target.vocabulary}; both must be of one tokenizer"

@@ -29,6 +29,15 @@ class ModelDraft:
     def __init__(self, reader: Reader) -> None:
         self.reader, self.vocabulary = reader, reader.vocabulary
 
+    def check(self, target: Reader) -> None:
+        mine, rows = self.reader.lengths, len(target.lengths)
+        if self.reader is target:
+            raise UserError("the draft and the model have one reader, and each needs its own; make the draft another")
+        if len(mine) != rows:
+            raise UserError(f"the draft's reader has {len(mine)} rows and the model's {rows}; both must have as many")
+        if mine.any():
+            raise UserError("the draft's reader has read something already; take a new draft for each decoding")
+
     def propose(self, symbols: Tensor, done: Tensor, shape: Shape, noise: TokenNoise, stream: str) -> Guess:
         reader, at = self.reader, done.to(symbols.device)[:, None]
         missed = done + 1 - reader.lengths  # what was settled since, one symbol or more
@@ -65,6 +74,9 @@ class JacobiDraft:
     def __init__(self, vocabulary: int) -> None:
         self.vocabulary = vocabulary
         self._said: tuple[Tensor, Tensor] | None = None
+
+    def check(self, target: Reader) -> None:
+        pass
 
     def propose(self, symbols: Tensor, done: Tensor, shape: Shape, noise: TokenNoise, stream: str) -> Guess | None:
         if self._said is None:
@@ -104,6 +116,9 @@ class MTPDraft:
         self._caches = [model.cache(rows, model.tokens + 1, layers=1) for _ in self.modules]
         like = model.head.weight
         self._hidden = [like.new_zeros(rows, model.tokens + 1, model.config.width) for _ in range(len(self.modules))]
+
+    def check(self, target: Reader) -> None:
+        _check_shared(self, target)
 
     @torch.no_grad()
     def propose(self, symbols: Tensor, done: Tensor, shape: Shape, noise: TokenNoise, stream: str) -> Guess | None:
@@ -172,6 +187,9 @@ class HeadsDraft:
         self.reader, self.heads, self.reach, self.vocabulary = reader, heads, reach, reader.vocabulary
         self._last: Tensor | None = None
 
+    def check(self, target: Reader) -> None:
+        _check_shared(self, target)
+
     @torch.no_grad()
     def propose(self, symbols: Tensor, done: Tensor, shape: Shape, noise: TokenNoise, stream: str) -> Guess | None:
         if self._last is None:
@@ -188,3 +206,8 @@ class HeadsDraft:
         h, copies = self.reader.hidden, self.reader.copies
         node = path.gather(1, (settled - 1).clamp(min=0)[:, None])[:, 0].repeat(copies)
         self._last = h[torch.arange(len(h), device=h.device), node]
+
+
+def _check_shared(draft: MTPDraft | HeadsDraft, target: Reader) -> None:
+    if draft.reader is not target:
+        raise UserError(f"{type(draft).__name__} guesses from the model's own states; make it of the model's reader")

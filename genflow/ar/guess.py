@@ -58,6 +58,8 @@ class Shape:
     """
 
     def __init__(self, branching: tuple[int, ...]) -> None:
+        if wrong := [width for width in branching if not isinstance(width, int)]:
+            raise UserError(f"branching = {list(branching)}: {wrong[0]!r} is not a whole number")
         if any(width < 1 for width in branching):
             raise UserError(f"branching = {list(branching)}: each must be one or more")
         self.branching, self.chain = branching, all(width == 1 for width in branching)
@@ -107,6 +109,9 @@ class Draft(Protocol):
     vocabulary: int
     trees: bool
     reach: float
+
+    def check(self, target: Reader) -> None:
+        """Before the first pass. Raises UserError where what it reads is not as it must be beside the model's reader."""
 
     def propose(self, symbols: Tensor, done: Tensor, shape: Shape, noise: TokenNoise, stream: str) -> Guess | None:
         """Guess at what follows; None where there is nothing yet to guess from.

@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from genflow.flows.stepping import March, Step, Stepping, accumulate, march
 from genflow.registry import api_export
+from genflow.versions import version
 
 Dynamics = Callable[[Tensor, float, bool], tuple[Tensor, Tensor | None]]
 """dynamics(x, t, rates) -> v like x, and r, B x K, or None where rates is false; differentiable in x and parameters."""
@@ -128,7 +129,7 @@ class _Backward(torch.autograd.Function):
         with ctx.autocast():
             solved = march(field, x, start, end, stepping, cls.keep(stepping) if backward else None)
             if backward:
-                ctx.arrived = solved.y.detach()
+                ctx.arrived, ctx.versions = solved.y.detach(), [version(p) for p in wanted]
                 cls.remember(ctx, solved)
         return solved.y, solved.integrals[0], solved.nfe
 
@@ -172,6 +173,7 @@ class _Checkpointed(_Backward):
     @once_differentiable
     def backward(ctx: Any, grad_x: Tensor | None, grad_q: Tensor | None, grad_nfe: None) -> tuple[Tensor | None, ...]:
         """k_i' = h (b_i x' + sum_j>i a_ji x_j'), x_i' = k_i' dv/dx + h b_i q' dr/dx, and x' gains the sum of the x_i'."""
+        _check_unchanged(ctx)
         tableau = ctx.stepping.tableau
         grad_x = torch.zeros_like(ctx.arrived) if grad_x is None else grad_x
         total = [torch.zeros_like(p) for p in ctx.wanted]
@@ -260,11 +262,18 @@ class _Path:
 
 def _scaled(ctx: Any, grad_x: Tensor | None, grad_q: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor]:
     """The gradients at the end over their size, and the size: so that the tolerance is relative to it."""
+    _check_unchanged(ctx)
     grad_x = torch.zeros_like(ctx.arrived) if grad_x is None else grad_x
     size = grad_x.square().mean()
     size = (size if grad_q is None else torch.maximum(size, grad_q.square().mean())).sqrt()
     size = torch.where(size > 0, size, 1.0)
     return grad_x / size, None if grad_q is None else grad_q / size, size
+
+
+def _check_unchanged(ctx: Any) -> None:
+    """As autograd does of what it keeps itself: the backward evaluates the dynamics again."""
+    if [version(p) for p in ctx.wanted] != ctx.versions:
+        raise RuntimeError("a parameter of a solve was changed between its forward and its backward")
 
 
 def _autocast(x: Tensor) -> Callable[[], AbstractContextManager]:

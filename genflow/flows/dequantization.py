@@ -182,6 +182,8 @@ class VariationalNoise(Dequantizer):
 
     def warp(self, v: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """Logistic noise v to u = sigmoid(f(v; k)). Returns u and log q(u | k) = log l(v) - log |df/dv| - log l(f(v))."""
+        dtype = next(self.features.parameters()).dtype  # float32, or wider in a wider flow
+        v, k = v.to(dtype), k.to(dtype)
         log_q = per_sample(_log_logistic(v))
         features = self.features(2 / self.levels * (k + 0.5) - 1)
         for i, network in enumerate(self.couplings):

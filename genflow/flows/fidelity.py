@@ -13,18 +13,19 @@ SIDE, SIGMA = 11, 1.5  # of the window, in pixels
 
 
 @api_export("ssim")
-def ssim(a: Tensor, b: Tensor, *, peak: float = 2.0) -> Tensor:
+def ssim(a: Tensor, b: Tensor, *, low: float = -1.0, peak: float = 2.0) -> Tensor:
     """Structural similarity (Wang et al. 2004, IEEE TIP 13(4), eq. 13) of each picture, the mean over places and channels.
 
     In a Gaussian window of 11 x 11, sigma 1.5, where it lies wholly inside. a, b: B x C x H x W, of sides of 11 or more;
-    peak: the width of their range, 2 for [-1, 1]. Returns B float32. Raises UserError for smaller pictures.
+    low, peak: the least of their range and its width, -1 and 2 for [-1, 1]; intensities count from low. Returns B float32.
+    Raises UserError for smaller pictures.
     """
     if min(a.shape[-2:]) < SIDE:
         raise UserError(
             f"ssim: pictures of {a.shape[-2]} x {a.shape[-1]} are smaller than its window of {SIDE} x {SIDE}"
         )
     c1, c2 = (0.01 * peak) ** 2, (0.03 * peak) ** 2
-    a, b = a.double(), b.double()  # variances are differences of like numbers
+    a, b = a.double() - low, b.double() - low  # variances are differences of like numbers
     places = torch.arange(SIDE, dtype=a.dtype, device=a.device) - SIDE // 2
     window = (-(places**2) / (2 * SIGMA**2)).exp()
     window = window / window.sum()

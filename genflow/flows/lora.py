@@ -49,4 +49,5 @@ def merge(model: nn.Module, factors: Factors, where: Path) -> None:
                 "they do not belong together"
             )
     for name, (a, b) in factors.items():
-        weights[name].copy_(weights[name].float() + (b @ a).to(weights[name].device))
+        weight = weights[name]
+        weight.copy_(weight.to(torch.promote_types(weight.dtype, torch.float32)) + (b @ a).to(weight.device))

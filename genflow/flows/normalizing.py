@@ -149,9 +149,18 @@ class NormalizingFlow(ConditionedFlow):
     def _pooled(self, embedded: Condition) -> Tensor | None:
         return embedded.pooled.float() if self.network.condition_dim else None
 
+    @property
+    def _dtype(self) -> torch.dtype:
+        """In which samples go through the network: its own, or float32 where that is wider."""
+        own = next((p.dtype for p in self.network.parameters()), torch.float32)
+        return torch.promote_types(own, torch.float32)
+
     def _continuous(self, x: Tensor, rng: Rng, position: Tensor) -> tuple[Tensor, Tensor | float]:
         """y with noise within its cells, and log q of that noise."""
-        return (x.float(), 0.0) if self.dequantize is None else self.dequantize(x.float(), rng, position)
+        if self.dequantize is None:
+            return x.to(self._dtype), 0.0
+        y, log_q = self.dequantize(x.float(), rng, position)
+        return y.to(self._dtype), log_q
 
     def _log_prob(self, y: Tensor, condition: Tensor | None) -> Tensor:
         z, ladj = self.network(y, condition)
@@ -196,8 +205,7 @@ class NormalizingFlow(ConditionedFlow):
         if tuple(x.shape[1:]) != self.shape:
             wanted, got = (" x ".join(map(str, shape)) for shape in (("B", *self.shape), x.shape))
             raise UserError(f"the flow is of samples {wanted}, not {got}")
-        own = next((p.dtype for p in self.network.parameters()), torch.float32)
-        return x.to(self.device, torch.promote_types(own, torch.float32))
+        return x.to(self.device, self._dtype)
 
     def _honest(self, verb: str) -> None:
         if self.dequantize is not None and not self.dequantize.honest:
@@ -294,7 +302,7 @@ class NormalizingFlow(ConditionedFlow):
         Returns x, B x *shape float32, pictures in [-1, 1], and nfe. Raises UserError for what cannot be, and for NaN.
         """
         InverseConfig(temperature, guidance, inverse)  # type: ignore[arg-type]
-        noise = noise_from_seeds(seeds, self.shape).to(self.device) * temperature
+        noise = noise_from_seeds(seeds, self.shape).to(self.device, self._dtype) * temperature
         with evaluating(self):
             embedded = self.embed_prompts(prompts, len(seeds))
             pooled = self._pooled(embedded if len(embedded) == len(seeds) else embedded.expand(len(seeds)))

@@ -338,7 +338,7 @@ class RectifiedFlow(ConditionedFlow):
         with evaluating(self):
             velocity = self.guided(self.embed_rows(condition, len(x)))
             how: dict[str, Any] = {"divergence": divergence, "draws": draws, "rtol": rtol, "atol": atol}
-            return velocity_log_prob(velocity, x.to(self.device), **how).log_prob
+            return velocity_log_prob(velocity, x.to(self.device), end=self.t_max, **how).log_prob
 
     @torch.no_grad()
     def bits_per_dim(

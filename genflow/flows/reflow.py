@@ -53,8 +53,11 @@ def draw_pairs(
     """The noise of each seed and what the flow makes of it: two of B x *shape, float32, on the CPU.
 
     settings: of `flow.sample`. A pair hangs on its prompt, its seed and the settings, not on the batch. Raises UserError for
-    a sampler that draws noise of its own, whose samples do not belong to their noise, and for prompts that do not fit.
+    another flow, such as one of latents, whose noise is not of pictures, for a sampler that draws noise of its own, whose
+    samples do not belong to their noise, and for prompts that do not fit.
     """
+    if not isinstance(flow, RectifiedFlow):
+        raise UserError(f"draw_pairs: only a rectified flow can be reflowed, and this is a {type(flow).__name__}")
     check_pairing(settings.get("sampler", "heun"))
     check_prompts(prompts, len(seeds))
     prompts = list(prompts) * (len(seeds) if len(prompts) == 1 else 1)

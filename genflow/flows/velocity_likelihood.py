@@ -55,13 +55,15 @@ def velocity_log_prob(
     solver: str = "dopri5",
     compact: bool | None = None,
     seed: int = 0,
+    end: float = 1.0,
 ) -> Likelihood:
     """log p(x) = log N(z; 0, I) + int_0^1 tr(dv/dx) dt along the path of dx/dt = v(x, t) from x at t = 0 to z at t = 1.
 
     (Chen et al. 2018, arXiv 1806.07366; Song et al. 2021, arXiv 2011.13456, eq. 39.) x: B x ..., float32 or wider.
     velocity, compact: as for the adaptive samplers. divergence, draws: see `Divergence`; the noise of a row hangs on seed
     and its numbers, and is the same along the whole path. solver, rtol, atol: an adaptive sampler's; ladj is integrated to
-    D (atol + rtol) + rtol |ladj| nats. No gradient: a CNF's forward has one.
+    D (atol + rtol) + rtol |ladj| nats. end: where the path ends instead, in end z, as a model that is asked no further
+    draws from there. No gradient: a CNF's forward has one.
 
     Raises UserError for tolerances below the noise of the arithmetic, a velocity with dropout or batch statistics in
     training mode, one that is not finite (naming samples and t), one whose divergence does not integrate, and for x that
@@ -77,8 +79,10 @@ def velocity_log_prob(
     x = state(x)
     probes = estimator.probes(x, Rng(seed), fingerprint(x))
     with torch.no_grad():
-        z, each, error, nfe, divergences = path_integral(velocity, x, estimator, probes, stepping, compact=compact)
-    ladj = each.mean(0)
+        z, each, error, nfe, divergences = path_integral(
+            velocity, x, estimator, probes, stepping, end=end, compact=compact
+        )
+    z, ladj = z / end, each.mean(0) - math.prod(x.shape[1:]) * math.log(end)
     if divergence == "exact":
         standard_error = torch.zeros_like(ladj)
     else:

@@ -172,13 +172,15 @@ def _tiled(module: Any, tile: int, factor: int) -> Callable[[Tensor], Tensor]:
         near = max(round(tile / step), 1) * step
         raise UserError(f"tile = {tile} is no multiple of {step} pixels, as this autoencoder needs; try {near}")
 
+    now = {"tile_sample_min_size": tile, "tile_latent_min_size": tile // factor, "use_tiling": True}
+
     def decode(z: Tensor) -> Tensor:
-        module.tile_sample_min_size, module.tile_latent_min_size = tile, tile // factor
-        module.enable_tiling()
+        before = {name: getattr(module, name) for name in now}
+        vars(module).update(now)
         try:
             return module.decode(z).sample
         finally:
-            module.disable_tiling()
+            vars(module).update(before)
 
     return decode
 

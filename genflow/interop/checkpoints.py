@@ -172,7 +172,7 @@ def _open_genflow(path: Path, ema: bool) -> Checkpoint:
         raise UserError(f"{folder} holds a {config['model'].get('name')}; only an mmdit has SD3's layout{more}")
     tensors = _genflow_weights(folder, config, ema)
     latent = isinstance(recipe.flow, LatentFlowConfig)
-    _check_velocity(recipe.flow.flow if latent else recipe.flow, folder)
+    check_velocity(recipe.flow.flow if latent else recipe.flow, folder)
     autoencoder, vae, foreign = _autoencoder(recipe.flow.autoencoder, tensors) if latent else (None, {}, None)
     pipeline = getattr(recipe.text, "folder", None)
     there = [] if pipeline is None else [name for name in ENCODERS if (Path(pipeline) / name).is_dir()]
@@ -226,13 +226,13 @@ def _updated(a: torch.Tensor, b: torch.Tensor, weight: torch.Tensor) -> torch.Te
     return (weight.float() + b @ a).to(weight.dtype)
 
 
-def _check_velocity(flow: Any, folder: Path) -> None:
-    """Raises UserError for a flow whose network is not asked as SD3's is."""
+def check_velocity(flow: Any, where: str | Path) -> None:
+    """Raises UserError for a flow, by its config, whose network is not asked as SD3's is."""
     plain = RectifiedFlowConfig()
-    for name in ("prediction", "path", "whiten"):
+    for name in ("prediction", "path", "whiten", "text_mask"):
         if (own := getattr(flow, name, None)) != (theirs := getattr(plain, name)):
             what = f"{name} {to_dict(own)}, where SD3's has {to_dict(theirs)}"
-            raise UserError(f"{folder}: its flow has {what}; another program would draw noise with it")
+            raise UserError(f"{where}: its flow has {what}; another program would draw something else with it")
 
 
 def completed(checkpoint: Checkpoint, like: Checkpoint) -> Checkpoint:

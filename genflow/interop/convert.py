@@ -151,6 +151,14 @@ def shift_of(recipe: Mapping[str, Any]) -> float:
     return float(SAMPLE["shift"] if isinstance(shift, str) else shift)
 
 
+def scheduler_of(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """The config of the diffusers scheduler for a model of this config.json: Euler's where its own solver has none."""
+    sample = {**SAMPLE, **recipe.get("sample", {})}
+    own = [kind for kind, sampler in SCHEDULERS.items() if sampler == sample["sampler"]]
+    kind = own[0] if own and sample["grid"] == SAMPLE["grid"] else PARTS["scheduler"][1]
+    return {"_class_name": kind, "shift": shift_of(recipe)}
+
+
 def _write_genflow(checkpoint: Checkpoint, out: Path) -> list[str]:
     if checkpoint.config is not None:
         raise UserError("that is a genflow model already; copy its folder, or choose --to diffusers or stability")
@@ -192,13 +200,14 @@ def _write_diffusers(checkpoint: Checkpoint, out: Path) -> list[str]:
     if checkpoint.pipeline is None:
         return [f"no text encoders: without tokenizers none can be used; {LIKE}"]
     _write_encoders(checkpoint, out)
+    known = read_json(path) if (path := checkpoint.pipeline / INDEX).exists() else {}
     if checkpoint.config is None and (checkpoint.pipeline / "scheduler").is_dir():
         shutil.copytree(checkpoint.pipeline / "scheduler", out / "scheduler", dirs_exist_ok=True)
     else:
-        scheduler = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": shift_of(recipe_of(checkpoint))}
+        scheduler = scheduler_of(recipe_of(checkpoint))
         (out / "scheduler").mkdir(parents=True, exist_ok=True)
         _write_json(out / "scheduler" / "scheduler_config.json", scheduler)
-    known = read_json(path) if (path := checkpoint.pipeline / INDEX).exists() else {}
+        known["scheduler"] = ["diffusers", scheduler["_class_name"]]
     index = {name: known.get(name, kind) if (out / name).is_dir() else [None, None] for name, kind in PARTS.items()}
     _write_json(out / INDEX, {"_class_name": "StableDiffusion3Pipeline", **index})
     return []

@@ -121,9 +121,14 @@ def from_diffusers(module: Any) -> MMDiT:
 
 @api_export("to_diffusers")
 def to_diffusers(model: MMDiT) -> Any:
-    """A diffusers SD3Transformer2DModel with the weights, dtype and device of a genflow MMDiT."""
+    """A diffusers SD3Transformer2DModel with the weights, dtype and device of a genflow MMDiT.
+
+    Raises UserError for another network.
+    """
     from diffusers import SD3Transformer2DModel
 
+    if not isinstance(model, MMDiT):
+        raise UserError(f"to_diffusers takes an MMDiT, not a {type(model).__name__}")
     state = state_to_diffusers(model.state_dict(), model.config)
     with torch.device("meta"):
         module: Any = SD3Transformer2DModel(**config_to_diffusers(model.config))

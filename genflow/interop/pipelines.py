@@ -11,8 +11,8 @@ from genflow.config import from_dict
 from genflow.errors import UserError
 from genflow.flows.latent import LatentFlow
 from genflow.flows.store import CONFIG, Recipe
-from genflow.interop.checkpoints import open_checkpoint
-from genflow.interop.convert import recipe_of, shift_of
+from genflow.interop.checkpoints import check_velocity, open_checkpoint
+from genflow.interop.convert import recipe_of, scheduler_of
 from genflow.interop.diffusers import to_diffusers
 from genflow.interop.layouts import TABLE
 from genflow.registry import api_export
@@ -53,8 +53,8 @@ def open_pipeline(path: str | Path, *, device: str | torch.device = "cpu") -> La
 def to_pipeline(flow: LatentFlow) -> Any:
     """A diffusers StableDiffusion3Pipeline of the same weights; its `save_pretrained` writes a folder that diffusers opens.
 
-    Its scheduler has the flow's shift (`recipe`), applied twice as diffusers does. Raises UserError for a flow whose text
-    or autoencoder is not SD3's.
+    Its scheduler has the flow's solver, where diffusers has it, and shift (`recipe`), applied twice as diffusers does.
+    Raises UserError for a flow whose text or autoencoder is not SD3's, or whose network is another or not asked as SD3's.
     """
     import diffusers
 
@@ -66,13 +66,16 @@ def to_pipeline(flow: LatentFlow) -> Any:
         raise UserError(
             f"a StableDiffusion3Pipeline hears text sd3, not a {type(flow.text).__name__}; convert the parts"
         )
+    transformer = to_diffusers(flow.flow.network)  # type: ignore[arg-type]
+    check_velocity(flow.flow.config, "to_pipeline")
     parts: dict[str, Any] = {}
     for name, (encoder, tokenizer) in FOLDERS.items():
         loaded = flow.text.parts[name].network() if name in flow.text.parts else (None, None)
         parts[tokenizer], parts[encoder] = loaded
+    scheduler = scheduler_of(flow.recipe or {})
     return diffusers.StableDiffusion3Pipeline(
-        transformer=to_diffusers(flow.flow.network),  # type: ignore[arg-type]
+        transformer=transformer,
         vae=flow.autoencoder.module,
-        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=shift_of(flow.recipe or {})),
+        scheduler=getattr(diffusers, scheduler["_class_name"])(shift=scheduler["shift"]),
         **parts,
     )

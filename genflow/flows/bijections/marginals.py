@@ -60,7 +60,7 @@ class Marginals(Bijection):
         self.edges.copy_(_quantile(total, rest)[:, 1:-1])
 
     def _cell(self, x: Tensor) -> Tensor:
-        return ((x.detach() + 1) * (self.cells / 2)).floor().clamp(-1, self.cells).long() + 1
+        return ((x.detach() + 1) * (self.cells / 2)).floor().clamp(-1, self.cells).nan_to_num(-1).long() + 1
 
     def forward(self, x: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
         rows = self._rows(x)
