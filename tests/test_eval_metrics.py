@@ -153,6 +153,7 @@ def test_own_found_counts_those_nearest_to_their_own():
     mixed = own[[1, 1, 2, 3, 4, 5]]  # the first is the second's
     assert own_found(mixed, own) == 5 / 6 and own_found(mixed, own, gallery=1) == 1
     assert own_found(own.roll(-1, 0), own, gallery=3) == 0
+    assert own_found(torch.zeros(6, 2), torch.zeros(6, 2), gallery=3) == pytest.approx(1 / 3)
 
 
 @pytest.mark.parametrize(

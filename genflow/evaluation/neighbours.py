@@ -121,19 +121,21 @@ def copying(samples: Tensor, held_out: Tensor, known: Tensor) -> float:
 def own_found(samples: Tensor, own: Tensor, gallery: int = 256) -> float:
     """Part of N samples whose nearest of `gallery` real ones is their own: that of the same number, N x D both.
 
-    The others are those of the next numbers. By chance it is 1 / gallery, or 1 / N where N is less. Raises UserError for
-    sets that are none, and a gallery of none.
+    The others are those of the next numbers. Several that are as near share the sample. By chance it is 1 / gallery, or 1 / N
+    where N is less. Raises UserError for sets that are none, and a gallery of none.
     """
     checked(samples, own)
     if gallery < 1:
         raise UserError(f"a gallery of {gallery} has no place for a sample's own; 256 is usual")
     if len(samples) != len(own):
         raise UserError(f"{len(samples)} samples and {len(own)} real ones: each sample needs its own")
-    n, found = len(own), 0
+    n, found = len(own), 0.0
     gallery = min(gallery, n)
     for rows, part in _parts(samples):
         band = (rows[:, None] + torch.arange(gallery)) % n
-        found += int((distances(part, own).gather(1, band).argmin(1) == 0).sum())
+        near = distances(part, own).gather(1, band)
+        nearest = near == near.amin(1, keepdim=True)
+        found += float((nearest[:, 0] / nearest.sum(1)).sum())
     return found / n
 
 
