@@ -311,3 +311,37 @@ def test_a_run_can_be_trained_in_a_thread(runs, tmp_path):
 
     with ThreadPoolExecutor(1) as pool:
         assert pool.submit(train, config_of(runs, "glow", tmp_path)).result() == tmp_path / "run"
+
+
+def test_steps_of_a_sampler_that_chooses_its_own_are_refused(runs, tmp_path, capsys):
+    draw = ["sample", str(runs / "deaf"), "--sampler", "dopri5", "--out", str(tmp_path)]
+    for option, value in {"--steps": "3", "--grid": "karras", "--shift": "2"}.items():
+        assert main([*draw, option, value]) == 2
+        assert f"{option} does nothing for sampler 'dopri5'" in capsys.readouterr().err
+    assert main([*draw, "--option", "rtol=0.1"]) == 0
+
+
+def test_what_to_type_next_can_be_typed(runs, tmp_path, capsys):
+    run = tmp_path / "a run"
+    assert main(["train", str(runs / "deaf.yaml"), f"out={run}"]) == 0
+    assert f"genflow sample '{run}'" in capsys.readouterr().err
+    run = tmp_path / "another run"
+    assert main(["train", str(runs / "ae.yaml"), f"out={run}"]) == 0
+    assert f"genflow eval '{run}'" in capsys.readouterr().err
+
+
+def test_long_names_are_apart_from_what_they_are(capsys):
+    assert main(["info", "bijection"]) == 0
+    assert "  transformer_autoregressive z_i" in capsys.readouterr().out
+
+
+def test_an_autoencoder_of_pictures_without_a_split_says_which_is_missing(runs, tmp_path, capsys):
+    (tmp_path / "pictures").mkdir()
+    for i in range(2):
+        Image.new("RGB", (16, 16), (i, 0, 0)).save(tmp_path / "pictures" / f"{i}.png")
+    data = f"data={{name: folder, path: {tmp_path / 'pictures'}, size: 16}}"
+    assert main(["train", str(runs / "ae.yaml"), f"out={tmp_path / 'ae'}", data]) == 0
+    capsys.readouterr()
+    assert main(["eval", str(tmp_path / "ae")]) == 2
+    error = capsys.readouterr().err
+    assert "reconstruction: left out" in error and "no subfolder 'test'" in error and "split 'train'" in error

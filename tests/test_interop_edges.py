@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -207,3 +210,9 @@ def test_a_lora_of_no_weight_changes_nothing_of_wide_weights(tmp_path):
     before = weight.clone()
     load_lora(network, tmp_path / "lora.safetensors", weight=0.0)
     assert torch.equal(weight, before)
+
+
+def test_bitsandbytes_says_nothing_where_diffusers_opens_it():
+    code = "import genflow.interop.autoencoder, logging; print(logging.getLogger('bitsandbytes').level)"
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(told.stdout) == logging.ERROR

@@ -68,3 +68,9 @@ def test_a_grid_shows_each_picture_in_its_place(channels):
 def test_a_grid_of_captions_that_do_not_match_is_refused():
     with pytest.raises(ValueError):
         caption_grid(torch.zeros(2, 3, 8, 8), ["one"])
+
+
+def test_letters_beyond_ascii_are_drawn_and_not_a_box():
+    black = torch.zeros(1, 3, 16, 16)
+    drawn = {letter: caption_grid(black, [letter]).image.tobytes() for letter in "éüłЖΩ"}
+    assert len(set(drawn.values())) == len(drawn)

@@ -161,3 +161,9 @@ def test_a_model_of_another_path_takes_a_number_or_a_tensor_for_its_time():
     assert torch.equal(alone, model(z, torch.full((3,), 0.5))) and alone.dtype == torch.float32
     back = velocity_from(model, path, "eps")(z, torch.full((3,), 0.4))
     torch.testing.assert_close(back, -z, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("sampler", [euler, heun, dopri5, unipc, picard])
+def test_a_velocity_that_returns_a_tuple_is_told_so(sampler):
+    with pytest.raises(UserError, match=r"the velocity returned a tuple, not a tensor"):
+        sampler(lambda x, t: (x,), torch.ones(2, 3), [1.0, 0.5, 0.0])

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from toy_tokens import CLASSES, GreyConfig, model, run_config
 
 from genflow.ar.decoders import Ancestral, GumbelCoupled, Speculative, SpeculativeTree
@@ -453,6 +454,13 @@ def test_genflow_plot_shows_which_tokens_each_pass_settled(trained, tmp_path, ca
     assert "the tokens that each pass of the model settled" in out and (tmp_path / "strip.png").stat().st_size > 2000
     says = command(capsys, "plot", trained, "--what", "grid", "--out", tmp_path, code=2)
     assert "a TokenFlow has no velocity" in says
+
+
+def test_genflow_edit_does_not_send_a_model_of_tokens_into_another_mistake(trained, tmp_path, capsys):
+    Image.new("RGB", (8, 8)).save(tmp_path / "p.png")
+    for way in (["--prompt", ""], ["--into", tmp_path / "p.png"]):
+        says = command(capsys, "edit", trained, tmp_path / "p.png", *way, "--out", tmp_path / "e", code=2)
+        assert "a TokenFlow, which draws pictures and edits none" in says
 
 
 def test_a_strip_outlines_guesses_and_own_draws_apart():

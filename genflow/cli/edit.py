@@ -147,6 +147,10 @@ def _between(
 
     from genflow.samplers.interpolation import slerp
 
+    if hasattr(flow, "tokenizer"):
+        raise UserError(
+            f"{args.run} is a {type(flow).__name__}, which draws pictures and edits none; see genflow sample"
+        )
     if not args.into:
         raise UserError(
             f"{args.run} is a {type(flow).__name__}, which has no velocity: it can only go --into a picture"

@@ -73,7 +73,7 @@ def _list(kind: str) -> None:
         about = entry or getattr(tag_of(resolve(kind, name)), "metadata", {})
         summary = entry["summary"] if entry else (inspect.getdoc(resolve(kind, name)) or "").partition("\n")[0]
         kept = "" if "lossless" not in about else "lossless  " if about["lossless"] else "LOSSY     "
-        print(f"  {name:22}{kept}{summary.removeprefix('Lossy: ')}")
+        print(f"  {name:21} {kept}{summary.removeprefix('Lossy: ')}")
     print()
 
 

@@ -217,6 +217,19 @@ def refuse_unheard(args: argparse.Namespace, flow: Any, *prompts: str) -> None:
         )
 
 
+def refuse_fixed_steps(args: argparse.Namespace, settings: dict[str, Any]) -> None:
+    """Raises UserError for a number of steps, a grid and a shift where the sampler takes steps of its own from 1 to 0."""
+    from genflow.flows.prepared import family
+
+    if family(settings.get("sampler", "heun")) == "adaptive":
+        for option in ("steps", "grid", "shift"):
+            if getattr(args, option) is not None:
+                raise UserError(
+                    f"--{option} does nothing for sampler {settings['sampler']!r}, which chooses its own steps; "
+                    "--option rtol=1e-3 makes them fewer"
+                )
+
+
 def refuse_sampling(args: argparse.Namespace) -> None:
     """Raises UserError for the options of sampling where a bijection is only run there and back."""
     for option in ("temperature", "guidance", "inverse"):

@@ -11,7 +11,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from genflow.cli.options import add_dtype, add_lora, add_solving, open_model, real_data, refuse_dtype, writable
+from genflow.cli.options import (
+    add_dtype,
+    add_lora,
+    add_solving,
+    open_model,
+    real_data,
+    refuse_dtype,
+    refuse_fixed_steps,
+    writable,
+)
 from genflow.errors import UserError
 
 if TYPE_CHECKING:
@@ -71,6 +80,7 @@ def run(args: argparse.Namespace) -> int:
 
     out = writable(args.out)
     flow, settings = open_model(args)
+    refuse_fixed_steps(args, settings)
     if not prompts and flow.text.max_tokens:
         raise UserError('nothing to draw: give --prompt "...", --prompt-file FILE or --class NAME')
     if prompts and not flow.text.max_tokens:

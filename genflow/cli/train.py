@@ -25,12 +25,12 @@ def run(args: argparse.Namespace) -> int:
         print(f"stopped and saved; to go on: {again}", file=sys.stderr)
         return 130
     if os.environ.get("RANK", "0") == "0":  # of several processes, one says so
-        recipe = read_config(find_model(folder))
+        recipe, run = read_config(find_model(folder)), shlex.quote(str(folder))
         if recipe["flow"]["name"] == "autoencoder":  # which draws nothing
-            print(f"trained: {folder}; to measure: genflow eval {folder}", file=sys.stderr)
+            print(f"trained: {folder}; to measure: genflow eval {run}", file=sys.stderr)
             return 0
         text = recipe["text"]
         words = {"none": "", "labels": f" --class {shlex.quote(str(text.get('classes', ['...'])[0]))}"}
         prompt = words.get(text["name"], ' --prompt "..."')
-        print(f"trained: {folder}; to draw: genflow sample {folder}{prompt}", file=sys.stderr)
+        print(f"trained: {folder}; to draw: genflow sample {run}{prompt}", file=sys.stderr)
     return 0

@@ -74,6 +74,7 @@ class FolderConfig:
         if not folder.is_dir():
             if split != "train":
                 near = nearest_name(split, [p.name for p in root.iterdir() if p.is_dir()])
+                near = near or " Make one, or ask for split 'train'."
                 raise UserError(f"data folder: {root} has no subfolder {split!r} for that split.{near}")
             folder, others = root, [p for p in root.iterdir() if p.is_dir() and p.name.lower() in NOT_TRAIN]
         mine: Callable[[Path], bool] = lambda path: not any(map(path.is_relative_to, others))

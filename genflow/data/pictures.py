@@ -9,7 +9,7 @@ import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -78,6 +78,15 @@ def read_settings(path: str | Path) -> dict[str, object]:
     return settings
 
 
+def font_for(captions: Sequence[str]) -> Any:
+    """Pillow's own font, or for words beyond ASCII, of which it has next to none, matplotlib's."""
+    if all(map(str.isascii, captions)):
+        return ImageFont.load_default(11)
+    import matplotlib
+
+    return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf", 10)
+
+
 @api_export("caption_grid")
 def caption_grid(
     images: Tensor,
@@ -94,7 +103,7 @@ def caption_grid(
     columns = columns or min(8, max(1, round(len(images) ** 0.5)))
     height, width = images.shape[-2:]
     zoom = max(1, cell // max(height, width))
-    w, h, font = width * zoom, height * zoom, ImageFont.load_default(11)
+    w, h, font = width * zoom, height * zoom, font_for(captions)
     chars, line = max(w // 6, 4), 13
     lines = [textwrap.wrap(c.replace("\0", " "), chars, max_lines=2, placeholder="…") for c in captions]
     text_height = line * max((len(each) for each in lines), default=0) + 4

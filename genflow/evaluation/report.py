@@ -142,7 +142,8 @@ class _Run:
             else:
                 chosen.append(metric)
         if not chosen:
-            metric, why = list(self.left_out.items())[-1]
+            metric = "reconstruction" if "reconstruction" in self.left_out else list(self.left_out)[-1]
+            why = self.left_out[metric]
             raise UserError(f"there is nothing to measure this model with; {metric}: left out, {why}")
         return chosen
 

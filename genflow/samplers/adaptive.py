@@ -299,7 +299,7 @@ class _Solve:
 
     def _v(self, velocity: Velocity, x: Tensor, t: Tensor) -> Tensor:
         v = velocity(x, t)
-        return v if v.shape == x.shape and v.dtype == x.dtype else as_state(v, x)
+        return v if isinstance(v, Tensor) and v.shape == x.shape and v.dtype == x.dtype else as_state(v, x)
 
     def _evaluations(self, rows: _Rows) -> Tensor:
         return 2 * rows.starts + len(self.pair.c) * rows.attempts

@@ -155,7 +155,7 @@ class Solve:
             if time not in self._times:  # within a step: most likely in the middle, then of every step
                 self._add_times([time, *(t + (t_next - t) / 2 for t, t_next in pairwise(self.grid))])
             v = self.velocity(x, self._times[time])
-        return v if v.shape == x.shape and v.dtype == x.dtype else as_state(v, x)
+        return v if isinstance(v, Tensor) and v.shape == x.shape and v.dtype == x.dtype else as_state(v, x)
 
     def _add_times(self, times: list[float]) -> None:
         column = torch.tensor(times, dtype=self.x.dtype, device="cpu").unsqueeze(1).to(self.x.device, non_blocking=True)
@@ -247,6 +247,9 @@ def check_grid(grid: Sequence[float]) -> list[float]:
 
 def as_state(v: Tensor, x: Tensor) -> Tensor:
     """What a velocity answered, in the dtype of the state. Raises UserError for another shape or no real number."""
+    if not isinstance(v, Tensor):
+        kind = type(v).__name__
+        raise UserError(f"the velocity returned a {kind}, not a tensor; give what is in it, such as its [0] or .sample")
     if v.shape != x.shape:
         raise UserError(f"the velocity returned {tuple(v.shape)} for a state of {tuple(x.shape)}; they must be alike")
     if not v.dtype.is_floating_point:
