@@ -272,7 +272,10 @@ def _build_dataclass(schema: Any, node: _Node, path: str) -> Any:
     try:
         return schema(**values)
     except ValueError as error:
-        raise UserError(f"{node.where}: {path + ': ' if path else ''}{error}") from error
+        at_fault = given.get(
+            str(error).partition(" ")[0], node
+        )  # such an error begins with the key, where it is of one
+        raise UserError(f"{at_fault.where}: {path + ': ' if path else ''}{error}") from error
 
 
 def _owner(hint: Any) -> Owned | None:

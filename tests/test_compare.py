@@ -188,7 +188,18 @@ def test_different_data_are_said_first_and_nothing_of_them_is_best(pages):
     found, text = pages["two"]
     assert not pages["one"][0]["notices"] and found["notices"]
     assert text.index("of different data") < text.index("Summary")
+    assert "folder (pics, size 8" in found["notices"][0]
     assert found["best"]["FD"] == [] and found["best"]["parameters"] and pages["one"][0]["best"]["FD"]
+
+
+def test_a_model_that_cannot_be_measured_is_named(where, monkeypatch, capsys):
+    def refused(*_args, **_more):
+        raise UserError("there is nothing to measure")
+
+    monkeypatch.chdir(where)
+    monkeypatch.setattr(room, "evaluate", refused)
+    assert main(["compare", "glow", "unet", "-n", "8", "--features", "pixels", "--out", "c"]) == 2
+    assert "glow: there is nothing to measure" in capsys.readouterr().err
 
 
 def test_the_numbers_are_those_of_eval(where, monkeypatch):

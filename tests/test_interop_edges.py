@@ -20,6 +20,7 @@ from genflow.cli import main
 from genflow.data.pictures import read_settings
 from genflow.errors import UserError
 from genflow.flows.paths import CosinePath
+from genflow.flows.store import load
 from genflow.interop.checkpoints import open_checkpoint
 from genflow.interop.convert import convert, recipe_of
 from genflow.interop.diffusers import to_diffusers
@@ -169,6 +170,14 @@ def test_a_text_mask_is_not_lost_in_a_conversion(pipe, tmp_path):
     path.write_text(json.dumps(config))
     with pytest.raises(UserError, match="its flow has text_mask True, where SD3.s has False"):
         convert(tmp_path / "model", tmp_path / "out")
+
+
+def test_parts_without_an_index_are_told_from_a_model_that_was_cut_short(tmp_path):
+    (tmp_path / "transformer").mkdir()
+    with pytest.raises(
+        UserError, match="parts of a diffusers pipeline, but no model_index.json; .* --like adds the rest"
+    ):
+        load(tmp_path)
 
 
 def test_another_network_is_no_transformer_of_diffusers():

@@ -209,13 +209,12 @@ def _write(found: Evaluation, made: dict[str, Any], plan: Plan, out: Path) -> No
         "made": made,
     }
     write_atomic(out / FIGURES, lambda file: file.write((json.dumps(about, indent=2) + "\n").encode()))
-    print(f"with all that made them in {out / FIGURES}", end="")
+    print(f"with all that made them in {out / FIGURES}")
     if found.picture is not None:
         from dataclasses import replace
 
         replace(found.picture, settings={"model": made["model"], "seed": plan.seed}).save_atomic(out / "nearest.png")
-        print(f"; samples beside their nearest training pictures in {out / 'nearest.png'}", end="")
-    print()
+        print(f"samples beside their nearest training pictures in {out / 'nearest.png'}")
 
 
 def finite(value: Any) -> Any:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -170,7 +171,10 @@ def _entry(who: Contestant, plan: Plan, prompts: Sequence[str], reals: Reals, ba
     def measured(sampling: Mapping[str, Any], metrics: Sequence[str]) -> Evaluation:
         asked = replace(plan, sampling=dict(sampling), metrics=tuple(metrics), dtype=dtype)
         about: dict[str, Any] = {"name": who.section["name"], "features": who.features, "bar": bar}
-        return evaluate(who.flow, who.data, asked, **about, reals=reals, strict=False)
+        try:
+            return evaluate(who.flow, who.data, asked, **about, reals=reals, strict=False)
+        except UserError as error:
+            raise UserError(f"{who.name}: {error}") from error
 
     found = measured(who.sampling, plan.metrics)
     curve = [point] if (point := _point(found, who.sampling.get("steps") if who.by_steps else None)) else []
@@ -272,7 +276,8 @@ def _and(names: Sequence[str]) -> str:
 
 def _about(who: Contestant) -> str:
     more = {k: v for k, v in who.section.items() if k not in ("name", "root", "path") and v not in (None, [], ())}
-    told = ", ".join(f"{k} {v}" for k, v in list(more.items())[:3])
+    path = who.section.get("path")
+    told = ", ".join([*([Path(path).name] if path else []), *(f"{k} {v}" for k, v in list(more.items())[:3])])
     return f"{who.section['name']}{f' ({told})' if told else ''} as {' x '.join(map(str, who.flow.shape))}"
 
 

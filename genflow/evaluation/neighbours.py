@@ -121,8 +121,8 @@ def copying(samples: Tensor, held_out: Tensor, known: Tensor) -> float:
 def own_found(samples: Tensor, own: Tensor, gallery: int = 256) -> float:
     """Part of N samples whose nearest of `gallery` real ones is their own: that of the same number, N x D both.
 
-    The others are those of the next numbers. Several that are as near share the sample. By chance it is 1 / gallery, or 1 / N
-    where N is less. Raises UserError for sets that are none, and a gallery of none.
+    The others are those of the next numbers. Several that are as near share the sample. By chance it is 1 / gallery, or
+    1 / N where N is less. Raises UserError for sets that are none, and a gallery of none.
     """
     checked(samples, own)
     if gallery < 1:

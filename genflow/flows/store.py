@@ -266,6 +266,10 @@ def read_config(folder: Path) -> dict[str, Any]:
     except FileNotFoundError:
         if (folder / "model_index.json").exists():
             raise UserError(f"{folder} is a pipeline of diffusers; genflow convert it first") from None
+        if (folder / "transformer").is_dir():
+            raise UserError(
+                f"{folder} has parts of a diffusers pipeline, but no model_index.json; genflow convert --like adds the rest"
+            ) from None
         raise UserError(f"{folder} has no {CONFIG}: it is no run or model, or its saving was cut short") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is damaged ({error}); copy it again or save the model again") from error

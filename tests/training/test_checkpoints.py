@@ -115,7 +115,7 @@ def test_weights_that_are_shared_and_counts_in_python_come_back(tmp_path):
 
 @pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM])
-def test_the_first_signal_waits_for_the_step_and_the_second_does_not(first, second):
+def test_the_first_signal_waits_for_the_step_and_the_second_does_not(first, second, capfd):
     def at_once(number, _frame):
         raise InterruptedError(number)
 
@@ -125,8 +125,10 @@ def test_the_first_signal_waits_for_the_step_and_the_second_does_not(first, seco
         with stop_signal() as caught:
             signal.raise_signal(first)
             assert caught == [first]
+            assert capfd.readouterr().err == "stopping after this step; the same again stops at once\n"
             with pytest.raises(InterruptedError):
                 signal.raise_signal(second)
+            assert not capfd.readouterr().err
         with stop_signal():
             assert at_once not in map(signal.getsignal, both)
         assert [signal.getsignal(each) for each in both] == [at_once] * 2
