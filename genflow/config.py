@@ -159,7 +159,7 @@ def _override(root: _Node, text: str) -> None:
             child = _Node({} if child is None or child.value is None else {"name": child}, where)
             node.value[part] = child
         node = child
-    if value.strip()[:1] in ("", "#"):  # to YAML, a comment
+    if value.strip()[:1] in ("", *"#*%@`"):  # to YAML, comments, aliases of nothing, and no beginnings at all
         new = _Node(value.strip(), where)
     else:
         new = _parse(value, where, line_numbers=False)

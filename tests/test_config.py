@@ -82,6 +82,11 @@ def test_a_choice_given_by_its_fields_is_the_default_one(tmp_path):
     assert read(tmp_path, "steps: 5\ndensity: {std: 2}\n").density == LogitNormal(std=2.0)
 
 
+@pytest.mark.parametrize("text", ["*.tar", "**/*.parquet", "%d.png", "@home", "`x`"])
+def test_an_override_may_begin_with_what_yaml_has_for_itself(tmp_path, text):
+    assert read(tmp_path, "steps: 5\n", f"inner.text={text}").inner.text == text
+
+
 def test_overrides(tmp_path):
     assert read(tmp_path, "steps: 5\ninner:\n", "inner.rate=2").inner == Inner(rate=2.0)
     got = read(

@@ -327,6 +327,43 @@ def test_names_in_capitals_and_tables_with_a_byte_order_mark_are_read(tmp_path):
     assert FolderConfig(str(tmp_path), size=16).build().captions == ["a cat"]
 
 
+def test_a_byte_order_mark_is_no_part_of_a_caption(tmp_path):
+    (tmp_path / "a.png").write_bytes(png())
+    (tmp_path / "a.txt").write_text("a cat", encoding="utf-8-sig")
+    assert FolderConfig(str(tmp_path)).build().captions == ["a cat"]
+
+
+def test_a_caption_with_commas_is_not_cut_at_the_first(tmp_path):
+    (tmp_path / "a.png").write_bytes(png())
+    (tmp_path / "metadata.csv").write_text("file_name,caption\na.png,a cat, asleep\n")
+    with pytest.raises(
+        UserError, match=r"metadata\.csv: row 1 has more cells than the header; put a caption with commas"
+    ):
+        FolderConfig(str(tmp_path)).build()
+    (tmp_path / "metadata.csv").write_text("file_name,caption\na.png,a cat,\n")
+    assert FolderConfig(str(tmp_path)).build().captions == ["a cat"]
+
+
+def test_linked_folders_are_looked_into_and_not_in_circles(tmp_path):
+    (folder := tmp_path / "set").mkdir()
+    for place in (folder / "dogs", tmp_path / "elsewhere"):
+        place.mkdir()
+        (place / "a.png").write_bytes(png())
+    (folder / "cats").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "up").symlink_to(folder)
+    dataset = FolderConfig(str(folder)).build()
+    assert dataset.identifiers == ["cats/a.png", "dogs/a.png"] and dataset.captions == ["cats", "dogs"]
+
+
+def test_a_folder_that_may_not_be_read_costs_one_line(tmp_path, monkeypatch):
+    def refuse(path, *args):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "is_file", refuse)
+    with pytest.raises(UserError, match=r"data folder: .*metadata\.jsonl: Permission denied"):
+        FolderConfig(str(tmp_path)).build()
+
+
 def test_fit_averages_what_it_shrinks():
     x = np.zeros((32, 32, 3), dtype=np.uint8)
     x[::2] = 255

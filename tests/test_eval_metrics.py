@@ -281,6 +281,26 @@ def test_a_copy_on_the_edge_of_a_neighbourhood_is_among_them():
     assert vars(precision_recall(real, torch.tensor([[-1.0], [3.0]]), k=1)) == {"precision": 1.0, "recall": 1.0}
 
 
+def test_rounding_moves_nothing_over_the_edge_of_a_neighbourhood():
+    """Many points of a lattice are exactly as far as the k-th nearest."""
+    real, samples = (torch.randint(0, 3, (n, 4), generator=torch.Generator().manual_seed(n)) for n in (200, 150))
+    squares = lambda a, b: (a[:, None] - b).square().sum(-1)
+    radii = squares(real, real).sort(1).values[:, 5]
+    held = squares(real, samples) <= radii[:, None]
+    found = density_coverage(real / 255, samples / 255)
+    assert found.density == pytest.approx(int(held.sum()) / (5 * 150))
+    assert found.coverage == pytest.approx(float(held.any(1).double().mean()))
+    among = (squares(samples, real) <= squares(real, real).sort(1).values[:, 3]).any(1)
+    assert precision_recall(real / 255, samples / 255).precision == pytest.approx(float(among.double().mean()))
+
+
+def test_captions_that_cannot_be_told_apart_are_found_no_more_often_than_by_chance():
+    vectors = torch.eye(3).repeat_interleave(2, 0)
+    assert recall_at(caption_ranks(vectors, vectors, torch.arange(6)), 1) == 0.5
+    alike = draw(1, 7).expand(129, 7)
+    assert caption_ranks(draw(100, 7, seed=1), alike, torch.arange(100)).tolist() == [64.0] * 100
+
+
 def test_a_feature_that_never_varies_says_nothing():
     x, y = draw(30, 4), draw(30, 3, seed=1)
     still = torch.cat([x, torch.full((30, 1), 7.0, dtype=x.dtype)], 1)

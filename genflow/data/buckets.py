@@ -129,16 +129,18 @@ def stamps(dataset: ImageDataset) -> list[tuple[int, int]]:
 
 def digests(dataset: ImageDataset) -> list[str]:
     """What tells the content of each of `dataset.files`, and survives a copy: of its length, its beginning and its end."""
-    found = []
-    for name in dataset.files:
-        with open(name, "rb") as file:
-            length = file.seek(0, os.SEEK_END)
-            content = hashlib.sha256(str(length).encode())
-            for place in (0, max(length - ENDS, 0)):
-                file.seek(place)
-                content.update(file.read(ENDS))
-        found.append(content.hexdigest())
-    return found
+    return [digest(name) for name in dataset.files]
+
+
+def digest(name: str | Path) -> str:
+    """Of one file. Raises OSError."""
+    with open(name, "rb") as file:
+        length = file.seek(0, os.SEEK_END)
+        content = hashlib.sha256(str(length).encode())
+        for place in (0, max(length - ENDS, 0)):
+            file.seek(place)
+            content.update(file.read(ENDS))
+    return content.hexdigest()
 
 
 def _sizes(dataset: ImageDataset) -> Tensor:

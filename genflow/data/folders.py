@@ -5,7 +5,8 @@ from __future__ import annotations
 import csv
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -64,7 +65,11 @@ class FolderConfig:
 
     def build(self, split: str = "train") -> ImageDataset:
         """Raises UserError for a folder that is missing or empty, and for captions without pictures."""
-        return bucketed(self._open(split), self.buckets, self.size)
+        try:
+            found = self._open(split)
+        except PermissionError as error:
+            raise UserError(f"data folder: {error.filename or self.path}: {error.strerror}") from error
+        return bucketed(found, self.buckets, self.size)
 
     def _open(self, split: str) -> ImageDataset:
         root = existing(self.path, "data folder")
@@ -82,15 +87,27 @@ class FolderConfig:
         for table, taken in ((place / name, how) for place, how in ((folder, mine), (root, inside)) for name in TABLES):
             if table.is_file() and (found := _from_table(table, taken)):
                 return found
-        pictures = sorted(p for p in folder.rglob("*") if _is_picture(p.relative_to(folder), folder) and mine(p))
+        pictures = sorted(p for p in _below(folder) if _is_picture(p.relative_to(folder), folder) and mine(p))
         if not pictures:
-            texts = len(list(folder.rglob("*.txt")))
+            texts = sum(p.suffix == ".txt" for p in _below(folder))
             beside = f" ({texts} .txt files are there, but no pictures beside them)" if texts else ""
             but = f" outside {', '.join(p.name for p in others)}" if others else ""
             known = " ".join(sorted(SUFFIXES))
             raise UserError(f"data folder: {folder} holds no pictures{but}{beside}; known are {known}")
         captions = [_caption_of(p, folder) for p in pictures]
         return ImageDataset(captions, [str(p.relative_to(folder)) for p in pictures], pictures.__getitem__)
+
+
+def _below(folder: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
+    """What lies in a folder and in those below it, linked ones too, but for links that lead back up."""
+    if (here := folder.resolve()) in above:
+        return
+    with suppress(PermissionError):
+        for path in folder.iterdir():
+            if path.is_dir():
+                yield from _below(path, (*above, here))
+            else:
+                yield path
 
 
 def _is_picture(name: Path, folder: Path) -> bool:
@@ -102,7 +119,7 @@ def _is_picture(name: Path, folder: Path) -> bool:
 def _caption_of(picture: Path, root: Path) -> str:
     text = picture.with_suffix(".txt")
     if text.is_file():
-        return " ".join(text.read_text(encoding="utf-8", errors="replace").split())
+        return " ".join(text.read_text(encoding="utf-8-sig", errors="replace").split())
     return picture.parent.name.replace("_", " ") if picture.parent != root else ""
 
 
@@ -135,9 +152,12 @@ def _from_table(table: Path, taken: Callable[[Path], bool]) -> ImageDataset | No
 def _read_csv(table: Path) -> list[dict[str, Any]]:
     try:
         with table.open(encoding="utf-8-sig", newline="") as file:
-            return list(csv.DictReader(file))
+            rows = list(csv.DictReader(file))
     except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{table}: not a table of comma-separated UTF-8 text: {error}") from error
+    if long := [i for i, row in enumerate(rows, 1) if any(row.get(None, ()))]:  # type: ignore[call-overload]
+        raise UserError(f"{table}: row {long[0]} has more cells than the header; put a caption with commas in quotes")
+    return rows
 
 
 def _read_jsonl(table: Path) -> list[dict[str, Any]]:

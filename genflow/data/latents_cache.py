@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from genflow.data.buckets import digests, stamps
+from genflow.data.buckets import digest, digests, stamps
 from genflow.data.images import BadImage, ImageDataset
 from genflow.data.latents import DTYPES, HEAD, Encoder, names, read_head
 from genflow.data.locks import lock
@@ -74,8 +74,8 @@ def cache_latents(
         raise UserError(f"dtype = {dtype!r} is unknown; choose from: {', '.join(DTYPES)}")
     if batch < 1:
         raise UserError(f"batch = {batch} is too few; the least is 1")
-    parts = _parts(dataset, shape, encoder.factor)
-    files = [*(length for length, _ in stamps(dataset)), *digests(dataset)]  # not the time, which a copy changes
+    parts, stamped = _parts(dataset, shape, encoder.factor), bool(stamps(dataset))
+    files = [*(_content(dataset, i) for i in range(len(dataset)) if stamped), *digests(dataset)]
     captions = list(dict.fromkeys(dataset.captions)) if text.fingerprint() is not None else []
     pieces = [captions[i : i + SHARD] for i in range(0, len(captions), SHARD)]
     head = {
@@ -221,6 +221,14 @@ def _texts(text: TextEncoder, captions: list[str]) -> dict[str, Tensor]:
 
 
 # -------------------------------------------------------------------------------------------------------------- the disk
+
+
+def _content(dataset: ImageDataset, i: int) -> str:
+    """What tells the content of a picture that is a file of its own, and not its time, which a copy changes."""
+    try:
+        return digest(source) if isinstance(source := dataset.read(i), Path) else ""
+    except (OSError, BadImage):
+        return ""
 
 
 def _digest(content: object) -> str:

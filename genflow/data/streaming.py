@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -52,7 +52,8 @@ class _Sample:
 class WebDatasetConfig:
     """WebDataset shards: tar files of pictures with .txt or .json captions. path: a file, a folder or a glob.
 
-    image, caption: extensions to take, where a sample has several; without image, a sample may have a picture of any kind.
+    image, caption: extensions to take, where a sample has several; without them, a sample may have a picture, and a caption,
+    of any kind.
     buffer: 0 shuffles all samples, wherever they lie; more takes the shards of an epoch one after another, in an order of
     its own, and shuffles within a window of so many samples, so that disks read nearly straight on. The heads of a shard
     are read once, and kept until the shard changes.
@@ -99,7 +100,7 @@ class WebDatasetConfig:
                 raise BadImage(_reason(error)) from error
 
         dataset = ImageDataset(
-            [_caption(sample.texts.get(caption, ""), caption) for sample in samples],
+            [_caption(sample, (caption,) if self.caption else (caption, *TEXTS), opened) for sample in samples],
             [f"webdataset[{sample.key}]" for sample in samples],
             read,
             order=partial(stream_order, [len(shard) for shard in shards], self.buffer) if self.buffer else None,
@@ -134,8 +135,14 @@ def stream_order(counts: Sequence[int], buffer: int, seed: int, epoch: int) -> T
     return (turn + buffer * rng.uniform("buffer", torch.arange(len(turn)))).argsort(stable=True)
 
 
-def _caption(text: str, extension: str) -> str:
-    if extension != "json":
+def _caption(sample: _Sample, extensions: Sequence[str], opened: Callable[[str], Any]) -> str:
+    """The text of the first of these members that a sample has."""
+    extension = next((each for each in extensions if each in sample.members), "")
+    text = sample.texts.get(extension, "")
+    if extension and extension not in TEXTS:
+        offset, size = sample.members[extension]
+        text = os.pread(opened(sample.shard).fileno(), min(size, LONGEST), offset).decode("utf-8-sig", errors="replace")
+    if extension.rpartition(".")[2] != "json":
         return " ".join(text.split())
     try:
         return text_of(json.loads(text))
@@ -146,7 +153,7 @@ def _caption(text: str, extension: str) -> str:
 def _index(shard: str) -> list[_Sample]:
     """The samples of a shard, by what an earlier reading left. Raises UserError for a file that is none."""
     about = os.stat(shard)
-    name = hashlib.sha256(f"{os.path.abspath(shard)} {about.st_size} {about.st_mtime_ns}".encode()).hexdigest()[:24]
+    name = hashlib.sha256(f"2 {os.path.abspath(shard)} {about.st_size} {about.st_mtime_ns}".encode()).hexdigest()[:24]
     kept = cache_folder() / "shards" / f"{name}.json"
     try:
         rows = json.loads(kept.read_text(encoding="utf-8"))
@@ -175,7 +182,7 @@ def _scan(shard: str) -> list[list[Any]]:
                 if extension in TEXTS and member.size <= LONGEST:
                     content = tar.extractfile(member)
                     assert content is not None
-                    rows[-1][2][extension] = content.read().decode("utf-8", errors="replace")
+                    rows[-1][2][extension] = content.read().decode("utf-8-sig", errors="replace")
             end = max((offset + size for _, members, _ in rows for offset, size in members.values()), default=0)
             if end > (length := os.path.getsize(shard)):
                 raise tarfile.ReadError(f"cut short: {length} bytes of {end}")

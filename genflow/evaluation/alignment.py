@@ -14,6 +14,7 @@ from genflow.errors import UserError
 from genflow.registry import api_export
 
 PENALTIES = tuple(10.0**k for k in range(6))
+LEVEL = 1e-12  # cosines no farther apart are one, but for rounding
 
 
 @api_export("CaptionProbe")
@@ -71,10 +72,10 @@ def caption_ranks(predicted: Tensor, vectors: Tensor, own: Tensor) -> Tensor:
     """
     similarity = normalize(predicted.double(), dim=1) @ normalize(vectors.double(), dim=1).T
     mine = similarity.gather(1, own[:, None])
-    ahead, level = (similarity > mine).sum(1), (similarity == mine).sum(1) - 1
+    ahead, level = (similarity > mine + LEVEL).sum(1), ((similarity - mine).abs() <= LEVEL).sum(1) - 1
     return ahead + level.double() / 2
 
 
 def recall_at(ranks: Tensor, k: int) -> float:
-    """R@k: part of the pictures whose own caption is among the k nearest."""
-    return float((ranks < k).double().mean())
+    """R@k: part of the pictures whose own caption is among the k nearest, half of one that is level across the border."""
+    return float((k - ranks.double()).clamp(0, 1).mean())

@@ -14,6 +14,7 @@ from genflow.registry import api_export
 
 ROWS = 1024  # of a matrix of distances at a time
 SHOWN, NEIGHBOURS = 10, 5  # samples of a picture, and of each
+ROUNDING = 1e-12  # of squared distances, to the largest there can be
 
 
 def distances(a: Tensor, b: Tensor) -> Tensor:
@@ -44,6 +45,13 @@ def _radii(x: Tensor, k: int) -> Tensor:
     return torch.cat([distances(part, x).kthvalue(k + 1).values for part in x.split(ROWS)])  # the nearest is itself
 
 
+def _within(far: Tensor, radii: Tensor, others: Tensor) -> Tensor:
+    """Whether distances among points as far apart as the others are no longer than radii, but for rounding."""
+    others = others.double()
+    slack = ROUNDING * (others - others.mean(0)).square().sum(1).amax()
+    return far.square() <= radii.square() + slack
+
+
 @api_export("PrecisionRecall")
 @dataclass(frozen=True)
 class PrecisionRecall:
@@ -65,7 +73,7 @@ def precision_recall(real: Tensor, samples: Tensor, k: int = 3) -> PrecisionReca
 
     def among(points: Tensor, others: Tensor) -> float:
         radii = _radii(others, k)
-        inside = [(distances(part, others) <= radii).any(1) for part in points.split(ROWS)]
+        inside = [_within(distances(part, others), radii, others).any(1) for part in points.split(ROWS)]
         return float(torch.cat(inside).double().mean())
 
     return PrecisionRecall(among(samples, real), among(real, samples))
@@ -91,7 +99,7 @@ def density_coverage(real: Tensor, samples: Tensor, k: int = 5) -> DensityCovera
     """
     checked(real, samples)
     radii = _radii(real, k)
-    held = [distances(part, samples) <= radii[i, None] for i, part in _parts(real)]
+    held = [_within(distances(part, samples), radii[i, None], real) for i, part in _parts(real)]
     count = torch.stack([each.sum() for each in held]).sum()
     covered = torch.cat([each.any(1) for each in held])
     return DensityCoverage(float(count) / (k * len(samples)), float(covered.double().mean()))

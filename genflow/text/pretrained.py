@@ -76,6 +76,8 @@ class PretrainedText(TextEncoder):
         if width is None:
             raise UserError(f"text {model}: its config names no hidden size")
         longest = config.get("max_position_embeddings", 2**16)
+        if re.search("roberta|camembert", config.get("model_type", "")):
+            longest -= config.get("pad_token_id", 1) + 1  # their places begin after the padding's number
         if not 1 <= max_tokens <= longest:
             raise UserError(f"text {model}: max_tokens={max_tokens} must be within 1 .. {longest}")
         self.context_dim = self.pooled_dim = width
@@ -171,6 +173,8 @@ class PretrainedText(TextEncoder):
         if self.scale is None:
             known = torch.cat([row["states"][row["mask"]] for row in self._rows(REFERENCE)])
             self.scale = 1 / float(known.std())
+        if not rows:
+            return self.null()[:0]
         states, mask, pooled = (torch.stack([row[key] for row in rows]) for key in ("states", "mask", "pooled"))
         return Condition(states * self.scale, mask, pooled)
 
