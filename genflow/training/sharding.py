@@ -11,9 +11,13 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils._pytree import register_dataclass
 
-from genflow.flows.base import Flow
+from genflow.flows.base import Flow, LossOutput
 from genflow.flows.bijections.base import Bijection
+
+# FSDP2 of torch 2.10 looks for where a backward begins in such classes alone, and of others leaves gradients as they are.
+register_dataclass(LossOutput)
 
 
 def shard(flow: Flow, network: nn.Module, dtype: torch.dtype) -> Flow:
