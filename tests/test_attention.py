@@ -24,6 +24,7 @@ from genflow.attention.dispatch import ORDER
 from genflow.cli import main
 from genflow.errors import UserError
 from genflow.networks.mmdit import MMDiTConfig
+from tests.test_compile import one_graph
 
 CPU = Call("cpu", torch.float32, 16, needs=frozenset({"backward"}))
 SIZES = {"in_channels": 1, "context_dim": 4, "pooled_dim": 4, "sample_size": 2, "depth": 1, "hidden": 32, "heads": 2}
@@ -254,6 +255,7 @@ def test_one_kernel_that_torch_does_not_have_is_told():
         _one_kernel(torch.nn.attention.SDPBackend.CUDNN_ATTENTION, "sdpa_cudnn")(q, q, q, Mask(), None)
 
 
+@one_graph
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_a_compiled_graph_follows_the_context_and_every_mask(dynamic):
     torch._dynamo.reset()
@@ -272,6 +274,7 @@ def test_a_compiled_graph_follows_the_context_and_every_mask(dynamic):
     torch._dynamo.reset()
 
 
+@one_graph
 def test_a_compiled_block_serves_every_mask_of_a_kind():
     """Each step has a new mask: one graph must do for all."""
     torch._dynamo.reset()

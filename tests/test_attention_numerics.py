@@ -78,6 +78,7 @@ def test_flex_gives_the_same_forward(kind):
     assert (attention(*inputs, mask, backend="flex") - oracle(*inputs, live)).abs().max() <= 1e-12
 
 
+@pytest.mark.skipif(torch.__version__ < "2.11", reason="this torch takes the unfused formula there, and says so")
 def test_flex_has_no_backward_on_a_cpu_still():
     """When this fails, torch has learned it: flex's limits can go."""
     from torch.nn.attention.flex_attention import flex_attention

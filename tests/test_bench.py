@@ -31,6 +31,7 @@ from genflow.evaluation.bench import (
 from genflow.evaluation.flops import attention_flops, mmdit_flops, mmdit_training_flops
 from genflow.interop import peers
 from genflow.networks.mmdit import MMDiTConfig
+from tests.test_float8 import emulated
 
 CPU = torch.device("cpu")
 TINY = (
@@ -234,6 +235,7 @@ def test_training_beside_diffusers_is_printed_and_kept(quick, capsys, tmp_path):
     assert training["agreement"]["diffusers"] < 0.05
 
 
+@emulated
 def test_training_in_8_bits_stands_beside_bf16_and_is_refused_where_it_cannot_be(quick, capsys, tmp_path, monkeypatch):
     pytest.importorskip("diffusers")
     words = ["bench", "train", *TINY, "--precision", "fp8", "--json", str(tmp_path / "train.json")]

@@ -70,7 +70,7 @@ def close(got, expected, dtype):
         torch.testing.assert_close(a, b, rtol=0, atol=largest * (1e-5 if dtype == torch.float32 else 2**-6))
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [pytest.param(c, marks=one_graph) if "attention" in c else c for c in CASES])
 @pytest.mark.parametrize("dtype", PRECISIONS)
 def test_a_compiled_kernel_is_the_eager_one(case, dtype, calls, monkeypatch):
     expected, _ = test_kernels.run(case, dtype)

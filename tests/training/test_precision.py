@@ -20,6 +20,7 @@ from genflow.training.precision import (
     verified,
 )
 from genflow.training.run import train
+from tests.test_float8 import emulated
 
 
 @pytest.mark.parametrize(("slow", "sizes"), [(False, [256, 1024]), (True, [256, 256])])
@@ -62,6 +63,7 @@ def test_bf16_runs_in_bf16_with_float32_weights(tiny):
     assert json.loads((newest_checkpoint(run) / "config.json").read_text())["train"]["precision"] == "bf16"
 
 
+@emulated
 def test_fp8_runs_in_fp8_where_it_is_not_refused(tiny, monkeypatch):
     products = []
     monkeypatch.setattr("genflow.training.precision.refusal", lambda precision, device: None)
