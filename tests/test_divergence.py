@@ -11,6 +11,7 @@ from genflow.errors import UserError
 from genflow.flows import divergence as module
 from genflow.flows.divergence import Divergence, current_probing, fingerprint, modules_of, probing
 from genflow.functional import Rng
+from genflow.networks.mmdit import MMDiTConfig
 from genflow.networks.ode_nets import ConcatSquash
 
 KINDS = ["exact", "hutchinson", "hutchinson_gaussian", "hutch++"]
@@ -144,6 +145,23 @@ def test_attention_inside_a_differentiated_divergence_needs_nothing_of_the_user(
         found = estimator(velocity, x, torch.zeros(2), estimator.probes(x, Rng(0), torch.arange(2)))
         (grad,) = torch.autograd.grad(found.divergence.sum(), weight)
         assert grad.isfinite().all() and grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("kind", "draws"), [("exact", 1), ("hutchinson", 2), ("hutch++", 1), ("hutch++", 2)])
+def test_a_transformer_has_the_same_divergence_without_gradients(kind, draws, dtype):
+    config = MMDiTConfig(depth=2, hidden=32, heads=2, in_channels=2, context_dim=8, pooled_dim=6, sample_size=4)
+    net = perturbed(config.build(), 0.1).to(dtype)
+    context, pooled = normal(2, 3, 8, seed=1).to(dtype), normal(2, 6, seed=2).to(dtype)
+    x, t, estimator = normal(2, 2, 4, 4).float(), torch.full((2,), 0.5), Divergence(kind, draws=draws)
+
+    def found():
+        probes = estimator.probes(x, Rng(0), torch.arange(2))
+        return estimator(lambda x, t: net(x.to(dtype), t, context, pooled), x, t, probes).divergence.detach()
+
+    with torch.no_grad():
+        got = found()
+    torch.testing.assert_close(got, found(), rtol=0, atol=1e-4 if dtype == torch.float32 else 0.1)
 
 
 # ---------------------------------------------------------------------------------------------------------- estimators

@@ -171,6 +171,27 @@ def test_double_backward_is_that_of_the_plain_formula(case, monkeypatch):
         assert (got - expected).abs().max() <= 1e-4 * expected.abs().max()
 
 
+def test_a_gradient_that_can_be_differentiated_counts_what_is_used_twice_as_one_that_cannot():
+    layer, (x,) = linear(H, torch.float32), tensors((B, L, H), dtype=torch.float32)
+    loss = gelu(layer, gelu(layer, x)).square().sum()
+    weights = [x, layer.weight, layer.bias]
+    once = torch.autograd.grad(loss, weights, retain_graph=True)
+    for got, expected in zip(torch.autograd.grad(loss, weights, create_graph=True), once, strict=True):
+        assert (got - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("case", [case for case in CASES if "attention" not in case])
+def test_many_cotangents_at_once_are_as_one_by_one(case, dtype):
+    function, inputs, _ = CASES[case](dtype)
+    outputs = function(*inputs)
+    output = outputs[0] if isinstance(outputs, tuple) else outputs
+    many = torch.randn(3, *output.shape, generator=torch.Generator().manual_seed(3)).to(dtype)
+    grad = partial(torch.autograd.grad, output, inputs[:1], retain_graph=True)
+    (got,), each = grad(many, is_grads_batched=True), torch.stack([grad(g)[0] for g in many])
+    assert (got - each).abs().max() <= (2**-6 if dtype == torch.bfloat16 else 1e-5) * each.abs().max()
+
+
 def identity() -> Linear:
     made = Linear(H, H)
     torch.nn.init.eye_(made.weight)

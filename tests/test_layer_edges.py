@@ -342,3 +342,19 @@ def test_the_log_snr_is_infinite_at_the_ends(t, expected):
 def test_the_nearest_right_number_is_one_that_is_taken(make, near):
     with pytest.raises(UserError, match=near):
         make()
+
+
+@needs_kernels
+@pytest.mark.parametrize("which", ["convolutions", "affine"])
+def test_many_cotangents_at_once_are_as_one_by_one(which):
+    torch.manual_seed(0)
+    x = torch.randn(2, 4, 5, 6, requires_grad=True)
+    if which == "affine":
+        y, _ = affine_half(x, torch.randn(2, 4, 5, 6), 2.0)
+    else:
+        layers = [nn.Conv2d(4, 8, 3, padding=1), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 4, 3, padding=1)]
+        y = three_convolutions(*layers, x, None)
+    many = torch.randn(3, *y.shape)
+    (got,) = torch.autograd.grad(y, x, many, is_grads_batched=True, retain_graph=True)
+    each = [torch.autograd.grad(y, x, g, retain_graph=True)[0] for g in many]
+    torch.testing.assert_close(got, torch.stack(each), rtol=1e-4, atol=1e-5)

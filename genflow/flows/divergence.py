@@ -79,17 +79,18 @@ class Divergence:
         x: B x ...; t: B, or 1 where the velocity allows. probes: of `probes`. Raises UserError where there is nothing to
         differentiate: in torch.inference_mode, and for a velocity that follows x but is detached from it.
         """
-        return _KINDS[self.kind](_Products(velocity, x, t), probes)
+        return _KINDS[self.kind](_Products(velocity, x, t, batched=self.kind == "hutch++"), probes)
 
 
 class _Products:
     """Products of the Jacobian of a velocity at (x, t) with K x B x ... vectors: J u, or J^T u backwards.
 
     Both have the traces and the norms of J. The velocity is evaluated at the first, with as little graph as may be.
+    batched: whether there will be more vectors than one at a time, also where the first is alone.
     """
 
-    def __init__(self, velocity: Velocity, x: Tensor, t: Tensor) -> None:
-        self.velocity, self.t = velocity, t
+    def __init__(self, velocity: Velocity, x: Tensor, t: Tensor, *, batched: bool) -> None:
+        self.velocity, self.t, self.batched = velocity, t, batched
         self.pushforward: Callable[..., tuple[Tensor, Tensor]] | None = getattr(velocity, "pushforward", None)
         if self.pushforward is None:
             check_recording("a divergence")
@@ -109,7 +110,7 @@ class _Products:
         batched = len(vectors) > 1
         with torch.enable_grad():
             if self._v is None:
-                with attention_backend(needs=("double_backward",) if self.graph or batched else ()):
+                with attention_backend(needs=("double_backward",) if self.graph or batched or self.batched else ()):
                     self._v = self.velocity(self.x, self.t).to(self.x.dtype)
             pulled = None
             if self._v.requires_grad:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from genflow.layers.kernels import again
+from genflow.layers.kernels import again, by_formula
 from genflow.native.library import SUFFIX, call, usable
 
 
@@ -83,7 +83,7 @@ class AffineHalf(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gz: Tensor, gladj: Tensor) -> tuple:  # type: ignore[override]
         x, parameters = ctx.saved_tensors
-        if torch.is_grad_enabled():
+        if by_formula(gz, gladj):
             return *again(lambda x, parameters: _plain(x, parameters, ctx.limit), (x, parameters), (gz, gladj)), None
         B, C, H, W = x.shape
         gz, gladj = _rows(gz), gladj.contiguous()

@@ -23,16 +23,26 @@ def as_float(parameter: Tensor) -> Tensor:
     return parameter.detach().float().contiguous()
 
 
+def by_formula(*grads: Tensor) -> bool:
+    """Whether a backward is to go by the plain formula: for double backward, and of many cotangents at once."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return torch.is_grad_enabled()
+    return not native.untransformed() or any(map(torch._C._functorch.is_legacy_batchedtensor, grads))
+
+
 def again(
     plain: Callable[..., Any], inputs: tuple[Tensor, ...], grads: tuple[Tensor, ...]
 ) -> tuple[Tensor | None, ...]:
-    """Gradients that can be differentiated themselves, through the plain formula: for double backward."""
-    outputs = plain(*inputs)
+    """Gradients through the plain formula, which can be differentiated themselves where that is wanted."""
+    twice = torch.is_grad_enabled()
+    with torch.enable_grad():
+        inputs = tuple(x.view_as(x) for x in inputs)  # of which none comes of another, as a tied weight's tokens of it
+        outputs = plain(*inputs)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     wanted = [x for x in inputs if x.requires_grad]
     moving = [i for i, y in enumerate(outputs) if y.requires_grad]
     ends, cotangents = [outputs[i] for i in moving], [grads[i] for i in moving]
-    found = iter(torch.autograd.grad(ends, wanted, cotangents, create_graph=True) if wanted else ())
+    found = iter(torch.autograd.grad(ends, wanted, cotangents, create_graph=twice) if wanted else ())
     return tuple(next(found) if x.requires_grad else None for x in inputs)
 
 
@@ -66,7 +76,7 @@ class Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple:  # type: ignore[override]
         x, weight, cast = ctx.saved_tensors
-        if torch.is_grad_enabled():
+        if by_formula(g):
             return *again(lambda x, w: ctx.plain(x, w.to(x.dtype)), (x, weight), (g,)), None
         dx = g @ cast if ctx.needs_input_grad[0] else None
         g, x = g.reshape(-1, g.shape[-1]), x.reshape(-1, x.shape[-1])
@@ -98,7 +108,7 @@ class ModulatedNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple:  # type: ignore[override]
         x, shift, scale, mean, rstd = ctx.saved_tensors
-        if torch.is_grad_enabled():
+        if by_formula(g):
             return *again(ctx.plain, (x, shift, scale), (g,)), None, None
         return *norm_backward(g.contiguous(), x, scale, mean, rstd), None, None
 
@@ -139,7 +149,7 @@ class GatedResidual(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple:  # type: ignore[override]
         gate, y, bias = ctx.saved_tensors
-        if torch.is_grad_enabled():
+        if by_formula(g):
             more = again(lambda *inputs: ctx.plain(torch.zeros_like(y), *inputs), (gate, y, bias), (g,))
             return g, *more, None
         g = g.contiguous()
@@ -177,7 +187,7 @@ class GELU(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple:  # type: ignore[override]
         x, bias = ctx.saved_tensors
-        if torch.is_grad_enabled():
+        if by_formula(g):
             return *again(ctx.plain, (x, bias), (g,)), None
         return *gelu_backward(g.contiguous(), x, bias), None
 
@@ -218,7 +228,7 @@ class JointHeads(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple:  # type: ignore[override]
         n, saved = ctx.n, ctx.saved_tensors
-        if torch.is_grad_enabled():
+        if by_formula(*grads):
             return None, None, None, *again(ctx.plain, saved[: 4 * n], grads)
         dense = [g if g.stride(-1) == 1 else g.contiguous() for g in grads]
         streams, weights, scales = list(saved[:n]), list(saved[n : 4 * n]), list(saved[4 * n :])
