@@ -319,6 +319,9 @@ def test_steps_of_a_sampler_that_chooses_its_own_are_refused(runs, tmp_path, cap
         assert main([*draw, option, value]) == 2
         assert f"{option} does nothing for sampler 'dopri5'" in capsys.readouterr().err
     assert main([*draw, "--option", "rtol=0.1"]) == 0
+    measure = ["eval", str(runs / "deaf"), "--metrics", "fd", "-n", "4", "--sampler", "dopri5", "--steps", "3"]
+    assert main([*measure, "--out", str(tmp_path)]) == 2
+    assert "--steps does nothing for sampler 'dopri5'" in capsys.readouterr().err
 
 
 def test_what_to_type_next_can_be_typed(runs, tmp_path, capsys):

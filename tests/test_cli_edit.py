@@ -92,6 +92,14 @@ def original(path):
         return np.asarray(image.convert("RGB").resize((16, 16), Image.Resampling.LANCZOS)).astype(int)
 
 
+@pytest.mark.parametrize(
+    "how", [["invert", "p0.png"], ["edit", "p0.png", "--prompt", "a"], ["edit", "p0.png", "--into", "p1.png"]]
+)
+def test_steps_of_a_sampler_that_chooses_its_own_are_refused(how, genflow_, capsys):
+    genflow_(*how, "--sampler", "dopri5", "--steps", "4", code=2)
+    assert "--steps does nothing for sampler 'dopri5'" in capsys.readouterr().err
+
+
 def test_invert_prints_the_error_of_every_round_trip_and_writes_the_noise(genflow_, where, capsys):
     out = genflow_("invert", "p0.png", "p1.png", "--prompt", "a", "--prompt", "b", "--steps", "4", "16", "64")
     lines = capsys.readouterr().out.splitlines()

@@ -106,6 +106,13 @@ def test_a_lora_run_resumes_to_the_same_factors(config, base, tuned, tmp_path):
         assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
+def test_a_lora_run_is_reflowed_as_the_whole_model_that_it_is(tuned, tmp_path):
+    how = ["--pairs", "4", "--samples", "2", "--steps", "2", "--set", "train.steps=1", "train.optimizer.lr=0"]
+    assert main(["reflow", str(tuned), *how, "--out", str(tmp_path / "next")]) == 0
+    before, after = load(tuned).state_dict(), load(tmp_path / "next").state_dict()
+    assert all(torch.allclose(after[name], tensor) for name, tensor in before.items())
+
+
 def test_training_sees_what_sampling_will(config, base, tmp_path):
     """The network with its factors beside it, and with them added to its weights, answer alike."""
     from genflow.training.lora import adapted

@@ -437,6 +437,7 @@ def test_a_distilled_flow_samples_in_one_step(run, tmp_path):
         (["--pairs", 0], "--pairs 0 is too few"),
         (["--samples", 1], "--samples 1 is too few"),
         (["--sampler", "ancestral"], "draws noise on the way"),
+        (["--sampler", "dopri5", "--steps", 3], "--steps does nothing for sampler 'dopri5'"),
         (["--set", "train.stepz=3"], "train.steps|'steps'"),
         (["--set", "data.n=3"], "--set data.n=3: the pairs and the run go to --out; leave it out"),
         (["--seed", -1], "--seed -1 is below 0"),

@@ -20,6 +20,7 @@ from genflow.cli.options import (
     is_stochastic,
     open_model,
     read_image,
+    refuse_fixed_steps,
     refuse_sampling,
     refuse_unheard,
     solver,
@@ -106,6 +107,8 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(
             f"sampler {settings['sampler']!r} draws noise, which has no place here; take one such as 'heun'"
         )
+    if used.get("repeats", 1) == 1:
+        refuse_fixed_steps(args, settings)
     grid = time_grid(canvas.flow, settings, settings.get("steps", 20))
     if args.strength is None and "strength" in used:
         used["strength"] = min(used["strength"], grid[0])

@@ -20,6 +20,7 @@ from genflow.cli.options import (
     open_model,
     real_data,
     refuse_dtype,
+    refuse_fixed_steps,
     take_loras,
     writable,
 )
@@ -81,6 +82,7 @@ def run(args: argparse.Namespace) -> int:
     asked = {"divergence": args.divergence, "draws": args.draws, "rtol": args.tolerance, "atol": args.tolerance}
     out = writable(args.out or str(Path(args.run) / "eval"))
     flow, settings = open_model(args)
+    refuse_fixed_steps(args, settings)
     refuse_dtype(args, flow)
     plan = Plan(
         metrics=tuple(args.metrics),

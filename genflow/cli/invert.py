@@ -20,6 +20,7 @@ from genflow.cli.options import (
     is_stochastic,
     open_model,
     read_image,
+    refuse_fixed_steps,
     refuse_sampling,
     refuse_unheard,
     sampling_of,
@@ -72,6 +73,7 @@ def run(args: argparse.Namespace) -> int:
     for each in ways:
         if is_stochastic(each):
             raise UserError(f"sampler {each['sampler']!r} draws noise, so it has no inverse; choose one such as 'heun'")
+    refuse_fixed_steps(args, ways[0])
     grids = [time_grid(canvas.flow, each, steps) for each, steps in zip(ways, counts, strict=True)]
     pictures = torch.stack([fit_image(file, flow) for file in files])
     x = canvas.lay(pictures)

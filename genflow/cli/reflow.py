@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from genflow.cli.options import add_solving, open_velocity, real_data, writable
+from genflow.cli.options import add_solving, open_velocity, real_data, refuse_fixed_steps, writable
 from genflow.errors import UserError
 
 GUIDANCE = ("guidance", "interval", "guide", "rescale")
@@ -43,6 +43,7 @@ def run(args: argparse.Namespace) -> int:
     flow, settings = open_velocity(args)
     if not isinstance(flow, RectifiedFlow):
         raise UserError(f"{args.run} is a {type(flow).__name__}; only a rectified flow can be reflowed")
+    refuse_fixed_steps(args, settings)
     check_pairing(settings.get("sampler", "heun"))
     config, data = _next_run(args, flow, out)
     table = _Table(args, data, flow.shape)
@@ -70,7 +71,7 @@ def _next_run(args: argparse.Namespace, flow: Any, out: Path) -> tuple[Any, Any]
     from genflow.flows.reflow import reflow_config
     from genflow.training.config import RunConfig
 
-    recipe = {key: value for key, value in flow.recipe.items() if key != "shape"}
+    recipe = {key: value for key, value in flow.recipe.items() if key not in ("shape", "base")}
     if "data" not in recipe:
         raise UserError(f"{args.run} does not say what it was trained on, which reflow takes prompts from")
     data = from_dict(Annotated[Any, Choice("dataset")], real_data(recipe["data"])).build("train")
@@ -84,7 +85,7 @@ def _next_run(args: argparse.Namespace, flow: Any, out: Path) -> tuple[Any, Any]
         else config.text,  # guidance is in the pairs
         flow=reflow_config(flow.config, distill=args.distill),
         sample=replace(sample, sampler="euler", options=None, steps=1, grid="uniform") if args.distill else sample,
-        train=replace(config.train, validate_every=0),
+        train=replace(config.train, lora=None, validate_every=0),  # a LoRA is in the weights
         out=str(out),
     )
     if args.seed < 0:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from genflow.data.sources import Samples
 from genflow.errors import UserError
 from genflow.flows.store import checkpoints, finish_checkpoint, flush, normalise_keys
 from genflow.training.ema import EMA
@@ -99,6 +103,23 @@ def save_checkpoint(run: Path, step: int, *, config: dict, tensors: Tensors, sta
     for old in (*whole[:-keep], *left, *final.parent.glob(".step-*.partial")):
         shutil.rmtree(old, ignore_errors=True)
     return final
+
+
+def told_of(dataset: Samples) -> dict[str, Any]:
+    """What a checkpoint tells of the data: how many samples, and a digest of their names and captions in order."""
+    names = json.dumps([list(dataset.identifiers), list(dataset.captions)])
+    return {"samples": len(dataset), "listing": hashlib.sha256(names.encode()).hexdigest()}
+
+
+def check_data(state: Mapping[str, Any], told: Mapping[str, Any], folder: Path, run: Path) -> None:
+    """Raises UserError where a run's data are not those that a checkpoint's state tells of."""
+    now, then = told["samples"], state.get("samples", told["samples"])
+    what = f"{now} samples, but {then}" if now != then else f"other names or captions of the {now} samples than"
+    if now != then or state.get("listing", told["listing"]) != told["listing"]:
+        raise UserError(
+            f"data: {what} when {folder} was written: this would be another run. Give it the data that it had, or begin a "
+            f"new one from its weights: init={run} out=NEW"
+        )
 
 
 def load_checkpoint(folder: Path, *, model: nn.Module, optimizer: torch.optim.Optimizer, ema: EMA | None) -> dict:

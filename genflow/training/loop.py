@@ -27,7 +27,7 @@ from genflow.flows.store import check_base, newest_checkpoint, weights_of
 from genflow.flows.trained import fill_trained
 from genflow.functional import Rng
 from genflow.training.apply import checkpointed, compile_blocks, record_steps, train_in_float8
-from genflow.training.checkpoint import checkpoint_tensors, load_checkpoint, save_checkpoint
+from genflow.training.checkpoint import check_data, checkpoint_tensors, load_checkpoint, save_checkpoint, told_of
 from genflow.training.config import RunConfig, fit_to, shape_of
 from genflow.training.ema import EMA
 from genflow.training.log import T_BINS, Log, LossByTime
@@ -79,6 +79,7 @@ class Trainer:
         """What every rank builds alike and alone: data, conditions and the flow. Returns the flow's network."""
         train, accelerator = config.train, self.accelerator
         self.dataset = config.data.build("train")
+        self.told = told_of(self.dataset)
         torch.manual_seed(config.seed)  # the initial weights hang on nothing else
         self.text = config.text.build()
         self.shape = shape_of(config.data)
@@ -128,11 +129,7 @@ class Trainer:
             return
         state = load_checkpoint(folder, model=self.flow, optimizer=self.optimizer.optimizer, ema=self.ema)
         self.step = state["step"]
-        if (n := state.get("samples", len(self.dataset))) != len(self.dataset):
-            raise UserError(
-                f"data: {len(self.dataset)} samples, but {n} when {folder} was written: this would be another run. Give it "
-                f"the data that it had, or begin a new one from its weights: init={self.run_folder} out=NEW"
-            )
+        check_data(state, self.told, folder, self.run_folder)
         if self.accelerator.is_main_process:
             self.by_time = LossByTime(state["by_time"])
         self.bad = dict(state.get("bad", {}))
@@ -186,7 +183,7 @@ class Trainer:
                 if self.step % train.log_every == 0 or self.step == train.steps:
                     self._log(loss, norm)
                 if self.step % train.save_every == 0 or self.step == train.steps or stop:
-                    self._save()
+                    self.save()
                 if stop:
                     raise Interrupted
                 if self._due(train.validate_every):
@@ -225,6 +222,7 @@ class Trainer:
             loss = torch.zeros((), device=accelerator.device)
             parts = []
             for i, batch in enumerate(micro):
+                torch.manual_seed(int(rng.bits("dropout", batch.position[:1])))  # of a network that has any
                 check = contextlib.nullcontext() if self.checked else verified(self.flow, train.precision)
                 with unreduced(self.model) if i < len(micro) - 1 else contextlib.nullcontext():
                     with check, accelerator.autocast():
@@ -309,7 +307,7 @@ class Trainer:
             values["loss_scale"] = self.accelerator.scaler.get_scale()
         self.log.write(self.step, {**values, "images_per_s": rate, "bad_images": len(self.bad)})
 
-    def _save(self) -> None:
+    def save(self) -> None:
         self._share_bad()
         sums, main = self.by_time.reduced(self.accelerator), self.accelerator.is_main_process
         tensors = checkpoint_tensors(self.flow, self.optimizer.optimizer, self.ema, main=main)
@@ -324,7 +322,7 @@ class Trainer:
                     "by_time": sums.tolist(),
                     "scaler": scaler and scaler.state_dict(),
                     "bad": self.bad,
-                    "samples": len(self.dataset),
+                    **self.told,
                 },
                 keep=self.config.train.keep,
             )

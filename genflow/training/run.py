@@ -124,6 +124,11 @@ def _train(asked: RunConfig, run: Path, device: torch.device, why: str) -> None:
     trainer = Trainer(asked, run, accelerator)
     if trainer.step >= asked.train.steps:
         trainer.catch_up()
+        if from_main(_samples_otherwise(trainer.config, run)):
+            trainer.save()
+            if accelerator.is_main_process:
+                _save_config(trainer.config, run)
+            trainer.log.say(f"{run} draws by the config's `sample` from now on")
         trainer.log.say(f"{run} is already trained for {trainer.step} steps; set train.steps higher to go on")
         return
     if accelerator.is_main_process:
@@ -188,6 +193,12 @@ def _as_saved(config: RunConfig, run: Path) -> RunConfig:
                 f"or remove {run} to start afresh"
             )
     return config
+
+
+def _samples_otherwise(config: RunConfig, run: Path) -> bool:
+    """Whether a run's newest checkpoint draws by other settings than the config's."""
+    folder = newest_checkpoint(run)
+    return folder is not None and _leaves(read_config(folder)["sample"]) != _leaves(to_dict(config.sample))
 
 
 def _leaves(tree: dict, prefix: str = "") -> dict[str, object]:

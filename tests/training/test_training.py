@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from safetensors.torch import load_file
 
 from genflow.config import from_dict, load
 from genflow.errors import UserError
-from genflow.flows.store import checkpoints, newest_checkpoint
+from genflow.flows.store import checkpoints, newest_checkpoint, read_config
 from genflow.training.apply import checkpointed, compile_blocks
 from genflow.training.config import RunConfig
 from genflow.training.loop import learning_rate
@@ -79,6 +80,15 @@ def test_killed_and_resumed_is_the_same_run(config, tmp_path, accumulation, kill
     assert reached is not None and reached.name != "step-00000040"
     run_python(TRAIN, str(config), f"out={cut}", shared, f"train.workers={workers}")
     assert_same(contents(whole), contents(cut))
+
+
+def test_dropout_is_the_same_in_a_resumed_run(tiny):
+    model = "model={name: unet, channels: 4, channel_mult: [1], blocks: 1, attention_size: 0, dropout: 0.5}"
+    run = train(tiny(model, "text=none", "train.save_every=2", "train.warmup=0"))
+    whole = contents(run)
+    shutil.rmtree(newest_checkpoint(run))
+    train(tiny(model, "text=none", "train.save_every=2", "train.warmup=0"))
+    assert_same(contents(run), whole)
 
 
 def test_a_checkpoint_cut_short_is_passed_over(config, tmp_path):
@@ -231,6 +241,25 @@ def test_another_config_is_refused_and_more_steps_are_not(tiny, capsys):
     assert "already trained for 4 steps" in capsys.readouterr().err
     train(tiny("train.steps=6"))
     assert newest_checkpoint(run).name == "step-00000006"
+
+
+def test_a_finished_run_takes_other_settings_of_sampling(tiny, capsys):
+    run = train(tiny())
+    before = load_file(newest_checkpoint(run) / "model.safetensors")
+    train(tiny("sample.steps=3"))
+    assert "draws by the config's `sample` from now on" in capsys.readouterr().err
+    assert read_config(newest_checkpoint(run))["sample"]["steps"] == 3
+    assert load(run / "config.yaml", schema=RunConfig).sample.steps == 3
+    after = load_file(newest_checkpoint(run) / "model.safetensors")
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+def test_as_many_other_samples_are_another_run(tiny, with_a_bad_one):
+    data = (f"data={{name: folder, path: {with_a_bad_one}, size: 16}}", "train.max_bad=0.5")
+    train(tiny(*data))
+    (with_a_bad_one / "0.png").rename(with_a_bad_one / "z.png")
+    with pytest.raises(UserError, match="data: other names or captions of the 9 samples than when .* was written"):
+        train(tiny(*data, "train.steps=5"))
 
 
 def test_nan_stops_before_it_does_harm(tiny, monkeypatch):
