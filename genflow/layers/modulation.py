@@ -115,8 +115,8 @@ def joint_attention(
         return native.run(kernels.JointAttention, heads, EPS, mask is not None and mask.causal, *products, *weights)
     q, k, v = _joined(heads, products, weights, fused)
     del products
-    heard = attention(q, k, v, mask, default=default).transpose(1, 2).flatten(2)
-    return heard.split([x.shape[1] for _, x in streams], dim=1)
+    heard = attention(q, k, v, mask, default=default).split([x.shape[1] for _, x in streams], dim=2)
+    return tuple(o.transpose(1, 2).flatten(2) for o in heard)
 
 
 def joint_heads(streams: Sequence[tuple[QKV, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
