@@ -15,6 +15,7 @@ from typing import TypeVar
 
 import numpy as np
 import torch
+from numpy.random import PCG64, Generator
 from torch import Tensor
 
 from genflow.errors import UserError
@@ -170,7 +171,7 @@ class Rng:
         Each row has a generator of its own. NumPy's, since torch's on the CPU keeps only 32 bits of a seed.
         """
         rows = [
-            np.random.Generator(np.random.PCG64(seed & _MASK)).standard_normal(tuple(shape), dtype=np.float32)
+            Generator(PCG64(seed & _MASK)).standard_normal(tuple(shape), dtype=np.float32)
             for seed in self.bits(stream, index).tolist()
         ]
         return torch.from_numpy(np.stack(rows)) if rows else _nothing(shape)

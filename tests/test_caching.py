@@ -112,8 +112,7 @@ def test_a_sample_is_the_solve_of_the_plain_velocity(config, sampler, interval):
 @torch.no_grad()
 def test_guidance_repeats_rows_of_the_modulations_and_not_the_modulations(flow):
     velocity = PreparedVelocity(flow, [1.0, 0.5], rows=len(PROMPTS))
-    *_, rows = velocity.prepare(flow.embed(flow.text.encode(PROMPTS)))
-    *_, null = velocity.prepare(flow.embed(flow.text.null()))
+    (*_, rows), (*_, null) = velocity.prepare(flow.embed(flow.text.encode(PROMPTS)), flow.embed(flow.text.null()))
     n = len(PROMPTS)
     assert rows.tolist() == list(range(n)) and null.tolist() == [n] and velocity._table.shape[:2] == (n + 1, 2)
 
@@ -123,10 +122,10 @@ def test_text_and_modulation_are_computed_once(flow, monkeypatch):
     flow.sample(PROMPTS, seeds=SEEDS, steps=4, sampler="heun", guidance=3.0)
     assert calls["blocks.1.image_mlp.fc1"] == calls["final"] == 7  # both branches in one call
     for once in ("context_embed", "pooled_embed", "time_embed", "blocks.1.image_modulation", "final_modulation"):
-        assert calls[once] == 2, once  # of the prompts, and of the empty one
+        assert calls[once] == 1, once  # of the prompts and the empty one together
     many = [*range(20)]
     flow.sample(["x"], seeds=many, steps=4, sampler="euler")  # a table for so many would be larger than the weights
-    assert calls["context_embed"] == 3 and calls["blocks.1.image_modulation"] == 2 + 4
+    assert calls["context_embed"] == 2 and calls["blocks.1.image_modulation"] == 1 + 4
 
 
 def test_blocks_that_are_shared_out_among_processes_are_only_called_whole(flow, monkeypatch):

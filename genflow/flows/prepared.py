@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class PreparedVelocity:
-    """velocity(z, t, *cond) and at(z, time, *cond), as `cfg` and `Conditioned` take it. cond: what `prepare` gives.
+    """velocity(z, t, *cond) and at(z, time, *cond), as `cfg` and `Conditioned` take it. cond: of what `prepare` gives.
 
     A network that has prepare and denoise, as MMDiT, embeds its text once, and makes the modulation of all its blocks for
     the times to come in one product each. times: those, for `rows` samples; they are not looked at where the table would
@@ -39,18 +39,16 @@ class PreparedVelocity:
         self._step = {time: i for i, time in enumerate(times)} if useful else {}
         self._table: Tensor | None = None  # modulation by row and step, of all conditions that were prepared
 
-    def prepare(self, condition: Condition) -> tuple[Tensor, ...]:
-        """Tensors of as many rows as an embedded condition has."""
-        dtype = self.flow.dtype
-        tokens, pooled = condition.tokens.to(dtype), condition.pooled.to(dtype)
+    def prepare(self, *conditions: Condition) -> list[tuple[Tensor, ...]]:
+        """For each embedded condition tensors of as many rows, all of them prepared together. To be called once."""
+        rows, dtype = Condition.cat(conditions), self.flow.dtype
+        prepared: tuple[Tensor, ...] = rows.tokens.to(dtype), rows.mask, rows.pooled.to(dtype)
         # A gradient would run through what is prepared at every step, and is free to be asked for at each.
-        if torch.is_grad_enabled() or not hasattr(self.network, "prepare"):
-            return tokens, condition.mask, pooled
-        context, pooled, table = self.network.prepare(tokens, pooled, list(self._step))
-        before = 0 if self._table is None else len(self._table)
-        self._table = table if self._table is None else torch.cat([self._table, table])
-        # Rows of the table, not the table, are what guidance repeats and puts side by side.
-        return context, condition.mask, pooled, torch.arange(before, before + len(table), device=table.device)
+        if not torch.is_grad_enabled() and hasattr(self.network, "prepare"):
+            context, pooled, self._table = self.network.prepare(prepared[0], prepared[2], list(self._step))
+            # Rows of the table, not the table, are what guidance repeats and puts side by side.
+            prepared = context, rows.mask, pooled, torch.arange(len(rows), device=pooled.device)
+        return list(zip(*(a.split([len(c) for c in conditions]) for a in prepared), strict=True))
 
     def __call__(self, z: Tensor, t: Tensor, *cond: Tensor) -> Tensor:
         return self.flow.velocity_of(lambda x, s: self._predict(x, s, cond, None), z, t)

@@ -257,8 +257,8 @@ class RectifiedFlow(ConditionedFlow):
                 velocity = self._guided(own, condition, guidance, interval, rule, rescale)
             else:
                 other = prepared(weak)
-                strong = Conditioned(own, own.prepare(condition))
-                weaker = Conditioned(other, other.prepare(weak.embed_prompts(prompts, len(seeds))))
+                strong = Conditioned(own, *own.prepare(condition))
+                weaker = Conditioned(other, *other.prepare(weak.embed_prompts(prompts, len(seeds))))
                 velocity = autoguidance(strong, weaker, guidance, interval=interval, guide=rule, rescale=rescale)
             solution = solve(velocity, noise, times, progress=progress, record=record).checked()
         x = solution.x.float()
@@ -312,9 +312,9 @@ class RectifiedFlow(ConditionedFlow):
         rule: Guide,
         rescale: float,
     ) -> Velocity:
-        cond = velocity.prepare(condition)
-        uncond = velocity.prepare(self.embed(self.text.null().to(self.device))) if guidance != 1 else cond
-        return cfg(velocity, cond, uncond, guidance, interval=interval, guide=rule, rescale=rescale)
+        others = [] if guidance == 1 else [self.embed(self.text.null().to(self.device))]
+        prepared = velocity.prepare(condition, *others)
+        return cfg(velocity, prepared[0], prepared[-1], guidance, interval=interval, guide=rule, rescale=rescale)
 
     @torch.no_grad()
     def log_prob(

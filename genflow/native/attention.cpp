@@ -252,7 +252,7 @@ void backward_head(Arena arena, const Head& x, long Lq, long Lk, float scale, bo
 // Bytes of scratch memory for a head, with room for every piece's alignment.
 long scratch(long Lq, long Lk, long W) {
     const long queries = up(Lq, 32), keys = up(Lk, 32), longest = std::max(queries, keys);
-    return 2 * (16 * longest * W + 2 * BLOCK * longest + PANEL + BLOCK * queries) + 4 * (2 * BLOCK * longest + W * queries + BLOCK * W + 20 * queries) + 64 * 32;
+    return 2 * (16 * longest * W + 2 * BLOCK * longest + std::min(PANEL, keys * queries) + BLOCK * queries) + 4 * (2 * BLOCK * longest + W * queries + BLOCK * W + 20 * queries) + 64 * 32;
 }
 
 // All heads of all samples. The streams of q and of what comes of it have the same lengths, and so those of k and v.
