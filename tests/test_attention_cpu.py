@@ -222,3 +222,25 @@ def test_not_a_number_stays_in_its_sample():
     tokens[0][1, 3, 5] = torch.nan
     for out in joint_attention(list(zip(parts, tokens, strict=True))):
         assert out[1].isnan().all() and out[::2].isfinite().all()
+
+
+@pytest.mark.parametrize("scale", [1, 2])
+def test_a_scale_may_be_a_whole_number(scale):
+    q, k, v = inputs(9, 9)
+
+    def answers(scale):
+        out = attention(q, k, v, scale=scale)
+        return out, *torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
+
+    for a, b in zip(answers(scale), answers(float(scale)), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_many_cotangents_at_once_are_as_one_by_one():
+    q, k, v = inputs(20, 20)
+    out = attention(q, k, v)
+    many = torch.randn(3, *out.shape, generator=torch.Generator().manual_seed(1)).bfloat16()
+    got = torch.autograd.grad(out, (q, k, v), many, is_grads_batched=True, retain_graph=True)
+    each = [torch.autograd.grad(out, (q, k, v), g, retain_graph=True) for g in many]
+    for a, b in zip(got, zip(*each, strict=True), strict=True):
+        assert torch.equal(a, torch.stack(b))

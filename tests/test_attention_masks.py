@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from genflow.attention import Mask, attention
 from genflow.attention.masks import packed
@@ -124,6 +125,10 @@ def test_parts_that_do_not_fit_are_refused():
     for mask, reason in wrong:
         with pytest.raises(UserError, match=reason):
             attention(q, q, q, mask)
+    with pytest.raises(UserError, match=r"the mask is a Tensor; give a tensor, True = live, as Mask\(dense=...\)"):
+        attention(q, q, q, torch.ones(4, 4, dtype=torch.bool))
+    with pytest.raises(UserError, match="mask.segments is a list, not a tensor"):
+        Mask(segments=[[0, 0, 1, 1]])
     with pytest.raises(UserError, match="for 5 keys"):
         attention(q, *[torch.randn(2, 3, 5, 8)] * 2, Mask(segments=torch.zeros(2, 4, dtype=torch.long)))
 
@@ -188,3 +193,13 @@ def test_a_tree_of_more_queries_than_keys_is_refused():
     q, k = torch.randn(1, 1, 4, 8), torch.randn(1, 1, 3, 8)
     with pytest.raises(UserError, match="mask.tree is int64 4, not integers 4 or 1 x 4 for 3 keys"):
         attention(q, k, k, Mask(tree=torch.tensor([-1, 0, 1, 2])))
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "math"])
+@pytest.mark.parametrize("parts", [{"causal": True}, {"tree": torch.tensor([-1, 0, 0, 1])}])
+def test_shapes_that_were_followed_leave_nothing_in_a_mask(backend, parts):
+    q, k = torch.randn(1, 2, 4, 8), torch.randn(1, 2, 6, 8)
+    mask, expected = Mask(**parts), attention(q, k, k, Mask(**parts), backend=backend)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        attention(*map(mode.from_tensor, (q, k, k)), mask, backend=backend)
+    assert torch.equal(attention(q, k, k, mask, backend=backend), expected)

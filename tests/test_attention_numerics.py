@@ -169,3 +169,17 @@ def test_large_logits_and_scale(backend):
     assert torch.allclose(half.double(), oracle(q, k, v, scale=0.0001), atol=1e-6)
     low = attention(q, -k.abs(), v, Mask(keys=torch.tensor([[True, False]])), backend=backend)  # logits of -1600
     assert torch.allclose(low, v[:, :, :1].expand_as(low))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scale", [0, -0.5])
+@pytest.mark.parametrize("backend", TRAINABLE)
+def test_causal_attention_hides_the_future_at_every_scale(backend, scale, dtype):
+    inputs = tensors(9, 9, 16, dtype)
+    live = torch.ones(2, 2, 9, 9, dtype=torch.bool).tril()
+    exact = outputs(
+        lambda q, k, v: oracle(q, k * scale, v, live, 1), [x.detach().double().requires_grad_() for x in inputs]
+    )
+    got = outputs(lambda *x: attention(*x, Mask(causal=True), scale=scale, backend=backend), inputs)
+    for g, e in zip(got, exact, strict=True):
+        assert (g.double() - e).abs().max() <= (0.03 if dtype == torch.bfloat16 else 1e-5) * e.abs().max()

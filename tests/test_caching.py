@@ -80,13 +80,27 @@ def test_a_prepared_network_is_the_network(options):
     assert isinstance(net, MMDiT)
     x, context, pooled = torch.randn(2, 3, 8, 8), torch.randn(2, 5, 8), torch.randn(2, 8)
     times, mask = [0.9, 0.5, 0.1], torch.tensor([[True] * 5, [True, True, False, False, False]])
-    inner, vector, table = net.prepare(context, pooled, times)
+    inner, vector = net.prepare(context, pooled)
+    table = net.modulations(vector, times)
     for i, time in enumerate(times):
         t = torch.full((2,), time)
         for m in (None, mask):
             expected = net(x, t, context, pooled, context_mask=m)
             close(net.denoise(x, t, inner, vector, context_mask=m), expected)
             close(net.denoise(x, t, inner, vector, context_mask=m, modulation=table[:, i]), expected)
+
+
+def test_gradients_pass_through_what_was_prepared():
+    net = make(network()).network
+    assert isinstance(net, MMDiT)
+    x, context, pooled = torch.randn(2, 3, 8, 8), torch.randn(2, 5, 8), torch.randn(2, 8, requires_grad=True)
+    inner, vector = net.prepare(context, pooled)
+    table = net.modulations(vector, [0.9, 0.5])
+    inputs = [pooled, *net.parameters()]
+    got = net.denoise(x, torch.full((2,), 0.5), inner, vector, modulation=table[:, 1])
+    expected = net(x, torch.full((2,), 0.5), context, pooled)
+    found, wanted = (torch.autograd.grad(y.square().sum(), inputs) for y in (got, expected))
+    torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("config", [{}, {"prediction": "x", "t_min": 0.2}, {"prediction": "eps"}, {"text_mask": True}])
@@ -111,21 +125,36 @@ def test_a_sample_is_the_solve_of_the_plain_velocity(config, sampler, interval):
 
 @torch.no_grad()
 def test_guidance_repeats_rows_of_the_modulations_and_not_the_modulations(flow):
-    velocity = PreparedVelocity(flow, [1.0, 0.5], rows=len(PROMPTS))
-    (*_, rows), (*_, null) = velocity.prepare(flow.embed(flow.text.encode(PROMPTS)), flow.embed(flow.text.null()))
+    velocity = PreparedVelocity(flow, [1.0, 0.5])
+    strong, null = velocity.prepare(flow.embed(flow.text.encode(PROMPTS)), flow.embed(flow.text.null()))
     n = len(PROMPTS)
-    assert rows.tolist() == list(range(n)) and null.tolist() == [n] and velocity._table.shape[:2] == (n + 1, 2)
+    assert strong[-1].tolist() == list(range(n)) and null[-1].tolist() == [n]
+    velocity.at(torch.zeros(n, 3, 8, 8), 1.0, *strong)
+    assert velocity._table.shape[:2] == (n + 1, 1)
 
 
-def test_text_and_modulation_are_computed_once(flow, monkeypatch):
+def test_text_is_computed_once_and_modulation_for_several_steps_at_once(flow, monkeypatch):
     calls = counted(flow, monkeypatch)
-    flow.sample(PROMPTS, seeds=SEEDS, steps=4, sampler="heun", guidance=3.0)
+    flow.sample(PROMPTS[:1], seeds=SEEDS[:1], steps=4, sampler="heun", guidance=3.0)
     assert calls["blocks.1.image_mlp.fc1"] == calls["final"] == 7  # both branches in one call
-    for once in ("context_embed", "pooled_embed", "time_embed", "blocks.1.image_modulation", "final_modulation"):
-        assert calls[once] == 1, once  # of the prompts and the empty one together
+    assert calls["context_embed"] == calls["pooled_embed"] == 1  # of the prompt and the empty one together
+    for each in ("time_embed", "blocks.1.image_modulation", "final_modulation"):
+        assert calls[each] == 2, each  # two steps of two rows are an eighth of 32
     many = [*range(20)]
-    flow.sample(["x"], seeds=many, steps=4, sampler="euler")  # a table for so many would be larger than the weights
-    assert calls["context_embed"] == 2 and calls["blocks.1.image_modulation"] == 1 + 4
+    flow.sample(["x"] * 20, seeds=many, steps=4, sampler="euler")  # more rows than that: each step's own
+    assert calls["context_embed"] == 2 and calls["blocks.1.image_modulation"] == 2 + 4
+
+
+@pytest.mark.parametrize("order", [range(7), [0, 0, 4, 3, 4, 6, 0, 1], [6]], ids=str)
+@torch.no_grad()
+def test_modulations_are_those_of_their_time_in_any_order(flow, order):
+    flow.network.hidden *= 2  # slabs of 4
+    times = [1.0, 0.9, 0.8, 0.5, 0.3, 0.1, 0.0]
+    velocity = PreparedVelocity(flow, times)
+    ((*_, pooled, _),) = velocity.prepare(flow.embed(flow.text.encode(PROMPTS[:2])))
+    for step in order:
+        close(velocity._modulations(step), flow.network.modulations(pooled, times[step : step + 1])[:, 0])
+        assert velocity._table.shape[1] == 4
 
 
 def test_blocks_that_are_shared_out_among_processes_are_only_called_whole(flow, monkeypatch):
@@ -171,7 +200,7 @@ def test_the_network_samples_in_its_own_dtype_and_the_solve_in_float32(flow, mon
 @torch.no_grad()
 def test_threshold_zero_is_exact(flow):
     net, cache = flow.network, FirstBlockCache(0.0)
-    inner, vector, _ = net.prepare(torch.randn(2, 5, 8), torch.randn(2, 8))
+    inner, vector = net.prepare(torch.randn(2, 5, 8), torch.randn(2, 8))
     x = torch.randn(2, 3, 8, 8)
     for time in (0.8, 0.7, 0.7):  # the same again: even then nothing is below zero
         t = torch.full((2,), time)
@@ -315,7 +344,7 @@ def test_genflow_sample_says_what_was_skipped_and_in_which_dtype(common, tmp_pat
 @torch.no_grad()
 def test_padding_is_hidden_from_every_block_also_with_a_cache(flow):
     net, cache = flow.network, FirstBlockCache(0.0)
-    context, vector, _ = net.prepare(torch.randn(2, 5, 8), torch.randn(2, 8))
+    context, vector = net.prepare(torch.randn(2, 5, 8), torch.randn(2, 8))
     x, mask = torch.randn(2, 3, 8, 8), torch.tensor([[True, True, False, False, False], [True] * 5])
     for time in (0.8, 0.7):
         t = torch.full((2,), time)
@@ -326,8 +355,8 @@ def test_padding_is_hidden_from_every_block_also_with_a_cache(flow):
 @pytest.mark.parametrize("config", [{}, {"path": CosinePath()}, {"prediction": "eps"}], ids=str)
 def test_a_sample_from_the_table_of_modulations_is_the_solve_of_the_plain_velocity(config):
     flow = make(**config)
-    got = flow.sample(PROMPTS, seeds=SEEDS, steps=5, record=True)  # 3 x 6 rows of a table, fewer than `hidden`
-    assert bool(PreparedVelocity(flow, got.trajectory.times, 3)._step) == (config == {})
+    got = flow.sample(PROMPTS, seeds=SEEDS, steps=5, record=True)
+    assert bool(PreparedVelocity(flow, got.trajectory.times).times) == (config == {})
     with torch.no_grad():
         condition = flow.embed(flow.text.encode(PROMPTS))
         solve = resolve("sampler", "heun")

@@ -60,6 +60,17 @@ def test_what_was_truncated_is_forgotten():
 
 
 @torch.no_grad()
+def test_rows_go_on_from_their_own_lengths():
+    net, x = make(condition_dim=5), data()
+    condition, cache = torch.randn(2, 5, dtype=torch.float64), net.cache(2)
+    net(x[:, :6], condition, cache)
+    cache.truncate(torch.tensor([3, 5]))
+    got = net(torch.stack([x[0, 3:5], x[1, 5:7]]), condition, cache)
+    every = net(x, condition)
+    torch.testing.assert_close(got, torch.stack([every[0, 3:5], every[1, 5:7]]))
+
+
+@torch.no_grad()
 def test_a_window_beyond_the_end_is_refused():
     net, x = make(), data()
     cache = net.cache(2)
@@ -75,6 +86,11 @@ def test_the_condition_reaches_every_token():
     net, x = make(condition_dim=5), data()
     a, b = (net(x, torch.randn(2, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(s))) for s in (0, 1))
     assert ((a - b).abs().amax((0, 2)) > 1e-3).all()
+
+
+def test_a_missing_condition_is_refused():
+    with pytest.raises(UserError, match="a condition is missing: this network needs B x 5"):
+        make(condition_dim=5)(data())
 
 
 def test_half_precision_inside_is_close_and_comes_out_wide():

@@ -135,3 +135,30 @@ def test_second_derivatives_of_the_affine_map_are_those_of_the_formula():
         found.append(torch.autograd.grad(first.square().sum(), [x, parameters]))
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("usual", [{"dtype": torch.float64}, {"device": "meta"}])
+def test_what_a_new_tensor_is_by_default_changes_nothing(usual):
+    net, x, parameters = layers(), torch.randn(3, 3, 4, 5), torch.randn(3, 4, 4, 5)
+    cases = [(lambda x: three_convolutions(*net, x, None), [x])]
+    cases += [(lambda *given, f=f: f(*given, 2.0), [x, parameters]) for f in (affine_half, affine_half_inverse)]
+
+    def answers():
+        found = []
+        for function, given in cases:
+            with torch.no_grad():
+                found += function(*given)
+            given = [a.clone().requires_grad_() for a in given]
+            found += torch.autograd.grad([o.sum() for o in function(*given)], given)
+        return found
+
+    expected, before = answers(), (torch.get_default_dtype(), torch.get_default_device())
+    try:
+        torch.set_default_dtype(usual.get("dtype", before[0]))
+        torch.set_default_device(usual.get("device", before[1]))
+        got = answers()
+    finally:
+        torch.set_default_dtype(before[0])
+        torch.set_default_device(None)
+    for a, b in zip(got, expected, strict=True):
+        assert a.dtype == b.dtype and torch.equal(a, b)

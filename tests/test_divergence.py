@@ -98,6 +98,13 @@ def test_pushing_tangents_forward_gives_what_autograd_gives_backwards(shape, con
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("shape", [(3,), (1, 4, 3), (2, 4, 3)])
+def test_the_jacobian_of_every_row_is_that_of_vmap(shape):
+    net, x, t = perturbed(ConcatSquash(shape, hidden=(7, 6)).double()), normal(2, *shape), normal(2)
+    each = torch.func.vmap(torch.func.jacrev(lambda x, t: net(x[None], t[None])[0]))(x, t)
+    torch.testing.assert_close(each.view(2, x[0].numel(), -1), jacobian(net, x, t))
+
+
 def test_one_time_for_all_rows_is_that_time_for_each():
     net = perturbed(ConcatSquash((3,), hidden=(5,)).double())
     x, tangents, one = normal(4, 3), normal(1, 4, 3, seed=1), torch.full((1,), 0.3, dtype=torch.float64)

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from genflow.errors import UserError
 from genflow.evaluation import features as features_module
 from genflow.evaluation.features import PixelFeatures, feature_network, features_of, graph_features, pixel_features
+from genflow.networks.feature_graph import shelved_graph
 
 
 @pytest.fixture
@@ -102,6 +103,13 @@ def test_a_network_is_found_by_its_file_its_folder_or_its_name_in_the_cache(grap
         feature_network("pixles")
     with pytest.raises(UserError, match="no graphs with their weights are there"):
         feature_network(str(shelf.parent))
+
+
+def test_a_whole_name_goes_before_a_longer_one_of_that_end(graph, shelf):
+    for suffix in (".json", ".safetensors"):
+        (shelf / f"mixed4{suffix}").write_bytes(graph[0].with_suffix(suffix).read_bytes())
+    assert feature_network("mixed4").name == shelved_graph("mixed4").stem == "mixed4"
+    assert shelved_graph("inception_mixed4").stem == "inception_mixed4"
 
 
 def test_without_a_network_in_the_cache_features_are_pixels(tmp_path, monkeypatch):

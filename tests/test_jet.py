@@ -219,3 +219,10 @@ def test_a_vit_knows_where_its_tokens_are_and_starts_at_zero():
     vit.positions.data.zero_()
     torch.testing.assert_close(vit(x), vit(x.flip(1)).flip(1), rtol=0, atol=1e-5)
     assert (vit(x)[:, 0] - vit(torch.cat([x[:, :1], 2 * x[:, 1:]], 1))[:, 0]).abs().max() > 1e-4  # attention
+
+
+@pytest.mark.parametrize("tokens", [(5, 1), (1, 5), (5, 4)])
+def test_a_vit_refuses_another_number_of_tokens_than_it_has_positions_for(tokens):
+    has, given = tokens
+    with pytest.raises(UserError, match=f"vit: there are {given} tokens, .* positions for {has}"):
+        ViT(has, 3, 2, width=8, depth=1)(torch.randn(2, given, 3))

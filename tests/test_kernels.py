@@ -181,7 +181,7 @@ def test_a_gradient_that_can_be_differentiated_counts_what_is_used_twice_as_one_
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("case", [case for case in CASES if "attention" not in case])
+@pytest.mark.parametrize("case", CASES)
 def test_many_cotangents_at_once_are_as_one_by_one(case, dtype):
     function, inputs, _ = CASES[case](dtype)
     outputs = function(*inputs)
@@ -211,12 +211,15 @@ def test_nan_and_inf_go_through():
         assert torch.equal(gelu(same, high), high) and gelu(same, -high).abs().max() < 1e-7
 
 
-def test_what_a_hook_kept_of_a_product_stays_as_it_was():
+@pytest.mark.parametrize("everywhere", [False, True])
+def test_what_a_hook_kept_of_a_product_stays_as_it_was(everywhere):
     layer, kept = linear(H, torch.float32), []
-    layer.register_forward_hook(lambda module, inputs, output: kept.append(output))
+    register = torch.nn.modules.module.register_module_forward_hook if everywhere else layer.register_forward_hook
+    hook = register(lambda module, inputs, output: kept.append(output))
     (x,) = tensors((B, L, H), dtype=torch.float32)
     with torch.no_grad():
         gelu(layer, x)
+        hook.remove()
         torch.testing.assert_close(kept[0], torch.nn.functional.linear(x, layer.weight))
 
 

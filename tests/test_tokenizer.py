@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -53,6 +54,14 @@ def test_the_gradient_of_fsq_is_that_of_its_bound():
     fsq(h).z.sum().backward()
     half = 4 * (1 - 1e-3) / 2
     torch.testing.assert_close(h.grad, half * (1 - h.detach().tanh() ** 2) / 2)
+
+
+def test_latents_that_are_not_numbers_reach_the_loss():
+    h = torch.zeros(2, 4, 3, 3)
+    h[1, 0, 0, 0] = math.nan
+    squeezed = FSQConfig().build()(h)
+    assert squeezed.z[0].isfinite().all() and squeezed.penalty[0] == 0
+    assert squeezed.z[1, 0, 0, 0].isnan() and squeezed.penalty[1].isnan()
 
 
 @pytest.mark.parametrize("levels", [(3, 4), (8, 5, 5), (7, 3, 6, 4)])

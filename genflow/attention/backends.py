@@ -53,7 +53,8 @@ def _sdpa(
     lq, lk = q.shape[2], k.shape[2]
     if mask.kind == "none" or (mask.kind == "causal" and lq == 1):
         return fused(q, k, v, scale, False)
-    if mask.kind == "causal" and lq == lk:  # torch aligns the first query with the first key; alike only here
+    # torch aligns the first query with the first key, alike only here; its scale hides no key where it is not above 0
+    if mask.kind == "causal" and lq == lk and (scale is None or scale > 0):
         return fused(q, k, v, scale, True)
     live = mask.full(q, lq, lk)
     if q.is_cpu or live is None:  # there, rows without a live key come out as zeros

@@ -54,7 +54,7 @@ class MatrixAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float | None, causal: bool) -> Tensor:
         q, k, v = (_dense_rows(x) for x in (q, k, v))
-        ctx.scale, ctx.causal = 1 / math.sqrt(q.shape[-1]) if scale is None else scale, causal
+        ctx.scale, ctx.causal = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale), causal
         out, lse = attention_forward(q, k, v, ctx.scale, causal)
         ctx.save_for_backward(q, k, v, out, lse)
         return out
@@ -63,7 +63,9 @@ class MatrixAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
-        return *attention_backward(_dense_rows(grad), q, k, v, out, lse, ctx.scale, ctx.causal), None, None
+        # Of many cotangents at once torch calls an operator for each.
+        backward = torch.ops.genflow.attention_backward if native.by_formula(grad) else attention_backward
+        return *backward(_dense_rows(grad), q, k, v, out, lse, ctx.scale, ctx.causal), None, None
 
 
 @native.operator

@@ -153,10 +153,14 @@ def attention(
         )
     if mask is None:
         mask = NONE
+    elif not isinstance(mask, Mask):
+        raise UserError(
+            f"attention: the mask is a {type(mask).__name__}; give a tensor, True = live, as Mask(dense=...)"
+        )
     else:
         mask.check(batch, heads, lq, lk)
     if q.numel() == 0 or lk == 0:
-        return q.masked_fill(torch.ones((), dtype=torch.bool, device=q.device), 0)
+        return q @ k.transpose(-2, -1) @ v  # nothing, or sums of nothing, which have gradients
     grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     needs = needs | _BACKWARD if grad else needs
     return serving(Call(device, dtype, head_dim, mask.kind, lq, lk, needs), backend, default).fn(q, k, v, mask, scale)

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from genflow.errors import UserError
+from genflow.native.library import untransformed
 from genflow.registry import api_export
 
 T = TypeVar("T")
@@ -46,6 +47,9 @@ class Mask:
 
     def __post_init__(self) -> None:
         parts = (self.causal or None, self.keys, self.segments, self.tree, self.dense)
+        for name, part in zip(KINDS[2:], parts[1:]):
+            if part is not None and not isinstance(part, Tensor):
+                raise UserError(f"mask.{name} is a {type(part).__name__}, not a tensor")
         kind = "+".join([name for name, part in zip(KINDS[1:], parts) if part is not None])
         object.__setattr__(self, "kind", kind or "none")
 
@@ -139,7 +143,9 @@ class Mask:
         return self.kept(("packing", batch, lq, lk, device), lambda: _packing(self, batch, lq, lk, device))
 
     def kept(self, what: Hashable, make: Callable[[], T]) -> T:
-        """What a backend made of this mask, made once."""
+        """What a backend made of this mask, made once; in a trace or transform, which would stay in it, every time."""
+        if not untransformed():
+            return make()
         if what not in self._kept:
             self._kept[what] = make()
         return self._kept[what]

@@ -25,6 +25,8 @@ from torch import Tensor, nn
 
 from genflow.errors import UserError
 from genflow.native.allocator import keep_freed_memory
+from genflow.native.library import library
+from genflow.registry import names, resolve
 
 MIB = 2**20
 
@@ -211,6 +213,9 @@ def peak_memory(build: Callable[[str], Side], name: str, task: str, device: torc
 
 def _peak_memory(build: Callable[[str], Side], name: str, task: str, device: torch.device) -> float | None:
     keep_freed_memory()
+    for each in names("attention"):  # what genflow loads at the first call is code, as what peers import before it
+        resolve("attention", each)
+    library()
     side = build(name)
     run = side.tasks[task]
     if device.type == "cuda":

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from genflow.cachedir import cache_folder
 from genflow.data.pictures import write_atomic
 from genflow.errors import UserError, nearest
-from genflow.networks.feature_graph import SEEN, FeatureGraph
+from genflow.networks.feature_graph import SEEN, FeatureGraph, by_end
 from genflow.registry import api_export
 
 Features = Callable[[Tensor], Tensor]
@@ -165,7 +165,7 @@ def feature_network(what: str | None = None) -> FeatureNetwork:
         return GraphFeatures(graphs[0])
     if path.suffix in (".json", ".safetensors"):
         return GraphFeatures(path.with_suffix(".json"))
-    if found := sorted(shelf.glob(f"*{path.name}.json")):
+    if found := by_end(shelf, path.name):
         return GraphFeatures(found[0])
     known = ["pixels", "inception", *(file.stem for file in shelf.glob("*.json"))]
     near = nearest(what, known)

@@ -24,20 +24,17 @@ class PreparedVelocity:
     """velocity(z, t, *cond) and at(z, time, *cond), as `cfg` and `Conditioned` take it. cond: of what `prepare` gives.
 
     A network that has prepare and denoise, as MMDiT, embeds its text once, and makes the modulation of all its blocks for
-    the times to come in one product each. times: those, for `rows` samples; they are not looked at where the table would
-    be larger than the weights that it saves reading, where blocks are shared out among processes, and on paths other than
-    the straight one, whose times are not ours. cache: first-block caching, LOSSY.
+    several of the times to come in one product each: as many as fill an eighth of the weights that it saves reading.
+    times: those; they are not looked at where blocks are shared out among processes, and on paths other than the straight
+    one, whose times are not ours. cache: first-block caching, LOSSY.
     """
 
-    def __init__(
-        self, flow: RectifiedFlow, times: Sequence[float] = (), rows: int = 1, cache: FirstBlockCache | None = None
-    ) -> None:
+    def __init__(self, flow: RectifiedFlow, times: Sequence[float] = (), cache: FirstBlockCache | None = None) -> None:
         self.flow, self.cache = flow, cache
         self.network: Any = flow.network
-        small = rows * len(times) <= getattr(self.network, "hidden", 0)
-        useful = flow.straight and small and not _shared_out(self.network)
-        self._step = {time: i for i, time in enumerate(times)} if useful else {}
-        self._table: Tensor | None = None  # modulation by row and step, of all conditions that were prepared
+        self.times = list(times) if flow.straight and not _shared_out(self.network) else []
+        self._step = {time: i for i, time in enumerate(self.times)}
+        self._first, self._table = 0, torch.empty(0, 0)  # modulation by row and step, from the first step on
 
     def prepare(self, *conditions: Condition) -> list[tuple[Tensor, ...]]:
         """For each embedded condition tensors of as many rows, all of them prepared together. To be called once."""
@@ -45,9 +42,9 @@ class PreparedVelocity:
         prepared: tuple[Tensor, ...] = rows.tokens.to(dtype), rows.mask, rows.pooled.to(dtype)
         # A gradient would run through what is prepared at every step, and is free to be asked for at each.
         if not torch.is_grad_enabled() and hasattr(self.network, "prepare"):
-            context, pooled, self._table = self.network.prepare(prepared[0], prepared[2], list(self._step))
+            context, self._pooled = self.network.prepare(prepared[0], prepared[2])
             # Rows of the table, not the table, are what guidance repeats and puts side by side.
-            prepared = context, rows.mask, pooled, torch.arange(len(rows), device=pooled.device)
+            prepared = context, rows.mask, self._pooled, torch.arange(len(rows), device=context.device)
         return list(zip(*(a.split([len(c) for c in conditions]) for a in prepared), strict=True))
 
     def __call__(self, z: Tensor, t: Tensor, *cond: Tensor) -> Tensor:
@@ -68,10 +65,19 @@ class PreparedVelocity:
             context,
             pooled,
             context_mask=mask if flow.config.text_mask else None,
-            modulation=None if step is None or self._table is None else self._table[rows, step],
+            modulation=None if step is None else self._modulations(step)[rows],
             cache=self.cache,
         )
         return output.to(x.dtype)
+
+    def _modulations(self, step: int) -> Tensor:
+        """Those of one step, by row."""
+        if not 0 <= step - self._first < self._table.shape[1]:
+            size = max(self.network.hidden // (8 * len(self._pooled)), 1)
+            self._first = max(min(step, len(self.times) - size), 0)  # slabs of one size, also at the end
+            self._table = torch.empty(0, 0)  # given back before the next one is made
+            self._table = self.network.modulations(self._pooled, self.times[self._first : self._first + size])
+        return self._table[:, step - self._first]
 
 
 def _shared_out(network: nn.Module) -> bool:

@@ -244,11 +244,10 @@ class RectifiedFlow(ConditionedFlow):
             raise UserError(f"weak must be a rectified flow of {shape}, not a {type(weak).__name__}{has}")
         check_cache(cache, self.network, sampler)
         caches: list[FirstBlockCache] = []
-        rows = len(seeds) * (1 if guidance == 1 or weak is not None else 2)
 
         def prepared(flow: RectifiedFlow) -> PreparedVelocity:
             caches.extend([FirstBlockCache(cache)] if cache else [])
-            return PreparedVelocity(flow, times, rows, caches[-1] if cache else None)
+            return PreparedVelocity(flow, times, caches[-1] if cache else None)
 
         with evaluating(self), evaluating(self if weak is None else weak):
             condition = self.embed_prompts(prompts, len(seeds))

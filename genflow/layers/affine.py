@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from genflow.layers.kernels import again, by_formula
-from genflow.native.library import SUFFIX, call, usable
+from genflow.layers.kernels import again
+from genflow.native.library import SUFFIX, by_formula, call, usable
 
 
 def affine_half(x: Tensor, parameters: Tensor, limit: float) -> tuple[Tensor, Tensor]:
@@ -66,7 +66,7 @@ def _rows(x: Tensor) -> Tensor:
 
 def _run(name: str, x: Tensor, parameters: Tensor, limit: float) -> tuple[Tensor, Tensor]:
     B, C, H, W = x.shape
-    out, ladj = torch.empty(B, H, W, C), torch.empty(B)
+    out, ladj = x.new_empty(B, H, W, C), x.new_empty(B)
     call(name, parameters.dtype, x, parameters, out, ladj, B, H * W, C, C - parameters.shape[1] // 2, float(limit))
     return out.permute(0, 3, 1, 2), ladj
 
@@ -87,7 +87,7 @@ class AffineHalf(torch.autograd.Function):
             return *again(lambda x, parameters: _plain(x, parameters, ctx.limit), (x, parameters), (gz, gladj)), None
         B, C, H, W = x.shape
         gz, gladj = _rows(gz), gladj.contiguous()
-        dx, dparameters = torch.empty(B, H, W, C), torch.empty(B, H, W, parameters.shape[1], dtype=parameters.dtype)
+        dx, dparameters = x.new_empty(B, H, W, C), parameters.new_empty(B, H, W, parameters.shape[1])
         kept = C - parameters.shape[1] // 2
         call(
             "affine_backward", parameters.dtype, gz, gladj, x, parameters, dx, dparameters,

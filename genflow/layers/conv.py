@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from genflow.layers.kernels import again, as_float, by_formula
-from genflow.native.library import call, usable
+from genflow.layers.kernels import again, as_float
+from genflow.native.library import by_formula, call, usable
 
 ROWS = 8192  # places that a thread takes at a time, so that what lies between the products stays in its cache
 
@@ -51,9 +51,9 @@ class ThreeConvolutions(torch.autograd.Function):
         pixels, step = _pixels(x)
         chunk = _samples_at_once(B, places)
         kept = B if keep else chunk
-        columns, h1, h2 = (torch.empty(kept * places, width, dtype=dtype) for width in (9 * C, hidden, hidden))
-        spread = torch.empty(chunk * places, 9 * outputs, dtype=dtype)
-        out = torch.empty(B, H, W, outputs)
+        columns, h1, h2 = (x.new_empty(kept * places, width, dtype=dtype) for width in (9 * C, hidden, hidden))
+        spread = x.new_empty(chunk * places, 9 * outputs, dtype=dtype)
+        out = x.new_empty(B, H, W, outputs)
         for start in range(0, B, chunk):
             n = min(chunk, B - start)
             at = slice(start * places, (start + n) * places) if keep else slice(n * places)
@@ -78,9 +78,9 @@ class ThreeConvolutions(torch.autograd.Function):
         g, step = _pixels(g.float())
         chunk = _samples_at_once(B, places)
         g9, g2, g1, gc = (columns.new_empty(chunk * places, width) for width in (9 * outputs, hidden, hidden, 9 * C))
-        d1, d2, d3 = (torch.zeros(w.shape) for w in (packed1, packed2, packed3))
-        dadded, db2, nothing = torch.empty(B, hidden), torch.empty(B, hidden), torch.zeros(C)
-        dx = torch.empty(B, H, W, C) if ctx.needs_input_grad[0] else None
+        d1, d2, d3 = (x.new_zeros(w.shape) for w in (packed1, packed2, packed3))
+        dadded, db2, nothing = x.new_empty(B, hidden), x.new_empty(B, hidden), x.new_zeros(C)
+        dx = x.new_empty(B, H, W, C) if ctx.needs_input_grad[0] else None
         for start in range(0, B, chunk):
             n = min(chunk, B - start)
             own, at = slice(start, start + n), slice(start * places, (start + n) * places)

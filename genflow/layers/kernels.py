@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from genflow.native import library as native
-from genflow.native.library import Forgotten, call, operator
+from genflow.native.library import Forgotten, by_formula, call, operator
 
 
 def _rows(vector: Tensor) -> tuple[Tensor, int]:
@@ -21,13 +21,6 @@ def _rows(vector: Tensor) -> tuple[Tensor, int]:
 
 def as_float(parameter: Tensor) -> Tensor:
     return parameter.detach().float().contiguous()
-
-
-def by_formula(*grads: Tensor) -> bool:
-    """Whether a backward is to go by the plain formula: for double backward, and of many cotangents at once."""
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return torch.is_grad_enabled()
-    return not native.untransformed() or any(map(torch._C._functorch.is_legacy_batchedtensor, grads))
 
 
 def again(
@@ -286,20 +279,24 @@ class JointAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, heads: int, eps: float, causal: bool, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, heads: int, eps: float, causal: bool, plain: Callable, *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
         n = len(tensors) // 4
         *outs, lse = joint_attention_forward(list(tensors[:n]), list(tensors[n:]), heads, eps, causal)
         ctx.save_for_backward(*tensors, *outs, lse)
-        ctx.how = heads, eps, causal
+        ctx.how, ctx.plain = (heads, eps, causal), plain
         return tuple(outs)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         n, saved = len(grads), list(ctx.saved_tensors)
+        if by_formula(*grads):
+            return None, None, None, None, *again(ctx.plain, tuple(saved[: 4 * n]), grads)
         streams, weights, outs, lse = saved[:n], saved[n : 4 * n], saved[4 * n : -1], saved[-1]
         dense = [g.contiguous() for g in grads]
-        return None, None, None, *joint_attention_backward(dense, streams, weights, outs, lse, *ctx.how)
+        return None, None, None, None, *joint_attention_backward(dense, streams, weights, outs, lse, *ctx.how)
 
 
 @operator

@@ -77,7 +77,8 @@ def gelu(linear: Linear, x: Tensor) -> Tensor:
     """a Phi(a) of a = linear(x) in its tanh form (Hendrycks & Gimpel 2016, arXiv 1606.08415). x: B x L x the input."""
     if native.usable(x) and x.dim() == 3:
         product = linear(x, bias=False).contiguous()
-        if linear._forward_hooks:  # which may have kept what the kernel writes over
+        # Which may have kept what the kernel writes over.
+        if linear._forward_hooks or nn.modules.module._global_forward_hooks:
             product = product.clone()
         return native.run(kernels.GELU, product, linear.bias, _gelu)
     return F.gelu(linear(x), approximate="tanh")
@@ -111,12 +112,22 @@ def joint_attention(
     """
     heads = streams[0][0].heads
     products, weights, fused = _products(streams)
+    lengths = [x.shape[1] for _, x in streams]
+
+    def plain(*tensors: Tensor) -> tuple[Tensor, ...]:
+        return _apart(attention(*_joint_heads(heads, tensors), mask, default=default), lengths)
+
     if fused and joins(products, heads, mask or NONE, default):
-        return native.run(kernels.JointAttention, heads, EPS, mask is not None and mask.causal, *products, *weights)
+        causal = mask is not None and mask.causal
+        return native.run(kernels.JointAttention, heads, EPS, causal, plain, *products, *weights)
     q, k, v = _joined(heads, products, weights, fused)
     del products
-    heard = attention(q, k, v, mask, default=default).split([x.shape[1] for _, x in streams], dim=2)
-    return tuple(o.transpose(1, 2).flatten(2) for o in heard)
+    return _apart(attention(q, k, v, mask, default=default), lengths)
+
+
+def _apart(heard: Tensor, lengths: Sequence[int]) -> tuple[Tensor, ...]:
+    """What all streams hear, B x heads x sum(L_i) x head_dim, as that of each, B x L_i x hidden."""
+    return tuple(o.transpose(1, 2).flatten(2) for o in heard.split(lengths, dim=2))
 
 
 def joint_heads(streams: Sequence[tuple[QKV, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:

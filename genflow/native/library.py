@@ -122,6 +122,13 @@ def usable(*tensors: Tensor) -> bool:
     )
 
 
+def by_formula(*grads: Tensor) -> bool:
+    """Whether a backward is to go by the plain formula: for double backward, and of many cotangents at once."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return torch.is_grad_enabled()
+    return not untransformed() or any(map(torch._C._functorch.is_legacy_batchedtensor, grads))
+
+
 class Forgotten:
     """Stands in for autograd's context where nothing is kept."""
 

@@ -60,22 +60,20 @@ class CausalTransformer(nn.Module):
         """x: B x L x inputs; condition: B x condition_dim. Returns B x L x outputs, in float32 or wider.
 
         cache: then x are the L tokens after those it has, and it has them too afterwards. Not for gradients. Raises
-        UserError for tokens beyond the last.
+        UserError for tokens beyond the last and for a condition that is missing.
         """
-        start = 0 if cache is None else cache.length
-        if start + x.shape[1] > self.tokens:
-            raise UserError(
-                f"{start} tokens and {x.shape[1]} more: this transformer has positions for {self.tokens} tokens"
-            )
+        before, new = 0 if cache is None else cache.length, x.shape[1]
+        if before + new > self.tokens:
+            raise UserError(f"{before} tokens and {new} more: this transformer has positions for {self.tokens} tokens")
+        if self.condition is not None and condition is None:
+            raise UserError(f"a condition is missing: this network needs B x {self.condition.in_features}")
         x = x.to(self.embed.weight.dtype)
         h = self.embed(x)
-        extra = self.positions[start : start + x.shape[1]]
-        if self.condition is not None:
-            assert condition is not None
+        start = 0 if cache is None else cache.open(new)
+        extra = self.positions[slice(start, start + new) if isinstance(start, int) else start]
+        if self.condition is not None and condition is not None:
             extra = extra + self.condition(condition.to(x.dtype))[:, None]
         h = h + extra.to(h.dtype)
-        if cache is not None:
-            cache.open(x.shape[1])
         for i, block in enumerate(cast(Iterable[Block], self.blocks)):
             h = block(h) if cache is None else block.extend(h, cache, i)
         with torch.autocast(h.device.type, enabled=False):  # what is read off a map is not rounded to half precision

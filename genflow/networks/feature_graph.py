@@ -87,10 +87,15 @@ def shelved_graph(name: str) -> Path:
     if path.suffix in (".json", ".safetensors"):
         return path.with_suffix(".json")
     shelf = cache_folder() / "features"
-    if not (found := sorted(shelf.glob(f"*{path.name}.json"))):
+    if not (found := by_end(shelf, path.name)):
         near = nearest(name, [file.stem for file in shelf.glob("*.json")])
         raise UserError(f"no features {name!r}: neither a .json graph nor a name of one in {shelf}.{near}")
     return found[0]
+
+
+def by_end(shelf: Path, name: str) -> list[Path]:
+    """The graphs of a folder whose names end so, the shortest first: the one of just this name, where it is there."""
+    return sorted(shelf.glob(f"*{name}.json"), key=lambda file: (len(file.name), file))
 
 
 class PerceptualDistance(nn.Module):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from itertools import accumulate
 from typing import Annotated, Any
 
 import torch
@@ -150,25 +151,29 @@ class MMDiT(nn.Module):
         context_dim; pooled: B x pooled_dim; context_mask: B x L bool, True = attend (None, as SD3 was trained: all).
         Returns B x C x H x W. Raises UserError for a picture size that the patches do not divide.
         """
-        context, pooled, _ = self.prepare(context, pooled)
+        context, pooled = self.prepare(context, pooled)
         return self.denoise(x, t, context, pooled, context_mask=context_mask)
 
-    def prepare(self, context: Tensor, pooled: Tensor, times: Sequence[float] = ()) -> tuple[Tensor, Tensor, Tensor]:
-        """What `denoise` takes, and can be computed once for all steps of a solve.
+    def prepare(self, context: Tensor, pooled: Tensor) -> tuple[Tensor, Tensor]:
+        """What `denoise` takes, computed once for all steps of a solve: the context, B x L x hidden, and the pooled vector.
 
-        context, pooled: as of the forward; times: S, those to come. Returns the context, B x L x hidden, the pooled vector,
-        B x hidden, and the modulation of every block at each of the times, B x S x what all of them take.
+        context, pooled: as of the forward. The pooled vector is B x hidden.
         """
-        context, pooled = self.context_embed(context), self.pooled_embed(pooled)
-        if not times:
-            return context, pooled, pooled.new_empty(len(pooled), 0, 0)
+        return self.context_embed(context), self.pooled_embed(pooled)
+
+    def modulations(self, pooled: Tensor, times: Sequence[float]) -> Tensor:
+        """The modulation of every block at each of S times, in one product each: B x S x what all of them take.
+
+        pooled: as `prepare` gives it.
+        """
         t = torch.tensor(times, dtype=torch.float32, device=pooled.device)
         c = F.silu(self.time_embed(sinusoidal(t, 256).to(pooled.dtype)) + pooled[:, None])
         every = self._modulations()
-        table = c.new_empty(*c.shape[:2], sum(m.out_features for m in every))
-        for part, modulation in zip(table.split([m.out_features for m in every], dim=-1), every, strict=True):
-            part.copy_(modulation(c))
-        return context, pooled, table
+        ends = list(accumulate(m.out_features for m in every))
+        table = c.new_empty(*c.shape[:2], ends[-1])
+        for end, modulation in zip(ends, every, strict=True):
+            table[..., end - modulation.out_features : end] = modulation(c)
+        return table
 
     def _modulations(self) -> list[Modulation]:
         blocks: Any = self.blocks
@@ -187,7 +192,8 @@ class MMDiT(nn.Module):
     ) -> Tensor:
         """Velocity at time t, of what `prepare` made of the condition; the rest as of the forward.
 
-        modulation: B x ..., of this time, where it is there; then t is not looked at. cache: for sampling, LOSSY.
+        modulation: B x ..., of `modulations` at this time, where it is there; then t is not looked at. cache: for sampling,
+        LOSSY.
         """
         p, (height, width) = self.config.patch_size, x.shape[-2:]
         if height % p or width % p:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from genflow.errors import UserError, nearest
+from genflow.native.library import untransformed
 
 
 class _Activation(NamedTuple):
@@ -220,8 +221,11 @@ def _spatial(each: Tensor, kernel: Sequence[int]) -> Tensor:
 
 
 def _nhwc(rows: Tensor) -> Tensor:
-    """Pictures with their channels last in memory, where convolutions are faster by 2 to 3 on a CPU; vectors as they are."""
-    if rows.dim() == 2:
+    """Pictures with their channels last in memory, where convolutions are faster by 2 to 3 on a CPU; vectors as they are.
+
+    So are all under transforms: vmap knows no such order.
+    """
+    if rows.dim() == 2 or not untransformed():
         return rows
     if rows.shape[1] == 1:  # in both orders at once: only the strides say which is meant
         b, c, h, w = rows.shape

@@ -111,7 +111,8 @@ class FSQ(Quantizer):
         return self._count(self.bound(h).round())
 
     def _count(self, rounded: Tensor) -> Tensor:
-        return ((rounded.detach().long() + self.levels // 2) * self.basis).sum(1)
+        whole = rounded.detach().nan_to_num().long()  # what is NaN is told by the loss
+        return ((whole + self.levels // 2) * self.basis).sum(1)
 
     def embed(self, codes: Tensor) -> Tensor:
         digits = codes.unsqueeze(1) // self.basis % self.levels

@@ -58,7 +58,12 @@ class ViT(nn.Module):
         nn.init.zeros_(self.head.weight)
 
     def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
-        """x: B x tokens x in_dim; condition: B x condition_dim. Returns B x tokens x out_dim."""
+        """x: B x tokens x in_dim; condition: B x condition_dim. Returns B x tokens x out_dim.
+
+        Raises UserError for another number of tokens.
+        """
+        if x.shape[1] != (tokens := self.positions.shape[1]):
+            raise UserError(f"vit: there are {x.shape[1]} tokens, and this transformer has positions for {tokens}")
         x = self.embed(x) + self.positions
         if self.condition is not None and condition is not None:
             x = x + self.condition(condition.to(x.dtype))[:, None]
