@@ -171,7 +171,9 @@ def test_network_calls_of_sampling_count_both_branches_of_every_evaluation():
     assert contest.tasks[0].calls == 2 * 2 * (2 * 3)  # pictures, branches, evaluations
     assert contest.tasks[0].flops == 24 * mmdit_flops(bench_mmdit.mmdit_config(args), 4, 3)
     (contest,) = bench_mmdit.sampling(arguments("sample", *TINY, "--guidance", "1", "--steps", "3"))
-    assert contest.tasks[0].calls == 2 * 3
+    assert contest.tasks[0].calls == 2 * 3 and "euler, 3 steps, guidance 1" in contest.title
+    (contest,) = bench_mmdit.sampling(arguments("sample", *TINY, "--sampler", "bosh3", "--option", "rtol=0.1"))
+    assert "bosh3, own steps, guidance 4" in contest.title
 
 
 def test_what_is_sampled_and_trained_depends_on_the_whole_network():

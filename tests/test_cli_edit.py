@@ -124,6 +124,12 @@ def test_invert_prints_the_error_of_every_round_trip_and_writes_the_noise(genflo
     assert (back[0] - given).square().mean().sqrt() < 0.12
 
 
+def test_invert_does_not_name_steps_that_a_sampler_chooses(genflow_, capsys):
+    genflow_("invert", "p0.png", "--sampler", "dopri5", "--option", "rtol=0.1")
+    out = capsys.readouterr().out
+    assert out.startswith("PSNR, dB     own steps ") and "of own steps, in" in out
+
+
 def test_noise_in_the_file_is_that_of_encode_and_strength_begins_within_the_grid(tmp_path, where):
     make_model(tmp_path / "eps", RectifiedFlowConfig(prediction="eps", t_min=0.3))
     asked = [str(tmp_path / "eps"), str(where / "p0.png"), "--device", "cpu"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import shutil
 import socket
 import sys
@@ -103,6 +104,8 @@ def test_what_is_drawn_is_what_sample_draws(player):
     x = unet.flow.sample(["dark"], seeds=[3], **{**unet.own, "steps": 3, "guidance": 1.5}).x
     assert np.array_equal(cell(sheet, 6, 6), bytes_of(x[0]))
     assert told == "2 of 3 evaluations each: sampler euler, steps 3, guidance 1.5"
+    _, told = draw(unet, dataclasses.replace(CHOICE, sampler="dopri5"))
+    assert told.endswith("each: sampler dopri5, guidance 1.5")  # whose steps are its own
 
 
 def test_only_what_a_model_takes_is_asked_of_it(player):

@@ -442,3 +442,42 @@ def test_rf_inversion_tells_its_sampler_where_the_control_jumps(x, noise):
         how = {"gamma": weight, "eta": weight, "interval": (0.25, 0.75), "sampler": sampler}
         rf_inversion(VELOCITY, VELOCITY, x, noise, uniform(4), **how)
         assert told == edges
+
+
+def test_the_precision_of_an_edit_is_the_wider_of_the_pictures_and_the_noise(x, noise):
+    narrow = x.float(), noise.float()
+    edits = [
+        lambda x, n: image_to_image(VELOCITY, x, n, uniform(4), 0.6).x,
+        lambda x, n: inpaint(VELOCITY, x, torch.ones(1, 1, 4, 6), n, uniform(4)).x,
+        lambda x, n: rf_inversion(VELOCITY, VELOCITY, x, n, uniform(4)).x,
+    ]
+    for edit in edits:
+        expected = edit(*narrow)
+        for pair in ((narrow[0], narrow[1].double()), (narrow[0].double(), narrow[1])):
+            result = edit(*pair)
+            assert result.dtype == torch.float64
+            torch.testing.assert_close(result.float(), expected, rtol=0, atol=1e-4)
+
+
+def test_what_a_velocity_answers_to_an_edit_is_looked_at(x, noise):
+    mask = torch.ones(1, 1, 4, 6)
+    edits = [
+        lambda v: inpaint(v, x, mask, noise, uniform(4)),
+        lambda v: flowedit(v, VELOCITY, x, uniform(4), seeds=[1, 2, 3]),
+        lambda v: rf_inversion(v, VELOCITY, x, noise, uniform(4)),
+        lambda v: rf_inversion(VELOCITY, v, x, noise, uniform(4)),
+    ]
+    for edit in edits:
+        with pytest.raises(UserError, match="the velocity returned a tuple, not a tensor"):
+            edit(lambda z, t: (z,))
+        with pytest.raises(UserError, match="they must be alike"):  # and not spread over the channels
+            edit(lambda z, t: z[:, :1])
+
+
+def test_resampling_names_the_step_from_which_pictures_are_not_finite(x, noise):
+    def broken(z, t):
+        return torch.where(t.view(-1, 1, 1, 1) < 0.6, math.nan, VELOCITY(z, t))
+
+    how = {"repeats": 2, "seeds": [1, 2, 3], "sampler": euler}
+    solution = inpaint(broken, x, torch.ones(1, 1, 4, 6), noise, uniform(4), **how)
+    assert solution.status == ["not finite (NaN or inf) from step 3 of 4 on"] * 3

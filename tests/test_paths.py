@@ -141,6 +141,23 @@ def test_a_table_that_ends_without_any_signal_is_taken():
     assert math.isfinite(path.s_of_t(torch.tensor(path.t_max, dtype=torch.float64)))
 
 
+def test_a_table_rescaled_to_no_terminal_signal_or_of_very_little_ends_at_its_last_timestep(noise):
+    root = TABLE.sqrt()
+    rescaled = ((root - root[-1]) * root[0] / (root[0] - root[-1])).square()  # arXiv 2305.08891, algorithm 1
+    long = (1 - torch.linspace(1e-4, 0.02, 10_000, dtype=torch.float64)).cumprod(0)
+    for table in (rescaled, long[:4000], long):
+        for nearest in (False, True):
+            path = Path.discrete(table, nearest=nearest)
+            s = torch.arange(len(table), dtype=torch.float64)
+            assert path.alpha(s).diff().max() < 0
+            positive = table > 0
+            torch.testing.assert_close(path.alpha(s[positive]).square(), table[positive], rtol=1e-9, atol=0)
+            assert path.s_of_t(torch.tensor(path.t_max, dtype=torch.float64)) == len(table) - 1
+            asked = []
+            velocity_from(lambda x, s, asked=asked: asked.append(s) or x, path, "v").at(noise, 1.0)
+            assert asked[0].tolist() == [len(table) - 1] * len(noise)
+
+
 def test_pictures_low_precision_and_gradients_go_through(noise):
     weight = torch.ones(1, requires_grad=True)
     seen = []

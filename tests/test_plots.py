@@ -163,6 +163,12 @@ def test_nobody_elses_plots_are_touched(tmp_path):
     assert subprocess.run([sys.executable, "-c", code, str(tmp_path / "a.png")]).returncode == 0
 
 
+def test_the_training_line_of_a_likelihood_is_without_penalties_as_its_validation():
+    lines = [{"step": s, "loss": 9.0, "nll": 6.9, "mtp1": 7.0} for s in (1, 2)] + [{"step": 2, "validation_loss": 6.9}]
+    (axes,) = plot_training(lines).axes
+    assert {y for line in axes.get_lines() for y in line.get_ydata()} == {6.9}
+
+
 def test_without_matplotlib_there_is_one_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(UserError, match="pip install matplotlib"):
@@ -242,6 +248,32 @@ def test_errors_are_those_of_the_pictures_that_the_model_draws(model, tmp_path, 
     assert main(asked) == 0
     ((_, error),) = seen["rk4"]
     assert error < 1e-2
+
+
+def test_errors_are_on_the_models_own_grid_when_one_was_tuned_for_its_steps(model, tmp_path, monkeypatch):
+    from genflow.cli import plot
+    from genflow.evaluation import plots
+
+    shutil.copytree(model, tmp_path / "shifted")
+    config = json.loads((model / "config.json").read_text())
+    config["sample"]["shift"] = 3.0
+    (tmp_path / "shifted" / "config.json").write_text(json.dumps(config))
+    seen = []
+    monkeypatch.setattr(plots, "plot_errors", lambda curves, **more: seen.append((curves, more["title"])))
+    monkeypatch.setattr(plots, "save_plot", lambda *_: None)
+    monkeypatch.setattr(plot, "BUDGETS", (4,))
+    asked = ["plot", str(tmp_path / "shifted"), "--images", "1", "--prompt", "a", "--what", "error"]
+    assert main([*asked, "--out", str(tmp_path)]) == 0
+    save_tuned(tmp_path / "shifted", 3, {"sampler": "euler", "grid": [1.0, 0.5, 0.2, 0.0], "nfe": 3, "error": 0.5})
+    assert main([*asked, "--out", str(tmp_path)]) == 0
+    assert seen[0] == seen[1] and "shifted, shift 3" in seen[0][1]
+
+
+def test_a_solve_of_few_steps_is_called_what_it_is(model, short, tmp_path):
+    asked = ["plot", str(model), "--out", str(tmp_path), "--what", "trajectories", "--format", "svg", "--prompt", "a"]
+    for sampler, told in {"ab2": "ab2, 3 steps", "dopri5": "dopri5, own steps"}.items():
+        assert main([*asked, "--sampler", sampler]) == 0
+        assert f"<!-- {told} -->" in (tmp_path / "trajectories.svg").read_text()
 
 
 @pytest.mark.parametrize("sampler", ["euler_maruyama", "dopri5", "ab2"])

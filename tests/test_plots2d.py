@@ -222,6 +222,20 @@ def test_an_animation_writes_where_it_is():
 DATA = Toy2DConfig(n=500)
 LABELS = LabelsConfig(classes=("moon 0", "moon 1"), dim=4)
 VELOCITY = MLPVelocityConfig(hidden=8, depth=1, shape=(2,), pooled_dim=4)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_titles_and_ticks_are_whole(count):
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    figure = plot_samples_2d({f"panel {i}": (torch.randn(500, 2), [""] * 500) for i in range(count)})
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    for axes in figure.axes:
+        box = axes.get_tightbbox(canvas.get_renderer())
+        assert box.xmin >= 0 and box.ymin >= 0 and box.xmax <= figure.bbox.xmax and box.ymax <= figure.bbox.ymax
+
+
 SPLINES = NSFConfig(steps=2, hidden=8, blocks=1, shape=(2,), condition_dim=0)
 
 
@@ -294,6 +308,24 @@ def test_samples_are_the_models_own_unguided_and_where_its_solve_ends(velocity_m
     torch.testing.assert_close(drawn["point_animation"][0][1][-1], x)
     assert main(["plot", str(velocity_model), "--out", str(tmp_path), *what, "--guidance", "3"]) == 0
     assert (drawn["plot_density_2d"][0][0]["samples"] - x).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("which", "how"), [("velocity_model", ["--guidance", "3"]), ("map_model", ["--temperature", "0.5"])]
+)
+def test_other_samples_than_the_density_is_of_stand_without_it(which, how, request, small, drawn, tmp_path, capsys):
+    asked = ["plot", str(request.getfixturevalue(which)), "--out", str(tmp_path), "--what", "density"]
+    assert main([*asked, *how]) == 0
+    assert "model density" not in drawn["plot_density_2d"][0][0]
+    assert f"no density: it is known at {how[0][2:]} 1 alone" in capsys.readouterr().err
+
+
+def test_a_field_has_the_points_of_its_own_caption_and_says_of_which(velocity_model, small, drawn, tmp_path):
+    asked = ["plot", str(velocity_model), "--out", str(tmp_path), "--what", "field", "--format", "svg", "--seed", "3"]
+    assert main([*asked, "--prompt", "moon 1", "--prompt", "moon 0"]) == 0
+    x = load(velocity_model).sample(["moon 1"], seeds=range(3, 63), sampler="euler", steps=4, guidance=1.0).x
+    torch.testing.assert_close(drawn["plot_field_2d"][1]["points"][-1], x)
+    assert "of moon 1" in (tmp_path / "field.svg").read_text()
 
 
 def test_prompts_choose_what_is_drawn(velocity_model, small, drawn, tmp_path):

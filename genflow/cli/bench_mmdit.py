@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from genflow.cli.options import read_options
+from genflow.cli.options import read_options, told_steps
 from genflow.conditions import Condition
 from genflow.errors import UserError
 from genflow.evaluation.bench import Contest, Side, Task
@@ -92,7 +92,7 @@ def sampling(args: argparse.Namespace) -> list[Contest]:
     per_row = solution.statistics.evaluations.sum() if solution.statistics else args.batch * solution.nfe
     calls = int(per_row) * (1 if args.guidance == 1 else 2)
     flops = calls * mmdit_flops(config, args.tokens, args.text)
-    how = f"{args.sampler}, {args.steps} steps, guidance {args.guidance:g}"
+    how = f"{args.sampler}, {told_steps(args.sampler, args.steps)}, guidance {args.guidance:g}"
     what = f"{args.tokens} + {args.text} tokens, batch {args.batch}, {args.precision}"
     return [
         Contest(

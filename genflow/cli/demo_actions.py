@@ -199,6 +199,10 @@ def _fitted(player: Player, file: str | None) -> Any:
 
 
 def _told(player: Player, settings: dict[str, Any]) -> str:
+    from genflow.flows.prepared import family
+
     told = {"sampler", "steps", "guidance", "temperature", "decoder"} & player.takes
+    if "sampler" in told and family(settings.get("sampler", "heun")) == "adaptive":  # whose steps are its own
+        told.remove("steps")
     shown = {k: v["name"] if k == "decoder" else v for k, v in settings.items() if k in told}
     return ", ".join(f"{key} {value}" for key, value in shown.items())

@@ -26,6 +26,7 @@ from genflow.cli.options import (
     sampling_of,
     solver,
     time_grid,
+    told_steps,
     writable,
 )
 from genflow.errors import UserError
@@ -97,7 +98,8 @@ def run(args: argparse.Namespace) -> int:
 
     seen = canvas.show(x)  # of latents, the pictures that the autoencoder makes of them
     errors = torch.stack([psnr(each, seen) for each in back], 1).tolist()
-    _print_table(args.pictures, [f"{steps} steps" for steps in counts], nfe, errors, noise.flatten(1).std(1).tolist())
+    solves = [told_steps(each.get("sampler", "heun"), steps) for each, steps in zip(ways, counts, strict=True)]
+    _print_table(args.pictures, solves, nfe, errors, noise.flatten(1).std(1).tolist())
     if canvas.latent:
         lost = ", ".join(f"{db:.1f} dB" for db in psnr(seen, pictures).tolist())
         print(f"beside what the autoencoder alone gives back of them, at {lost}")
@@ -108,14 +110,14 @@ def run(args: argparse.Namespace) -> int:
         for path, row in zip(args.pictures, errors, strict=True)
         for caption in (
             Path(path).stem,
-            *(f"{steps} steps: {db:.1f} dB" for steps, db in zip(counts, row, strict=True)),
+            *(f"{solve}: {db:.1f} dB" for solve, db in zip(solves, row, strict=True)),
         )
     ]
     sheet = torch.stack([pictures, *back], 1).flatten(0, 1)
     grid_settings = {**about, **_together(ways), "steps": counts, "nfe": nfe, "psnr": errors}
     caption_grid(sheet, captions, columns=1 + len(counts), settings=grid_settings).save_atomic(out / "grid.png")
     _save_noise(out / "noise.safetensors", noise, {**about, **ways[-1], "steps": counts[-1], "nfe": nfe[-1]})
-    print(f"grid.png and noise.safetensors, of {counts[-1]} steps, in {out}")
+    print(f"grid.png and noise.safetensors, of {solves[-1]}, in {out}")
     return 0
 
 

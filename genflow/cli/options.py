@@ -217,6 +217,13 @@ def refuse_unheard(args: argparse.Namespace, flow: Any, *prompts: str) -> None:
         )
 
 
+def told_steps(sampler: str, steps: int) -> str:
+    """Of a solve in words; an adaptive sampler chooses its own."""
+    from genflow.flows.prepared import family
+
+    return "own steps" if family(sampler) == "adaptive" else f"{steps} steps"
+
+
 def refuse_fixed_steps(args: argparse.Namespace, settings: dict[str, Any]) -> None:
     """Raises UserError for a number of steps, a grid and a shift where the sampler takes steps of its own from 1 to 0."""
     from genflow.flows.prepared import family

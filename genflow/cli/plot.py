@@ -18,6 +18,7 @@ from genflow.cli.options import (
     read_shift,
     solver,
     time_grid,
+    told_steps,
     writable,
 )
 from genflow.cli.tune import add_guidance, heard, last_time
@@ -190,7 +191,8 @@ class _Plotter:
             ).trajectory
         assert fine is not None
         few = (path.times, torch.stack(path.states))
-        title = f"{self.settings.get('sampler', 'heun')}, {self.steps} steps"
+        sampler = self.settings.get("sampler", "heun")
+        title = f"{sampler}, {told_steps(sampler, self.steps)}"
         return plot_trajectories(fine.times, torch.stack(fine.states), prompts, few=few, title=title)
 
     def solve(self) -> tuple[Any, Trajectory, list[str]]:
@@ -214,7 +216,10 @@ class _Plotter:
         from genflow.samplers.tuning import fine_solve, fixed_step, steps_within
 
         velocity, noise, _ = self.problem(self.args.images)
-        own = {key: value for key, value in self.settings.items() if key != "grid" or isinstance(value, str)}
+        own = self.settings
+        if not isinstance(own.get("grid", ""), str):  # tuned for one number of steps
+            recipe = (self.flow.recipe or {}).get("sample", {})
+            own = {"grid": recipe.get("grid", "shifted"), "shift": recipe.get("shift", 1.0)}
         reference, floor = fine_solve(velocity, noise, last=last_time(self.flow), first=self.flow.t_max)
 
         def point(sampler: str, grid: Sequence[float]) -> tuple[int, float]:

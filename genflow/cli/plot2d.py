@@ -32,7 +32,7 @@ MOST = 64  # conditions over which a density is averaged
 
 
 class PlanePlotter:
-    """Figures of one flow of points in the plane. Unguided, unless guidance is asked for: so is the density."""
+    """Figures of one flow of points in the plane. Unguided, unless guidance is asked for: the density, then, is left out."""
 
     def __init__(self, args: argparse.Namespace, flow: Any, settings: dict[str, Any]) -> None:
         self.args, self.flow = args, flow
@@ -92,6 +92,9 @@ class PlanePlotter:
                 panels["true density"] = self.data.log_prob
         panels["samples"] = self.samples
         try:
+            for option in ("guidance", "temperature"):
+                if (value := self.settings.get(option, 1)) != 1:
+                    raise UserError(f"it is known at {option} 1 alone, and the samples are at {value:g}")
             self.log_prob(self.samples[:2])
             panels["model density"] = self.log_prob
         except UserError as error:
@@ -118,35 +121,41 @@ class PlanePlotter:
         return plots2d.plot_samples_2d(panels, extent=self.extent)
 
     def _trajectories(self) -> Figure:
-        times, states, _ = self.way(WAYS)
+        times, states, _ = self.way(self.captions[:WAYS])
         data = None if self.data is None else self.data.rows[:DOTS]
         return plots2d.plot_trajectories_2d(times, states, data=data)
 
     def _field(self) -> Figure:
-        places, states, _ = self.way(DOTS)
+        caption = self.captions[:1]
+        places, states, _ = self.way(caption * DOTS)
         nearest = [min(range(len(places)), key=lambda i, t=t: abs(places[i] - t)) for t in TIMES]  # type: ignore[misc]
-        caption = [self.captions[0]]
         with torch.no_grad():
             velocity = guided(self.flow, embed(self.flow, caption).expand(plots2d.ARROWS**2), self.settings)
         extent = extent_of(torch.cat([states[0], states[-1]]), margin=0)
-        return plots2d.plot_field_2d(
+        figure = plots2d.plot_field_2d(
             velocity, TIMES, extent=extent, points=[states[i] for i in nearest], device=self.flow.device
         )
+        return self._of_one_caption(figure)
 
     def _warp(self) -> Figure:
         condition = self.flow.text.encode([self.captions[0]])
-        return plots2d.plot_warp_2d(lambda z: self.flow.decode(z, condition))
+        return self._of_one_caption(plots2d.plot_warp_2d(lambda z: self.flow.decode(z, condition)))
+
+    def _of_one_caption(self, figure: Figure) -> Figure:
+        if caption := self.captions[0]:
+            figure.suptitle(f"of {caption}", parse_math=False)
+        return figure
 
     def _animation(self) -> plots2d.Animation:
-        places, states, label = self.way(POINTS)
+        places, states, label = self.way(self.captions)
         return plots2d.point_animation(places, states, label=label)
 
     @torch.no_grad()
-    def way(self, count: int) -> tuple[list[float], Tensor, str]:
-        """Where so many points are at each time, or behind each part of a bijection, noise to data; how to say where."""
-        seeds = range(self.args.seed, self.args.seed + count)
+    def way(self, captions: list[str]) -> tuple[list[float], Tensor, str]:
+        """Where a point of each caption is at each time, or behind each part of a bijection, noise to data; its label."""
+        seeds = range(self.args.seed, self.args.seed + len(captions))
         noise = first_state(self.flow, seeds) * self.settings.get("temperature", 1.0)
-        condition = embed(self.flow, self.captions[:count])
+        condition = embed(self.flow, captions)
         if self.has_velocity:
             times = time_grid(self.flow, self.settings, self.settings.get("steps", 20))
             solve = solver(self.flow, self.settings, seeds)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from genflow.evaluation.comparison import Comparison, Entry
-from genflow.evaluation.plots import FAINT, INK, MARKERS, STYLE, _figure, _series, _smooth, styled
+from genflow.evaluation.plots import FAINT, INK, MARKERS, STYLE, _figure, _series, _smooth, _training, styled
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -76,7 +76,7 @@ def plot_learning(comparison: Comparison) -> Figure | None:
     """The losses over the samples seen in training, a panel for each kind of loss; None where no run keeps its metrics."""
     kinds: dict[str, list[Entry]] = {}
     for entry in comparison.entries:
-        if len(_series(entry.who.lines, "loss")[0]):
+        if len(_training(entry.who.lines)[0]):
             kinds.setdefault(_loss_of(entry), []).append(entry)
     if not kinds:
         return None
@@ -84,13 +84,13 @@ def plot_learning(comparison: Comparison) -> Figure | None:
     for axes, (kind, entries) in zip(figure.subplots(1, len(kinds), squeeze=False)[0], kinds.items(), strict=True):
         for number, entry in _numbered(comparison, entries):
             batch = (entry.who.flow.recipe or {}).get("train", {}).get("batch_size", 1)
-            steps, loss = _smooth(*_series(entry.who.lines, "loss"))
+            steps, loss = _smooth(*_training(entry.who.lines))
             checks, validation = _series(entry.who.lines, "validation_loss")
             colour = SERIES[number % 8]
             axes.plot(steps * batch, loss, color=colour, linewidth=0.9, label=shown(entry.who.name))
             axes.plot(checks * batch, validation, "o--", color=colour, markersize=3.5)
         axes.set(xlabel="samples seen", ylabel=kind)
-        if all(v > 0 for e in entries for v in _series(e.who.lines, "loss")[1]):
+        if all(v > 0 for e in entries for v in _training(e.who.lines)[1]):
             axes.set_yscale("log")
             axes.minorticks_off()
             _plain_ticks(axes.yaxis)

@@ -113,7 +113,7 @@ def plot_training(lines: Sequence[Mapping[str, Any]], title: str = "") -> Figure
     """
     import matplotlib
 
-    steps, loss = _series(lines, "loss")
+    steps, loss = _training(lines)
     if not len(steps):
         raise UserError("there is no loss to plot yet; let the run write its first line of metrics")
     bins = sorted({key for line in lines for key in line if key.startswith("loss_t")})
@@ -148,6 +148,12 @@ def _series(lines: Sequence[Mapping[str, Any]], key: str) -> tuple[np.ndarray, n
     pairs = [(line["step"], line[key]) for line in lines if isinstance(line.get(key), int | float)]
     steps, values = zip(*pairs) if pairs else ((), ())
     return np.array(steps), np.array(values, dtype=float)
+
+
+def _training(lines: Sequence[Mapping[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
+    """The training loss, where it has a likelihood that alone: penalties and drafts are not in the validation either."""
+    alone = (_series(lines, key) for key in ("bits_per_dim", "nll"))
+    return next((series for series in alone if len(series[0])), _series(lines, "loss"))
 
 
 def _smooth(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -49,7 +49,7 @@ def _figure(panels: int, *, side: float = 3.1, shared: bool = True) -> tuple[Fig
     """A row of squares."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(side * panels + 0.9, side + 0.55), layout="constrained")
+    figure = Figure(figsize=(side * panels + 0.9, side + 0.55), layout="compressed")
     return figure, list(figure.subplots(1, panels, sharex=shared, sharey=shared, squeeze=False)[0])
 
 

@@ -98,9 +98,9 @@ def image_to_image(
     strength: the time to start at, above the grid's end; the grid goes on from there. At its first time, 1, nothing of
     the picture is left: plain sampling from the noise. Raises UserError for a strength outside the grid.
     """
-    _check_alike(x, noise)
+    x, noise = _alike(x, noise)
     times = _begin(grid, strength)
-    return sampler(velocity, interpolate(state(x), state(noise), strength), times, progress=progress)
+    return sampler(velocity, interpolate(x, noise, strength), times, progress=progress)
 
 
 @api_export("inpaint")
@@ -126,8 +126,7 @@ def inpaint(
     agrees better with the known one, at so many times the cost; a multistep sampler begins at each of them anew. seeds: one
     per picture, of that noise. Raises UserError for a mask that does not fit, and for repeats of a sampler of the SDE.
     """
-    _check_alike(x, noise)
-    x, noise, times = state(x), state(noise), _falling(grid)
+    (x, noise), times = _alike(x, noise), _falling(grid)
     free = _check_mask(mask, x)
     velocity, z = Known(velocity, x, noise, free), interpolate(x, noise, times[0])
     if repeats < 1:
@@ -154,7 +153,7 @@ def _resample(
     progress: Progress | None,
 ) -> Solution:
     check_seeds(seeds, z)
-    nfe, steps, stopped = 0, len(times) - 1, dict[int, str]()
+    nfe, steps, stopped, sums = 0, len(times) - 1, dict[int, str](), dict[int, Tensor]()
     for step in range(steps):
         t, t_next = times[step : step + 2]
         for again in range(repeats):
@@ -162,9 +161,11 @@ def _resample(
                 z = renoise(z, noise_like(z, seeds, step, f"resample {again}"), t_next, t)
             solution = sampler(velocity, z, [t, t_next])
             z, nfe, stopped = solution.x, nfe + solution.nfe, {**solution._stopped, **stopped}
+            if solution._sums:
+                sums[step + 1] = solution._sums[1]
         if progress is not None:
             progress(step + 1, steps)
-    return replace(solution, nfe=nfe, _stopped=stopped)
+    return replace(solution, nfe=nfe, _stopped=stopped, _sums=sums)
 
 
 @dataclass(frozen=True)
@@ -266,13 +267,13 @@ def rf_inversion(
     singular at their ends, where there is none. The paper takes Euler steps, and so does the default: with ever finer
     steps any gamma > 0 would end in `noise` itself.
     """
-    _check_alike(x, noise)
+    x, noise = _alike(x, noise)
     for name, value in (("gamma", gamma), ("eta", eta)):
         if not 0 <= value <= 1:
             raise UserError(f"{name} = {value} is not within 0 .. 1; 0 is no control")
     if not 0 <= interval[0] < interval[1] <= 1:
         raise UserError(f"interval = {tuple(interval)} is not 0 <= lo < hi <= 1; try (0.75, 1.0)")
-    x, noise, times = state(x), state(noise), _falling(grid)
+    times = _falling(grid)
     to_noise = Drawn(velocity_source, noise, 1.0, gamma)
     to_picture = Drawn(velocity_target, x, 0.0, eta, interval)
     there = sampler(to_noise, x, times[::-1], progress=progress)
@@ -331,9 +332,12 @@ def _begin(grid: Sequence[float], strength: float) -> list[float]:
     return [strength, *(t for t in times if t < strength and not math.isclose(t, strength))]
 
 
-def _check_alike(x: Tensor, noise: Tensor) -> None:
+def _alike(x: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """Both as states of the wider dtype."""
     if x.shape != noise.shape:
         raise UserError(f"the noise is {_size(noise)}, but the pictures are {_size(x)}; they must be alike")
+    dtype = torch.promote_types(x.dtype, noise.dtype)
+    return state(x.to(dtype)), state(noise.to(dtype))
 
 
 def _check_mask(mask: Tensor, x: Tensor) -> Tensor:

@@ -18,9 +18,10 @@ from genflow.errors import UserError
 from genflow.functional import Time
 from genflow.registry import api_export
 from genflow.samplers.guides import CFG, Guide, column, rescaled
-from genflow.samplers.solution import Velocity, edges_of, evaluate
+from genflow.samplers.solution import Velocity, as_state, edges_of, evaluate
 
 PLAIN = CFG()  # the guide, unless another is asked for
+SLACK = 1e-6  # how far beyond an interval a time may be and belong to it: times come rounded, as 1 - 0.8 does
 
 # -------------------------------------------------------------------------------------------------------------- the pair
 
@@ -76,7 +77,7 @@ class OneNetwork:
             v = self.velocity(twice, torch.cat([t, t]), *pairs)
         else:
             v = _at(self.velocity, twice, t, pairs)
-        v_c, v_u = v.to(x.dtype).chunk(2)
+        v_c, v_u = as_state(v, twice).chunk(2)
         return v_c, v_u
 
     def _paired(self, n: int) -> tuple[Tensor, ...]:
@@ -127,6 +128,8 @@ def _at(velocity: Callable[..., Tensor], x: Tensor, time: float, cond: tuple[Ten
 
 
 def _rows(tensors: tuple[Tensor, ...], n: int) -> tuple[Tensor, ...]:
+    if wrong := [len(a) for a in tensors if len(a) not in (1, n)]:
+        raise UserError(f"a condition has {wrong[0]} rows for a batch of {n}; give {n} or one")
     return tuple(a.expand(n, *a.shape[1:]) for a in tensors)
 
 
@@ -221,16 +224,19 @@ class Guided:
             raise UserError(f"rescale = {self.rescale} is not within 0 .. 1; try {float(self.rescale > 1)}")
 
     @property
+    def _ends(self) -> tuple[float, float]:
+        return self.interval[0] - SLACK, self.interval[1] + SLACK
+
+    @property
     def edges(self) -> tuple[float, ...]:
         """The ends of the interval belong to it: the jumps are just outside."""
-        lo, hi = self.interval
+        lo, hi = own = [*self._ends]
         start = 1 - self.guide.zero_init
-        own = [math.nextafter(lo, 0), math.nextafter(hi, 1)]
         own += [math.nextafter(start, 1)] if lo <= start < hi else []
         return tuple(sorted({*(e for e in own if 0 < e < 1 and self.scale != 1), *self.branches.edges}))
 
     def at(self, x: Tensor, time: float) -> Tensor:
-        lo, hi = self.interval
+        lo, hi = self._ends
         if self.scale == 1 or not lo <= time <= hi:
             self._memory = None
             return self.branches.plain(x, time)
@@ -249,7 +255,7 @@ class Guided:
                 f"guidance with momentum = {self.guide.momentum} needs a sampler in which all pictures share their times, "
                 "such as 'heun'; choose one, or momentum = 0"
             )
-        lo, hi = self.interval
+        lo, hi = self._ends
         v_c, v_u = self.branches.both(x, t)
         v = self._moved(x, v_c, v_u, t).masked_fill(column(t > 1 - self.guide.zero_init, x), 0)
         return torch.where(column((t >= lo) & (t <= hi), x), v, v_c)
@@ -274,8 +280,12 @@ class Guided:
 
 
 @api_export("reversed")
-def reversed(velocity: Velocity) -> Reversed:
-    """A velocity of the other convention (t = 0 noise, t = 1 data) in ours, and the other way round: -v(x, 1 - t)."""
+def reversed(velocity: Callable[..., Tensor]) -> Reversed:
+    """A velocity of the other convention (t = 0 noise, t = 1 data) in ours, and the other way round: -v(x, 1 - t).
+
+    Conditions go through: guide such a network as cfg(reversed(network), cond, uncond, ...), since intervals and guides
+    speak of our time.
+    """
     return Reversed(velocity)
 
 
@@ -283,17 +293,17 @@ def reversed(velocity: Velocity) -> Reversed:
 class Reversed:
     """The velocity that `reversed` makes."""
 
-    velocity: Velocity
+    velocity: Callable[..., Tensor]
 
     @property
     def edges(self) -> tuple[float, ...]:
         return tuple(1 - edge for edge in edges_of(self.velocity))
 
-    def at(self, x: Tensor, time: float) -> Tensor:
-        return -evaluate(self.velocity, x, 1 - time)
+    def at(self, x: Tensor, time: float, *cond: Tensor) -> Tensor:
+        return -as_state(_at(self.velocity, x, 1 - time, cond), x)
 
-    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
-        return -self.velocity(x, 1 - t)
+    def __call__(self, x: Tensor, t: Tensor, *cond: Tensor) -> Tensor:
+        return -as_state(self.velocity(x, 1 - t, *cond), x)
 
     @property
     def take(self) -> Callable[[Tensor], Reversed]:  # where the velocity has it

@@ -129,7 +129,8 @@ class Path:
 
         Between the entries the log-SNR is linear in s, as in k-diffusion. nearest: for models that take whole numbers
         only, the nearest entry of the table is taken for every time (s int64), exact for grids of those. A last entry
-        of 0 (zero terminal SNR) counts as 2^-24. Raises UserError for a table that does not fall within 1 .. 0.
+        of 0 (zero terminal SNR) counts as 2^-24, or as half the one before where that is less. Raises UserError for a
+        table that does not fall within 1 .. 0.
         """
         table = torch.as_tensor(alphas_cumprod, dtype=torch.float64, device="cpu").detach()
         if table.dim() != 1 or len(table) < 2:
@@ -140,7 +141,8 @@ class Path:
             raise UserError(
                 f"alphas_cumprod must fall, from below 1 to 0, but entry {i} is {table[i]} after {before[i]}"
             )
-        logits = -torch.logit(table.clamp(min=2.0**-24)) / 2  # log(sigma / alpha), rising
+        least = table[-2:-1].div(2).clamp(max=2.0**-24)
+        logits = -torch.logit(torch.where(table > 0, table, least)) / 2  # log(sigma / alpha), rising
         last = len(logits) - 1
 
         def noise(s: Tensor) -> Tensor:
@@ -152,6 +154,7 @@ class Path:
             y, knots = torch.logit(t), logits.to(t.device)
             low = (torch.searchsorted(knots, y) - 1).clamp(0, last - 1)
             s = low + (y - knots[low]) / (knots[low + 1] - knots[low])
+            s = s.clamp(0, last)  # the last times of a long table are 1 but for rounding
             return s.round().long() if nearest else s
 
         alpha = lambda s: (-2 * noise(s)).sigmoid().sqrt()

@@ -105,10 +105,9 @@ class Solution:
 def evaluate(velocity: Velocity, x: Tensor, t: Time) -> Tensor:
     """The velocity at one time for all rows, a number, or at B times; in the dtype of the state x."""
     if isinstance(t, Tensor):
-        return velocity(x, t).to(x.dtype)
+        return as_state(velocity(x, t), x)
     at = getattr(velocity, "at", None)
-    v = at(x, t) if at is not None else velocity(x, x.new_full((len(x),), t))
-    return v.to(x.dtype)
+    return as_state(at(x, t) if at is not None else velocity(x, x.new_full((len(x),), t)), x)
 
 
 def edges_of(velocity: Velocity) -> tuple[float, ...]:
