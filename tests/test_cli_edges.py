@@ -324,6 +324,21 @@ def test_steps_of_a_sampler_that_chooses_its_own_are_refused(runs, tmp_path, cap
     assert "--steps does nothing for sampler 'dopri5'" in capsys.readouterr().err
 
 
+def test_how_to_draw_is_refused_where_nothing_is_drawn(runs, tmp_path, capsys):
+    measure = ["eval", str(runs / "deaf"), "--out", str(tmp_path), "--metrics", "loss"]
+    for given in (["--guidance", "3"], ["--steps", "4"], ["--top-k", "2"]):
+        assert main([*measure, *given]) == 2
+        assert f"{given[0]} does nothing for loss: nothing is drawn" in capsys.readouterr().err
+    assert main([*measure, "--batch", "2", "--no-ema"]) == 0
+
+
+def test_options_are_known_by_their_whole_names(runs, capsys):
+    assert main(["sample", str(runs / "deaf"), "--step", "3"]) == 2
+    assert "unrecognized arguments: --step 3; see genflow sample --help" in capsys.readouterr().err
+    assert main(["bench", "train", "--round", "3"]) == 2  # of a command's own command too
+    assert "--round" in capsys.readouterr().err
+
+
 def test_what_to_type_next_can_be_typed(runs, tmp_path, capsys):
     run = tmp_path / "a run"
     assert main(["train", str(runs / "deaf.yaml"), f"out={run}"]) == 0

@@ -148,6 +148,8 @@ def test_the_ends_of_the_grids_are_pinned():
         ([1.0, 0.5, 0.5, 0.0], r"must fall at every step, but step 2 goes from 0.5 to 0.5"),
         ([0.0, 0.5, 0.4, 1.0], r"must rise at every step, but step 2"),
         ([1.0, math.nan, 0.0], "step 1 goes from 1.0 to nan"),
+        (20, r"is numbers, such as uniform\(20\) or .*, not 20"),
+        ("shifted", "is numbers, .*, not 'shifted'"),
     ],
 )
 def test_a_grid_that_goes_nowhere_is_refused(grid, message):

@@ -79,6 +79,7 @@ def run(args: argparse.Namespace) -> int:
     from genflow.evaluation.plan import Plan
     from genflow.flows.store import find_model
 
+    _refuse_solving(args)
     asked = {"divergence": args.divergence, "draws": args.draws, "rtol": args.tolerance, "atol": args.tolerance}
     out = writable(args.out or str(Path(args.run) / "eval"))
     flow, settings = open_model(args)
@@ -100,6 +101,21 @@ def run(args: argparse.Namespace) -> int:
     _print(found, made)
     _write(found, made, plan, out)
     return 0
+
+
+def _refuse_solving(args: argparse.Namespace) -> None:
+    """Raises UserError for how to draw samples, where no metric asked for draws any."""
+    from genflow.evaluation.plan import UNDRAWN
+
+    if args.metrics and UNDRAWN.issuperset(args.metrics):
+        how = argparse.ArgumentParser()
+        plain = add_solving(how) and vars(how.parse_args([]))
+        for name, value in plain.items():
+            if getattr(args, name) != value and name not in ("batch", "no_ema", "device"):
+                option = name.replace("_", "-")
+                raise UserError(
+                    f"--{option} does nothing for {', '.join(args.metrics)}: nothing is drawn; leave it out"
+                )
 
 
 def _measure(flow: Any, plan: Plan, model: str, ema: bool, features: str | None) -> tuple[Evaluation, dict[str, Any]]:

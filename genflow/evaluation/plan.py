@@ -24,6 +24,7 @@ METRICS = {
     "alignment": "R@1 and R@10: whether pictures find the captions that they were drawn from",
     "nearest": "whether samples are copies of training samples",
 }
+UNDRAWN = {"likelihood", "loss", "reconstruction"}  # metrics for which the model draws no samples
 DISTANCES = {"fd": 2, "kid": 2, "precision-recall": 4, "density-coverage": 6}  # and the fewest samples of each
 SAMPLES = 2000
 

@@ -232,8 +232,11 @@ def noise_like(x: Tensor, seeds: Sequence[int], step: int, stream: str) -> Tenso
 
 
 def check_grid(grid: Sequence[float]) -> list[float]:
-    """The times as floats. Raises UserError for one that is not finite or not in its place."""
-    times = [float(t) for t in grid]
+    """The times as floats. Raises UserError for what are no times, and for one that is not finite or not in its place."""
+    try:
+        times = [float(t) for t in grid]
+    except (TypeError, ValueError):
+        raise UserError(f"a time grid is numbers, such as uniform(20) or [1.0, 0.5, 0.0], not {grid!r}") from None
     if len(times) < 2:
         raise UserError(f"a time grid needs two times or more, such as [1.0, 0.0], not {times}")
     sign = -1 if times[-1] < times[0] else 1
