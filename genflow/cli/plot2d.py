@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections import Counter
 from functools import cached_property
@@ -26,7 +27,7 @@ POINTS = 20_000  # of a histogram
 DOTS = 3000  # of a scatter plot
 WAYS = 200  # of points whose trajectories are drawn
 TIMES = (1.0, 0.75, 0.5, 0.25, 0.05)  # of the fields
-RESOLUTION = 150  # places of a density on a side
+RESOLUTION, COARSE = 150, 60  # places of a density on a side, and the fewest
 BATCH = 4096
 MOST = 64  # conditions over which a density is averaged
 
@@ -99,7 +100,8 @@ class PlanePlotter:
             panels["model density"] = self.log_prob
         except UserError as error:
             _say(f"no density: {error}")
-        return plots2d.plot_density_2d(panels, extent=self.extent, resolution=RESOLUTION)
+        fewer = math.isqrt(len({*self.captions})) if self.has_velocity else 1  # a solve at each place, of each condition
+        return plots2d.plot_density_2d(panels, extent=self.extent, resolution=max(RESOLUTION // fewer, COARSE))
 
     def _like_the_samples(self, rows: Tensor) -> Tensor:
         """The rows of data that are what the prompts ask for; all of them without prompts."""
