@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -104,6 +105,26 @@ def test_a_lora_run_resumes_to_the_same_factors(config, base, tuned, tmp_path):
     for file in ("model", "ema", "optimizer"):
         a, b = (load_file(run / f"checkpoints/step-00000003/{file}.safetensors") for run in (whole, parts))
         assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_lora_run_goes_on_and_draws_where_its_base_has_moved_to(config, base, tmp_path, capsys):
+    old, new, out = (tmp_path / name for name in ("old", "new", "run"))
+    shutil.copytree(base, old)
+    how = [f"out={out}", "train.lora={rank: 2}", "train.steps=2"]
+    before = load(train(config, [*how, f"init={old}"])).state_dict()
+    old.rename(new)
+    with pytest.raises(UserError, match=f"is an update of {old}, which is not there; .* init=FOLDER"):
+        load(out)
+    with pytest.raises(UserError, match="which is not there"):
+        train(config, [*how, f"init={old}"])
+    train(config, [*how, f"init={new}"])
+    assert "draws by the config's `init` from now on" in capsys.readouterr().err
+    assert all(torch.equal(tensor, before[name]) for name, tensor in load(out).state_dict().items())
+    train(config, [*how, f"init={new}", "train.steps=3"])
+    load(out)
+    other = train(config, [f"out={tmp_path / 'other'}", "train.steps=1", "seed=5"])
+    with pytest.raises(UserError, match=f"is an update of other weights of {other}"):
+        train(config, [*how, f"init={other}", "train.steps=4"])
 
 
 def test_a_lora_run_is_reflowed_as_the_whole_model_that_it_is(tuned, tmp_path):

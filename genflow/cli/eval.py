@@ -109,8 +109,8 @@ def _refuse_solving(args: argparse.Namespace) -> None:
 
     if args.metrics and UNDRAWN.issuperset(args.metrics):
         how = argparse.ArgumentParser()
-        plain = add_solving(how) and vars(how.parse_args([]))
-        for name, value in plain.items():
+        add_solving(how)
+        for name, value in vars(how.parse_args([])).items():
             if getattr(args, name) != value and name not in ("batch", "no_ema", "device"):
                 option = name.replace("_", "-")
                 raise UserError(

@@ -100,7 +100,9 @@ class PlanePlotter:
             panels["model density"] = self.log_prob
         except UserError as error:
             _say(f"no density: {error}")
-        fewer = math.isqrt(len({*self.captions})) if self.has_velocity else 1  # a solve at each place, of each condition
+        fewer = (
+            math.isqrt(len({*self.captions})) if self.has_velocity else 1
+        )  # a solve at each place, of each condition
         return plots2d.plot_density_2d(panels, extent=self.extent, resolution=max(RESOLUTION // fewer, COARSE))
 
     def _like_the_samples(self, rows: Tensor) -> Tensor:

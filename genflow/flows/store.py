@@ -206,19 +206,27 @@ def fill_from(flow: nn.Module, folder: Path, *, ema: bool) -> None:
     if (scale := lora_scale(config)) is None:
         _fill(flow, files)
     else:
-        check_base(folder)
-        fill_from(flow, find_model(config["init"]), ema=True)
+        fill_from(flow, check_base(folder), ema=True)
         merge(flow, factors_of(_read_tensors(files[0], skip={}), scale, files[0]), files[0])
 
 
-def check_base(folder: Path) -> None:
-    """Raises UserError where the model that a LoRA's checkpoint is an update of has other weights by now."""
+def check_base(folder: Path, init: str | None = None) -> Path:
+    """The folder of the model that a LoRA's checkpoint is an update of. init: where it is by now, else where it was.
+
+    Raises UserError where it is not there, or has other weights by now.
+    """
     config = read_config(folder)
-    if (told := config.get("base")) is not None and weights_of(config["init"], ema=True) != told:
+    init = init or config["init"]
+    if not Path(init).exists():
         raise UserError(
-            f"{folder} is an update of other weights of {config['init']} than those that are there now "
+            f"{folder} is an update of {init}, which is not there; put it back, or train on with init=FOLDER"
+        )
+    if (told := config.get("base")) is not None and weights_of(init, ema=True) != told:
+        raise UserError(
+            f"{folder} is an update of other weights of {init} than those that are there now "
             f"({told['file']}, SHA-256 {told['sha256'][:12]}); put those back, or train the update anew"
         )
+    return find_model(init)
 
 
 def weights_of(path: str | Path, *, ema: bool) -> dict[str, str]:

@@ -212,8 +212,7 @@ def _genflow_weights(folder: Path, config: Mapping[str, Any], ema: bool) -> dict
         tensors |= {_plain(key): tensor for key, tensor in read_file(folder / EMA).items()}
     if (scale := lora_scale(config)) is None:
         return tensors
-    check_base(folder)
-    base = find_model(config["init"])
+    base = check_base(folder)
     weights = _genflow_weights(base, read_config(base), True)
     factors = factors_of({name: tensor.read() for name, tensor in tensors.items() if is_factor(name)}, scale, folder)
     if strange := factors.keys() - weights.keys():

@@ -98,10 +98,10 @@ class Trainer:
             network = checkpointed(network)
         self.flow = config.flow.build(network, self.text, shape=self.shape)
         saved = newest_checkpoint(self.run_folder)
+        if train.lora is not None and saved is not None:
+            check_base(saved, config.init)
         if config.init is not None and (saved is None or train.lora is not None):
             begin_with(self.flow, config.init)
-        if train.lora is not None and saved is not None:
-            check_base(saved)
         fill_trained(self.flow, needed=saved is None)
         if isinstance(self.dataset, LatentDataset):
             self.dataset.check(self.flow)

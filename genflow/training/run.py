@@ -124,11 +124,11 @@ def _train(asked: RunConfig, run: Path, device: torch.device, why: str) -> None:
     trainer = Trainer(asked, run, accelerator)
     if trainer.step >= asked.train.steps:
         trainer.catch_up()
-        if from_main(_samples_otherwise(trainer.config, run)):
+        if changed := from_main(_changed(trainer.config, run)):
             trainer.save()
             if accelerator.is_main_process:
                 _save_config(trainer.config, run)
-            trainer.log.say(f"{run} draws by the config's `sample` from now on")
+            trainer.log.say(f"{run} draws by the config's {' and '.join(changed)} from now on")
         trainer.log.say(f"{run} is already trained for {trainer.step} steps; set train.steps higher to go on")
         return
     if accelerator.is_main_process:
@@ -187,6 +187,7 @@ def _as_saved(config: RunConfig, run: Path) -> RunConfig:
     for key, value in _leaves(saved).items():
         mine = asked.get(key, "nothing of the kind")
         told = mine is None and key.removeprefix("model.") in FITTED  # left to the data, the text and the flow
+        told |= key == "init" and "base" in saved  # whose weights, wherever they are by now, are looked at
         if key not in FREE and not key.startswith(("shape", "sample.", "base.")) and mine != value and not told:
             raise UserError(
                 f"{run} holds a run with {key}={value}, this config says {mine}; choose another `out`, "
@@ -195,10 +196,15 @@ def _as_saved(config: RunConfig, run: Path) -> RunConfig:
     return config
 
 
-def _samples_otherwise(config: RunConfig, run: Path) -> bool:
-    """Whether a run's newest checkpoint draws by other settings than the config's."""
-    folder = newest_checkpoint(run)
-    return folder is not None and _leaves(read_config(folder)["sample"]) != _leaves(to_dict(config.sample))
+def _changed(config: RunConfig, run: Path) -> list[str]:
+    """The parts of the config by which a run draws and its newest checkpoint does not."""
+    folder, own = newest_checkpoint(run), to_dict(config)
+    saved = {} if folder is None else read_config(folder)
+    return [
+        f"`{key}`"
+        for key in ("sample", "init")
+        if key in saved and _leaves({key: saved[key]}) != _leaves({key: own[key]})
+    ]
 
 
 def _leaves(tree: dict, prefix: str = "") -> dict[str, object]:
