@@ -230,6 +230,8 @@ def test_where_nothing_can_be_written_is_told(tmp_path, monkeypatch):
     for out in ("file", "file/below"):
         with pytest.raises(UserError, match="file is a file; name a folder"):
             options.writable(str(tmp_path / out))
+    with pytest.raises(UserError, match="has 300 letters, too many for a folder's name"):
+        options.writable(str(tmp_path / ("n" * 300)))
     monkeypatch.setattr(options.os, "access", lambda *_: False)
     with pytest.raises(UserError, match=f"nothing can be written in {tmp_path}; name another folder"):
         options.writable(str(tmp_path / "a"))

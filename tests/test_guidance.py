@@ -582,6 +582,8 @@ def test_pairs_that_are_none_are_refused():
     c = torch.zeros(2, 3)
     with pytest.raises(UserError, match="cond has 2 tensors and uncond 1; they must be alike"):
         cfg(conditional, (c, c), (c,), 2.0)
+    with pytest.raises(UserError, match=r"B x \(3,\) in cond and B x \(4,\) in uncond, .* pad them alike"):
+        cfg(conditional, (c,), (torch.zeros(1, 4),), 2.0)
     with pytest.raises(UserError, match=r"guidance interval = \(0.0, 0.5, 1.0\) is not two times"):
         cfg(conditional, (c,), (c,), 2.0, interval=(0.0, 0.5, 1.0))
 

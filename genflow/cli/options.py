@@ -301,6 +301,8 @@ def writable(folder: str) -> Path:
     """The folder, which need not be there yet. Raises UserError where it cannot be: said before the drawing, not after."""
     out = Path(folder)
     there = next(path for path in (out.absolute(), *out.absolute().parents) if os.path.exists(path))
+    if long := [name for name in out.parts if len(os.fsencode(name)) > 255]:
+        raise UserError(f"--out: {long[0][:20]}... has {len(long[0])} letters, too many for a folder's name")
     if not there.is_dir():
         raise UserError(f"--out {out}: {there.name} is a file; name a folder")
     if not os.access(there, os.W_OK | os.X_OK):

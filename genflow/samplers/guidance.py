@@ -67,6 +67,12 @@ class OneNetwork:
         _refuse_one(self.uncond)
         if len(self.cond) != len(self.uncond):
             raise UserError(f"cond has {len(self.cond)} tensors and uncond {len(self.uncond)}; they must be alike")
+        for a, b in zip(self.cond, self.uncond, strict=True):
+            if a.shape[1:] != b.shape[1:]:
+                raise UserError(
+                    f"a condition is B x {tuple(a.shape[1:])} in cond and B x {tuple(b.shape[1:])} in uncond, which go as one "
+                    "batch; pad them alike"
+                )
 
     def plain(self, x: Tensor, t: Time) -> Tensor:
         return evaluate(Conditioned(self.velocity, self.cond), x, t)
