@@ -70,8 +70,8 @@ class OneNetwork:
         for a, b in zip(self.cond, self.uncond, strict=True):
             if a.shape[1:] != b.shape[1:]:
                 raise UserError(
-                    f"a condition is B x {tuple(a.shape[1:])} in cond and B x {tuple(b.shape[1:])} in uncond, which go as one "
-                    "batch; pad them alike"
+                    f"a condition is B x {tuple(a.shape[1:])} in cond and B x {tuple(b.shape[1:])} in uncond, which go as "
+                    "one batch; pad them alike"
                 )
 
     def plain(self, x: Tensor, t: Time) -> Tensor:
