@@ -160,8 +160,9 @@ def test_tensors_that_belong_to_no_part_are_told(pipes, tmp_path):
     assert_equal(load_file(tmp_path / "out.safetensors"), state)
 
 
-def test_shards_are_read_by_their_index(pipes, tmp_path):
-    pipes[1]["dual"].transformer.save_pretrained(tmp_path / "shards", max_shard_size="200KB")
+@pytest.mark.parametrize("variant", [None, "fp16"])
+def test_shards_are_read_by_their_index(variant, pipes, tmp_path):
+    pipes[1]["dual"].transformer.save_pretrained(tmp_path / "shards", max_shard_size="200KB", variant=variant)
     assert len(list((tmp_path / "shards").glob("*-of-*.safetensors"))) > 3
     convert(tmp_path / "shards", tmp_path / "ours")
     convert(pipes[0] / "dual" / "transformer", tmp_path / "whole")

@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 import torch
+from diffusers import StableDiffusion3Pipeline
 from safetensors.torch import load_file, save_file
 
 from genflow.cli import main
@@ -16,6 +17,7 @@ from genflow.flows.autoencoder import AutoencoderFlowConfig
 from genflow.flows.latent import LatentFlowConfig
 from genflow.flows.store import load, save_model
 from genflow.flows.trained import TrainedAutoencoderConfig
+from genflow.functional import noise_from_seeds
 from genflow.interop.autoencoder import KLAutoencoderConfig, KLNetworkConfig
 from genflow.interop.checkpoints import open_checkpoint
 from genflow.interop.convert import convert
@@ -131,6 +133,68 @@ def test_an_encoder_that_the_index_leaves_out_is_not_used(tmp_path, pipe):
     index = json.loads((folder / "model_index.json").read_text())
     (folder / "model_index.json").write_text(json.dumps({**index, "text_encoder_3": [None, None]}))
     assert list(open_pipeline(folder).text.parts) == ["clip_l", "clip_g"] and "t5" in open_pipeline(pipe).text.parts
+
+
+def edited(folder, file, **changes):
+    path = folder / file
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def test_an_encoder_that_a_model_does_not_use_does_not_go_along(tmp_path, pipe):
+    convert(pipe, tmp_path / "model")
+    about = json.loads((tmp_path / "model" / "config.json").read_text())
+    edited(tmp_path / "model", "config.json", text={**about["text"], "encoders": ["clip_l", "clip_g"]})
+    convert(tmp_path / "model", tmp_path / "out")
+    assert list(open_pipeline(tmp_path / "out").text.parts) == ["clip_l", "clip_g"]
+
+
+def test_fewer_tokens_of_t5_are_told_and_draw_the_same(tmp_path, pipe):
+    convert(pipe, tmp_path / "model")
+    about = json.loads((tmp_path / "model" / "config.json").read_text())
+    edited(tmp_path / "model", "config.json", text={**about["text"], "t5_tokens": 20})
+    (note,) = convert(tmp_path / "model", tmp_path / "out")
+    assert "max_sequence_length=20" in note
+    ours, made = load(tmp_path / "model"), StableDiffusion3Pipeline.from_pretrained(tmp_path / "out")
+    x = ours.sample(["red dog"], seeds=[3], **{**ours.recipe["sample"], "steps": 2}).x
+    noise = noise_from_seeds([3], (16, 8, 8))
+    how = {"num_inference_steps": 2, "latents": noise, "height": 16, "width": 16, "output_type": "pt"}
+    torch.testing.assert_close(made("red dog", max_sequence_length=20, **how).images * 2 - 1, x, rtol=0, atol=3e-3)
+    assert (made("red dog", **how).images * 2 - 1 - x).abs().max() > 0.02
+
+
+def test_a_model_whose_text_encoders_are_gone_says_so(tmp_path, pipe):
+    shutil.copytree(pipe, tmp_path / "pipe")
+    convert(tmp_path / "pipe", tmp_path / "model")
+    shutil.rmtree(tmp_path / "pipe")
+    (note,) = convert(tmp_path / "model", tmp_path / "out")
+    assert note.startswith("no text encoders")
+    assert convert(tmp_path / "model", tmp_path / "whole", like=pipe) == []
+    assert list(open_pipeline(tmp_path / "whole").text.parts) == ["clip_l", "clip_g", "t5"]
+
+
+@pytest.mark.parametrize("to", ["genflow", "diffusers"])
+def test_a_pipeline_is_lent_what_it_lacks_and_keeps_its_own(tmp_path, pipe, to):
+    own = tiny_sd3.pipeline()
+    with torch.no_grad():
+        own.text_encoder.text_projection.weight.mul_(2)
+    own.register_modules(text_encoder_3=None, tokenizer_3=None)
+    own.save_pretrained(tmp_path / "own")
+    edited(tmp_path / "own", "scheduler/scheduler_config.json", shift=6.0)
+    edited(tmp_path / "own", "text_encoder/config.json", hidden_act="gelu")
+    convert(tmp_path / "own", tmp_path / "out", to=to, like=pipe)
+    flow = load(tmp_path / "out") if to == "genflow" else open_pipeline(tmp_path / "out")
+    assert list(flow.text.parts) == ["clip_l", "clip_g", "t5"] and flow.recipe["sample"]["shift"] == 6.0
+    clip = flow.text.parts["clip_l"].network()[1]
+    assert torch.equal(clip.text_projection.weight, own.text_encoder.text_projection.weight)
+    assert clip.config.hidden_act == "gelu" and not hasattr(flow.text.parts["t5"].network()[1].config, "hidden_act")
+
+
+def test_groups_that_do_not_divide_an_autoencoder_cost_one_line(tmp_path):
+    for how in ({"channels": (24, 48)}, {"groups": 0}, {"channels": ()}):
+        with pytest.raises(UserError, match="autoencoder kl: channels = .* must be multiples of groups"):
+            KLAutoencoderConfig(**how).build()
+        with pytest.raises(UserError, match="kl_autoencoder: channels = .* must be multiples of groups"):
+            KLNetworkConfig(**how, in_channels=3, latent_channels=4).build()
 
 
 def test_weights_of_latents_that_are_scaled_otherwise_are_refused(tmp_path, pipe):

@@ -294,6 +294,12 @@ def test_rounding_moves_nothing_over_the_edge_of_a_neighbourhood():
     assert precision_recall(real / 255, samples / 255).precision == pytest.approx(float(among.double().mean()))
 
 
+def test_real_ones_that_are_alike_share_a_sample_whatever_the_rounding():
+    own = draw(7, 64)[torch.arange(100) % 7]
+    found = own_found(own + 0.01 * draw(100, 64, seed=1), own)
+    assert found == pytest.approx(sum(1 / (15 if i % 7 < 2 else 14) for i in range(100)) / 100)
+
+
 def test_captions_that_cannot_be_told_apart_are_found_no_more_often_than_by_chance():
     vectors = torch.eye(3).repeat_interleave(2, 0)
     assert recall_at(caption_ranks(vectors, vectors, torch.arange(6)), 1) == 0.5

@@ -130,6 +130,16 @@ def test_the_double_shifted_grid_is_that_of_diffusers_for_a_shift_by_size_too(ki
     torch.testing.assert_close(ours.sigmas, theirs.sigmas, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_the_double_shifted_grid_is_that_of_diffusers_for_fewer_steps_of_training(dynamic):
+    theirs = FlowMatchEulerDiscreteScheduler(shift=3.0, num_train_timesteps=100, use_dynamic_shifting=dynamic)
+    ours = as_scheduler("euler", grid="double_shifted", like=theirs)
+    for scheduler in (ours, theirs):
+        scheduler.set_timesteps(7, mu=1.15 if dynamic else None)
+    torch.testing.assert_close(ours.sigmas, theirs.sigmas, rtol=0, atol=1e-6)
+    torch.testing.assert_close(ours.timesteps, theirs.timesteps, rtol=0, atol=1e-4)
+
+
 def test_no_sigmas_are_refused():
     with pytest.raises(UserError, match="sigmas is empty"):
         as_scheduler("euler").set_timesteps(sigmas=[])

@@ -408,6 +408,12 @@ Flow = diffusers.FlowMatchEulerDiscreteScheduler
         (lambda: run(as_scheduler(adaptive_by_hand)), "known before"),
         (lambda: as_scheduler("heun").set_timesteps(3, sigmas=[1.0, 0.5]), "one of the two"),
         (lambda: from_scheduler(diffusers.DPMSolverMultistepScheduler()), "flow_prediction"),
+        (lambda: from_scheduler(diffusers.IPNDMScheduler()), "a IPNDMScheduler is no diffusers scheduler of flows"),
+        (
+            lambda: as_scheduler("heun", like=diffusers.CMStochasticIterativeScheduler()),
+            "no diffusers scheduler of flows",
+        ),
+        (lambda: from_scheduler(None), "a NoneType is no diffusers scheduler of flows"),
         (lambda: from_scheduler(Flow(invert_sigmas=True)), "invert_sigmas"),
         (lambda: from_scheduler(Flow(use_dynamic_shifting=True))(velocity, NOISE, 3), "grid of times"),
         (lambda: from_scheduler(diffusers.FlowMatchHeunDiscreteScheduler())(velocity, NOISE, uniform(3)), "steps, 3"),

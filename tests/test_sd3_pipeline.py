@@ -107,6 +107,27 @@ def test_it_goes_back_to_a_pipeline_that_draws_the_same(way, folders, tmp_path):
     )
 
 
+def test_parts_of_several_dtypes_become_one_pipeline(tmp_path):
+    pipe = tiny_sd3.pipeline()
+    pipe.transformer.to(torch.bfloat16)
+    pipe.save_pretrained(tmp_path / "pipe")
+    flow = open_pipeline(tmp_path / "pipe")
+    made = to_pipeline(flow)
+    assert made.vae.dtype == torch.bfloat16 and flow.autoencoder.module.dtype == torch.float32
+    made.set_progress_bar_config(disable=True)
+    noise = noise_from_seeds(SEEDS, (16, 8, 8)).to(torch.bfloat16)
+    how = {"height": 16, "width": 16, "latents": noise, "guidance_scale": 4.0, "output_type": "np"}
+    theirs = made(PROMPTS, num_inference_steps=3, **how).images
+    assert np.abs(theirs - ours(flow, steps=3, guidance=4.0, **DOUBLE)).mean() < 0.02
+
+
+def test_a_pipeline_of_one_variant_is_drawn_from(folders, tmp_path):
+    tiny_sd3.pipeline().save_pretrained(tmp_path / "pipe", variant="fp16", max_shard_size="20KB")
+    assert list((tmp_path / "pipe" / "text_encoder_3").glob("model.fp16-*-of-*.safetensors"))
+    got = ours(open_pipeline(tmp_path / "pipe"), steps=3, guidance=4.0, **DOUBLE)
+    assert_same_pictures(got, theirs(folders / "plain", 3, 4.0))
+
+
 def test_a_converted_model_folder_draws_the_same(folders, tmp_path):
     convert(folders / "dual", tmp_path / "model")
     flow = load(tmp_path / "model")

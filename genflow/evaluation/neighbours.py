@@ -46,10 +46,10 @@ def _radii(x: Tensor, k: int) -> Tensor:
 
 
 def _within(far: Tensor, radii: Tensor, others: Tensor) -> Tensor:
-    """Whether distances among points as far apart as the others are no longer than radii, but for rounding."""
+    """Whether distances of points to the others are no longer than radii, but for rounding."""
     others = others.double()
     slack = ROUNDING * (others - others.mean(0)).square().sum(1).amax()
-    return far.square() <= radii.square() + slack
+    return far.square() <= radii.square() * (1 + ROUNDING) + slack
 
 
 @api_export("PrecisionRecall")
@@ -142,7 +142,7 @@ def own_found(samples: Tensor, own: Tensor, gallery: int = 256) -> float:
     for rows, part in _parts(samples):
         band = (rows[:, None] + torch.arange(gallery)) % n
         near = distances(part, own).gather(1, band)
-        nearest = near == near.amin(1, keepdim=True)
+        nearest = _within(near, near.amin(1, keepdim=True), own)
         found += float((nearest[:, 0] / nearest.sum(1)).sum())
     return found / n
 

@@ -69,6 +69,7 @@ class KLAutoencoder(Autoencoder):
         from diffusers import AutoencoderKL
 
         super().__init__()
+        _check_groups("autoencoder kl", config.channels, config.groups)
         self.picture_channels, self.channels = config.picture_channels, config.latent_channels
         self.factor = 2 ** (len(config.channels) - 1)
         self.scale, self.shift = config.scale, config.shift
@@ -130,10 +131,7 @@ class KLNetwork(EncoderDecoder):
         if config.in_channels is None or config.latent_channels is None:
             missing = "in_channels" if config.in_channels is None else "latent_channels"
             raise UserError(f"kl_autoencoder: {missing} is not set, and no data set or bottleneck is there to tell it")
-        if not config.channels or any(width % config.groups for width in config.channels):
-            raise UserError(
-                f"kl_autoencoder: channels = {list(config.channels)} must be multiples of {config.groups} groups"
-            )
+        _check_groups("kl_autoencoder", config.channels, config.groups)
         self.in_channels, self.latent_channels = config.in_channels, config.latent_channels
         self.encoder_channels = 2 * config.latent_channels
         if config.encoder_channels not in (None, self.encoder_channels):
@@ -163,6 +161,11 @@ class KLNetwork(EncoderDecoder):
 
     def tiled(self, tile: int) -> Callable[[Tensor], Tensor]:
         return _tiled(self.module, tile, self.factor)
+
+
+def _check_groups(name: str, channels: tuple[int, ...], groups: int) -> None:
+    if groups < 1 or not channels or any(width < 1 or width % groups for width in channels):
+        raise UserError(f"{name}: channels = {list(channels)} must be multiples of groups = {groups}, 1 or more")
 
 
 def _tiled(module: Any, tile: int, factor: int) -> Callable[[Tensor], Tensor]:

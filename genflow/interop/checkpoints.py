@@ -36,6 +36,7 @@ from genflow.interop.layouts import DIFFUSERS, STABILITY, config_from_shapes, to
 from genflow.interop.tensors import Lazy, read_file, read_folder, strip
 from genflow.networks.bottlenecks import GaussianConfig
 from genflow.networks.mmdit import MMDiTConfig
+from genflow.text.sd3 import FOLDERS
 
 INDEX = "model_index.json"
 NETWORK, VAE = "model.diffusion_model.", "first_stage_model."
@@ -53,9 +54,10 @@ class Checkpoint:
     """What a model's files hold, read as it is asked for.
 
     transformer: under genflow's names; vae: under diffusers', with its configuration, where there is one; encoders: under
-    transformers', by their folder in a pipeline; pipeline: the folder in which configurations, tokenizers and scheduler lie.
-    carried: whether the encoders lie in a file of Stability's and not in the pipeline. config: of a genflow model folder,
-    its own. foreign: what the autoencoder of a genflow model is, where the other layouts have none such.
+    transformers', by their folder in a pipeline; homes: by the same folders, the pipeline that has their configuration and
+    tokenizer; pipeline: the folder of the scheduler, and of all text encoders but where some are carried along, from a file
+    of Stability's or another pipeline (carried). config: of a genflow model folder, its own. foreign: what the autoencoder
+    of a genflow model is, where the other layouts have none such.
     """
 
     model: MMDiTConfig
@@ -63,6 +65,7 @@ class Checkpoint:
     vae: Mapping[str, Lazy] = field(default_factory=dict)
     autoencoder: KLAutoencoderConfig | None = None
     encoders: Mapping[str, Mapping[str, Lazy]] = field(default_factory=dict)
+    homes: Mapping[str, Path] = field(default_factory=dict)
     pipeline: Path | None = None
     carried: bool = False
     config: Mapping[str, Any] | None = None
@@ -158,6 +161,7 @@ def _open_pipeline(folder: Path) -> Checkpoint:
         vae=read_folder(folder / "vae"),
         autoencoder=autoencoder,
         encoders={name: read_folder(folder / name) for name in there},
+        homes=dict.fromkeys(there, folder),
         pipeline=folder,
     )
 
@@ -174,18 +178,26 @@ def _open_genflow(path: Path, ema: bool) -> Checkpoint:
     latent = isinstance(recipe.flow, LatentFlowConfig)
     check_velocity(recipe.flow.flow if latent else recipe.flow, folder)
     autoencoder, vae, foreign = _autoencoder(recipe.flow.autoencoder, tensors) if latent else (None, {}, None)
-    pipeline = getattr(recipe.text, "folder", None)
-    there = [] if pipeline is None else [name for name in ENCODERS if (Path(pipeline) / name).is_dir()]
+    pipeline, there = _text_folder(recipe.text)
     return Checkpoint(
         recipe.model,
         strip(tensors, "flow.network." if latent else "network."),
         vae=vae,
         autoencoder=autoencoder,
-        encoders={name: read_folder(Path(pipeline) / name) for name in there} if pipeline else {},
-        pipeline=Path(pipeline) if pipeline else None,
+        encoders={name: read_folder(home / name) for name, home in there.items()},
+        homes=there,
+        pipeline=pipeline,
         config=config,
         foreign=foreign,
     )
+
+
+def _text_folder(text: Any) -> tuple[Path | None, dict[str, Path]]:
+    """The pipeline whose text encoders a genflow model hears, where it is there, and those that it hears."""
+    if getattr(text, "folder", None) is None or not (folder := Path(text.folder).expanduser()).is_dir():
+        return None, {}
+    heard = [part for name, (part, _) in FOLDERS.items() if name in (text.encoders or FOLDERS)]
+    return folder, {part: folder for part in heard if (folder / part).is_dir()}
 
 
 def _autoencoder(
@@ -253,7 +265,9 @@ def completed(checkpoint: Checkpoint, like: Checkpoint) -> Checkpoint:
         vae=vae.vae,
         autoencoder=vae.autoencoder,
         encoders={**like.encoders, **checkpoint.encoders},
-        pipeline=like.pipeline,
+        homes={**dict.fromkeys(ENCODERS, like.pipeline), **checkpoint.homes},
+        pipeline=checkpoint.pipeline or like.pipeline,
+        carried=checkpoint.carried or bool(checkpoint.pipeline and like.encoders.keys() - checkpoint.encoders.keys()),
     )
 
 

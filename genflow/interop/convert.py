@@ -200,7 +200,8 @@ def _write_diffusers(checkpoint: Checkpoint, out: Path) -> list[str]:
     if checkpoint.pipeline is None:
         return [f"no text encoders: without tokenizers none can be used; {LIKE}"]
     _write_encoders(checkpoint, out)
-    known = read_json(path) if (path := checkpoint.pipeline / INDEX).exists() else {}
+    theirs = read_json(path) if (path := checkpoint.pipeline / INDEX).exists() else {}
+    known = {name: kind for name in PARTS if (kind := theirs.get(name)) not in (None, [None, None])}
     if checkpoint.config is None and (checkpoint.pipeline / "scheduler").is_dir():
         shutil.copytree(checkpoint.pipeline / "scheduler", out / "scheduler", dirs_exist_ok=True)
     else:
@@ -210,7 +211,9 @@ def _write_diffusers(checkpoint: Checkpoint, out: Path) -> list[str]:
         known["scheduler"] = ["diffusers", scheduler["_class_name"]]
     index = {name: known.get(name, kind) if (out / name).is_dir() else [None, None] for name, kind in PARTS.items()}
     _write_json(out / INDEX, {"_class_name": "StableDiffusion3Pipeline", **index})
-    return []
+    tokens = (checkpoint.config or {}).get("text", {}).get("t5_tokens", SD3TextConfig.t5_tokens)
+    told = f"T5 reads {tokens} tokens of a prompt; draw with max_sequence_length={tokens}, or the pictures are others"
+    return [told] if "text_encoder_3" in checkpoint.encoders and tokens != SD3TextConfig.t5_tokens else []
 
 
 def _without_autoencoder(checkpoint: Checkpoint) -> str:
@@ -226,22 +229,19 @@ def _tokenizer(name: str) -> str:
 
 def _check_encoders(checkpoint: Checkpoint) -> None:
     """Raises UserError where a text encoder's configuration or tokenizer is not there."""
-    assert checkpoint.pipeline is not None
     for name in checkpoint.encoders:
-        if not (checkpoint.pipeline / name / CONFIG).is_file() or not (checkpoint.pipeline / _tokenizer(name)).is_dir():
-            raise UserError(
-                f"{checkpoint.pipeline} has no {name} with a {_tokenizer(name)}; give --like a pipeline that has them"
-            )
+        home = checkpoint.homes[name]
+        if not (home / name / CONFIG).is_file() or not (home / _tokenizer(name)).is_dir():
+            raise UserError(f"{home} has no {name} with a {_tokenizer(name)}; give --like a pipeline that has them")
 
 
 def _write_encoders(checkpoint: Checkpoint, out: Path) -> None:
-    """The text encoders as folders of a pipeline, with the configurations and tokenizers of the one that is known."""
-    assert checkpoint.pipeline is not None
+    """The text encoders as folders of a pipeline, with the configurations and tokenizers of those that are known."""
     for name, tensors in checkpoint.encoders.items():
-        known, tokenizer = checkpoint.pipeline / name, _tokenizer(name)
+        home, tokenizer = checkpoint.homes[name], _tokenizer(name)
         write_file(out / name / MODEL, tensors, {"format": "pt"})
-        shutil.copyfile(known / CONFIG, out / name / CONFIG)
-        shutil.copytree(checkpoint.pipeline / tokenizer, out / tokenizer, dirs_exist_ok=True)
+        shutil.copyfile(home / name / CONFIG, out / name / CONFIG)
+        shutil.copytree(home / tokenizer, out / tokenizer, dirs_exist_ok=True)
 
 
 def _write_stability(checkpoint: Checkpoint, out: Path) -> list[str]:

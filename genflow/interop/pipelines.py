@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from genflow.config import from_dict
 from genflow.errors import UserError
@@ -53,7 +55,9 @@ def open_pipeline(path: str | Path, *, device: str | torch.device = "cpu") -> La
 def to_pipeline(flow: LatentFlow) -> Any:
     """A diffusers StableDiffusion3Pipeline of the same weights; its `save_pretrained` writes a folder that diffusers opens.
 
-    Its scheduler has the flow's solver, where diffusers has it, and shift (`recipe`), applied twice as diffusers does.
+    Its scheduler has the flow's solver, where diffusers has it, and shift (`recipe`), applied twice as diffusers does. All
+    parts are of the network's dtype, as a pipeline needs them, copies of those that have another, and on its device. It
+    reads 256 tokens by T5 unless it is told max_sequence_length, which must be the flow's t5_tokens.
     Raises UserError for a flow whose text or autoencoder is not SD3's, or whose network is another or not asked as SD3's.
     """
     import diffusers
@@ -61,7 +65,8 @@ def to_pipeline(flow: LatentFlow) -> Any:
     from genflow.interop.autoencoder import KLAutoencoder
 
     if not isinstance(flow, LatentFlow) or not isinstance(flow.autoencoder, KLAutoencoder):
-        raise UserError(f"to_pipeline takes a LatentFlow in an AutoencoderKL's latents, not a {type(flow).__name__}")
+        what = type(getattr(flow, "autoencoder", flow)).__name__
+        raise UserError(f"to_pipeline takes a LatentFlow in the latents of a KLAutoencoder, not a {what}")
     if not isinstance(flow.text, SD3Text):
         raise UserError(
             f"a StableDiffusion3Pipeline hears text sd3, not a {type(flow.text).__name__}; convert the parts"
@@ -72,10 +77,14 @@ def to_pipeline(flow: LatentFlow) -> Any:
     for name, (encoder, tokenizer) in FOLDERS.items():
         loaded = flow.text.parts[name].network() if name in flow.text.parts else (None, None)
         parts[tokenizer], parts[encoder] = loaded
+    parts["vae"] = flow.autoencoder.module
+    for name, part in parts.items():
+        if isinstance(part, nn.Module):
+            part = part if part.dtype == transformer.dtype else deepcopy(part).to(transformer.dtype)
+            parts[name] = part.to(transformer.device)
     scheduler = scheduler_of(flow.recipe or {})
     return diffusers.StableDiffusion3Pipeline(
         transformer=transformer,
-        vae=flow.autoencoder.module,
         scheduler=getattr(diffusers, scheduler["_class_name"])(shift=scheduler["shift"]),
         **parts,
     )

@@ -55,7 +55,7 @@ def as_scheduler(
     like: a flow scheduler whose shift, fixed or by the size of the picture, is taken over; shift: one of your own. The
     rest as in `GenflowScheduler`, which says what is raised.
     """
-    config = like.config if like is not None else {}
+    config = _config_of(like) if like is not None else {}
     own = {} if shift is None else {"shift": shift, "use_dynamic_shifting": False}
     return GenflowScheduler.from_config(config, sampler=sampler, grid=grid, options=options, **own)
 
@@ -154,8 +154,9 @@ class GenflowScheduler(SchedulerMixin, ConfigMixin):
         grid = self.config["grid"]
         if isinstance(grid, str):
             # diffusers shifts its last time twice only where the shift is fixed
-            once = grid == "double_shifted" and self.config["use_dynamic_shifting"]
-            return resolve("grid", grid)(steps, shift, **({"t_min": 1 / 1000} if once else {}))
+            last = 1 / self.config["num_train_timesteps"]
+            last = last if self.config["use_dynamic_shifting"] else shift_time(last, shift)
+            return resolve("grid", grid)(steps, shift, **({"t_min": last} if grid == "double_shifted" else {}))
         if steps != len(grid) - 1:
             raise UserError(f"num_inference_steps = {steps}, but the grid given has {len(grid) - 1} steps")
         return check_grid(grid)
@@ -284,6 +285,15 @@ def _check_sampler(sampler: Sampler, options: Mapping[str, Any]) -> None:
         raise UserError(f"the sampler has no option {unknown[0]!r}.{nearest(unknown[0], known)}")
 
 
+def _config_of(scheduler: Any) -> Mapping[str, Any]:
+    """Raises UserError for what is no scheduler, and for one whose config has nothing of those for flows."""
+    config = getattr(scheduler, "config", {})
+    if not {"shift", "flow_shift", "prediction_type"} & {*config}:
+        what = f"a {type(scheduler).__name__} is no diffusers scheduler of flows"
+        raise UserError(f"{what}; FlowMatchEulerDiscreteScheduler is one")
+    return config
+
+
 def _check_flow(config: Mapping[str, Any], foreign: Sequence[str]) -> None:
     prediction = config.get("prediction_type", "flow_prediction")  # those for flows only have no such setting
     if prediction != "flow_prediction" or not config.get("use_flow_sigmas", True):
@@ -305,7 +315,7 @@ def from_scheduler(scheduler: ConfigMixin) -> Sampler:
 
     Raises UserError for a scheduler that is not for flows, and for a grid that it does not take.
     """
-    _check_flow(scheduler.config, ["invert_sigmas"])
+    _check_flow(_config_of(scheduler), ["invert_sigmas"])
 
     def sampler(
         velocity: Velocity,

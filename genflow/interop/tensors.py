@@ -34,7 +34,7 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-INDEX = ".safetensors.index.json"
+INDEX = re.compile(r"\.safetensors\.index(\.[^.]+)?\.json$")  # with a variant: model.safetensors.index.fp16.json
 SHARD = re.compile(r"-\d+-of-\d+(?=\.safetensors$)")
 USUAL = ("model", "diffusion_pytorch_model")
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")
@@ -120,8 +120,8 @@ def read_folder(folder: Path) -> dict[str, Lazy]:
     if not folder.is_dir():
         raise UserError(f"{folder} is missing; copy the whole folder")
     found: dict[str, Path] = {}  # by name: one file, else the index of shards, else one of them
-    for path in sorted(folder.glob("*-of-*.safetensors")) + sorted(folder.glob(f"*{INDEX}")):
-        found[SHARD.sub("", path.name.removesuffix(INDEX)).removesuffix(".safetensors")] = path
+    for path in sorted(folder.glob("*-of-*.safetensors")) + sorted(folder.glob("*.safetensors.index*.json")):
+        found[SHARD.sub("", INDEX.sub(r"\1", path.name)).removesuffix(".safetensors")] = path
     found |= {path.stem: path for path in sorted(folder.glob("*.safetensors")) if not SHARD.search(path.name)}
     for better in (lambda name: "." not in name, USUAL.__contains__):
         found = {name: path for name, path in found.items() if better(name)} or found
@@ -129,10 +129,11 @@ def read_folder(folder: Path) -> dict[str, Lazy]:
         first = min(path.name for path in found.values())
         raise UserError(f"{folder} holds {len(found)} files of weights, {first} first; name the one that is meant")
     for name, path in found.items():
-        if path.name.endswith(INDEX):
+        if INDEX.search(path.name):
             return _read_shards(path)
         if SHARD.search(path.name):
-            raise UserError(f"{folder} holds {path.name}, but no {name}{INDEX} that tells its shards; copy it as well")
+            index = f"{name}.safetensors.index.json"
+            raise UserError(f"{folder} holds {path.name}, but no {index} that tells its shards; copy it as well")
         return read_file(path)
     if pickles := [p for p in sorted(folder.iterdir()) if p.suffix in PICKLES]:
         raise UserError(f"{pickles[0]} {_fault(pickles[0], ValueError())}")

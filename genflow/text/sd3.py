@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -212,6 +213,13 @@ def _sizes(config: SD3TextConfig, name: str) -> _Sizes:
         raise UserError(f"text sd3: {path} is no readable {name}'s ({error})") from error
 
 
+def _variant(folder: Path) -> str | None:
+    """fp16 where the only weights are model.fp16.safetensors, or shards of it."""
+    pattern = re.compile(r"model(?:\.(\w+))?(?:-\d+-of-\d+)?\.safetensors")
+    variants = {found[1] for file in folder.iterdir() if (found := pattern.fullmatch(file.name))}
+    return variants.pop() if len(variants) == 1 else None
+
+
 class Pretrained:
     """One of the three: its states by caption, kept on the disk under what it is."""
 
@@ -239,7 +247,8 @@ class Pretrained:
             dtype = "auto" if self.dtype == "auto" else getattr(torch, self.dtype)
             try:
                 tokenizer = AutoTokenizer.from_pretrained(self.tokens)
-                network = kind.from_pretrained(self.folder, use_safetensors=True, dtype=dtype).eval()
+                how = {"use_safetensors": True, "variant": _variant(self.folder), "dtype": dtype}
+                network = kind.from_pretrained(self.folder, **how).eval()
             except Exception as error:
                 raise UserError(
                     f"text sd3: {self.folder} cannot be loaded ({' '.join(str(error).split())[:200]})"
