@@ -89,7 +89,7 @@ def _parse(text: str, where: str, *, line_numbers: bool = True) -> _Node:
         raise
     except RecursionError as error:
         raise UserError(f"{where}: not YAML: an alias stands within what it names") from error
-    except (yaml.YAMLError, ValueError) as error:
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError) as error:  # a tag's own, of what it does not name
         mark = getattr(error, "problem_mark", None)
         place = f"{where}:{mark.line + 1}" if mark and line_numbers else where
         problem = getattr(error, "problem", None) or str(error).partition("\n")[0]

@@ -122,6 +122,8 @@ def test_overrides(tmp_path):
         ("steps: 5\ninner: &x [*x]\n", [], r"c.yaml: not YAML: an alias"),
         ("steps: 5\x07\n", [], r"c.yaml: not YAML: unacceptable character"),
         ("steps: !!int foo\n", [], r"c.yaml: not YAML: invalid literal"),
+        ("steps: !!bool maybe\n", [], r"c.yaml: not YAML: 'maybe'"),
+        ("steps: !!timestamp x\n", [], r"c.yaml: not YAML: "),
         ("steps: !!python/object:os.system x\n", [], r"c.yaml:1: not YAML: could not determine a constructor"),
         ("steps: 5\nsteps: 6\n", [], r"c.yaml:2: key 'steps' is given twice"),
         ("inner: {}\n", [], r"steps is missing"),

@@ -30,6 +30,12 @@ data: {name: emoji, size: 8, limit: 31}
 model: {name: glow, levels: 2, steps: 2, hidden: 8}
 flow: normalizing
 """
+# Its loss has parts, which are told too.
+AUTOENCODER = """
+data: {name: emoji, size: 16, limit: 31}
+model: {name: tiny_autoencoder, factor: 4, width: 8, blocks: 1}
+flow: {name: autoencoder, bottleneck: {name: gaussian, channels: 2}}
+"""
 # eps: Adam would make steps of full size of gradients that are nothing but rounding.
 TRAIN = """
 train: {steps: 6, batch_size: 12, precision: fp32, optimizer: {name: adamw, lr: 3e-3, eps: 1e-3}, warmup: 3, log_every: 1,
@@ -40,9 +46,10 @@ train: {steps: 6, batch_size: 12, precision: fp32, optimizer: {name: adamw, lr: 
 @pytest.fixture(scope="module")
 def configs(tmp_path_factory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("configs")
-    for name, text in (("mmdit", MMDIT), ("glow", GLOW)):
+    texts = {"mmdit": MMDIT, "glow": GLOW, "autoencoder": AUTOENCODER}
+    for name, text in texts.items():
         (folder / f"{name}.yaml").write_text(text + TRAIN)
-    return {name: folder / f"{name}.yaml" for name in ("mmdit", "glow")}
+    return {name: folder / f"{name}.yaml" for name in texts}
 
 
 @pytest.fixture(scope="module")

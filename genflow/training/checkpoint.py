@@ -79,28 +79,32 @@ def save_checkpoint(run: Path, step: int, *, config: dict, tensors: Tensors, sta
     Raises UserError where the disk refuses; what had been saved before is untouched.
     """
     final = run / "checkpoints" / f"step-{step:08d}"
-    temporary = final.with_name(f".{final.name}.partial")
+    temporary, before = (final.with_name(f".{final.name}.{what}partial") for what in ("", "before."))
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
+        for left in (temporary, before):
+            shutil.rmtree(left, ignore_errors=True)
         temporary.mkdir(parents=True)
         (temporary / "config.json").write_text(json.dumps(config, indent=2))
         (temporary / "state.json").write_text(json.dumps({"step": step, **state}))
         for name, values in tensors.items():
             save_file(values, temporary / f"{name}.safetensors")
         finish_checkpoint(temporary)
-        shutil.rmtree(final, ignore_errors=True)
+        if final.exists():  # to remove it here would leave none for as long as that takes
+            os.replace(final, before)
         os.replace(temporary, final)
         flush(final.parent)  # before older ones go
     except Exception as error:  # safetensors reports a full disk with an exception of its own
         shutil.rmtree(temporary, ignore_errors=True)
+        if before.exists() and not final.exists():
+            os.replace(before, final)
         last = checkpoints(run)
         kept = f"the last good checkpoint is {last[-1].name}" if last else "no checkpoint had been written yet"
         raise UserError(
             f"could not save step {step} under {run} ({error}); {kept}. Free some space and run again"
         ) from error
     whole = checkpoints(run)
-    left = [p for p in final.parent.glob("step-*") if p.name < final.name and p not in whole]  # by a killed process
-    for old in (*whole[:-keep], *left, *final.parent.glob(".step-*.partial")):
+    cut = [p for p in final.parent.glob("step-*") if p.name < final.name and p not in whole]  # by a killed process
+    for old in (*whole[:-keep], *cut, *final.parent.glob(".step-*.partial")):
         shutil.rmtree(old, ignore_errors=True)
     return final
 

@@ -70,7 +70,7 @@ class Trainer:
         self.checked = False  # whether the first forward has shown the precision that was asked
         self.caught: list[int] = []  # signals that ask the run to stop
         self.bad: dict[str, str] = {}
-        self.parts: dict[str, Tensor] = {}  # of this process's last micro-batch
+        self.parts: list[dict[str, Tensor]] = []  # of this process's micro-batches of the last step
         with all_or_none():
             self._resume()
         self.log = Log(run, accelerator, steps=train.steps, start=self.step, batch_size=train.batch_size)
@@ -220,7 +220,7 @@ class Trainer:
         kept = [b.clone() for b in self.flow.buffers()] if accelerator.scaler is not None else []
         for _ in range(MAX_HALVINGS):
             loss = torch.zeros((), device=accelerator.device)
-            parts = []
+            times, self.parts = [], []
             for i, batch in enumerate(micro):
                 torch.manual_seed(int(rng.bits("dropout", batch.position[:1])))  # of a network that has any
                 check = contextlib.nullcontext() if self.checked else verified(self.flow, train.precision)
@@ -230,8 +230,8 @@ class Trainer:
                     self.checked = True
                     accelerator.backward(out.loss / len(micro))
                 loss += out.loss.detach() / len(micro)
-                parts.append((out.per_sample, out.t))
-                self.parts = out.parts
+                times.append((out.per_sample, out.t))
+                self.parts.append(out.parts)
             accelerator.unscale_gradients()
             norms = [nn.utils.clip_grad_norm_(side, train.clip or math.inf) for side in self.flow.sides()]
             norm = torch.stack([whole(each) for each in norms]).amax()
@@ -245,7 +245,7 @@ class Trainer:
                 self.ema.step(self.optimizer, self.step + 1)
             self.optimizer.zero_grad()
             if not overflow:
-                for per_sample, t in parts:
+                for per_sample, t in times:
                     if t is not None:
                         self.by_time.add(per_sample, t)
                 return loss, norm, stop
@@ -292,17 +292,18 @@ class Trainer:
 
     def _log(self, loss: Tensor, norm: Tensor) -> None:
         self._share_bad()
-        if self.accelerator.num_processes > 1:
-            loss = self.accelerator.reduce(loss, reduction="mean")  # type: ignore[assignment]
+        names = self.parts[0] if len(self.parts[0]) > 1 else {}
+        means = {name: torch.stack([each[name] for each in self.parts]).mean() for name in names}
+        told: Any = self.accelerator.reduce({"loss": loss, **means}, reduction="mean")
+        numbers = {name: float(value) for name, value in told.items()}
         sums = self.by_time.reduced(self.accelerator)
         self.by_time = LossByTime()
-        rate = self.log.progress(self.step, float(loss))
+        rate = self.log.progress(self.step, numbers["loss"])
         by_time = {
             f"loss_t{i / T_BINS:.3f}": float(total / count) for i, (total, count) in enumerate(sums.T) if count > 0
         }
-        parts = {name: float(part) for name, part in self.parts.items()} if len(self.parts) > 1 else {}
         lr = self.optimizer.param_groups[0]["lr"]
-        values = {"loss": float(loss), **parts, "grad_norm": float(norm), "lr": lr, **by_time}
+        values = {**numbers, "grad_norm": float(norm), "lr": lr, **by_time}
         if self.accelerator.scaler is not None:
             values["loss_scale"] = self.accelerator.scaler.get_scale()
         self.log.write(self.step, {**values, "images_per_s": rate, "bad_images": len(self.bad)})

@@ -41,6 +41,10 @@ class AdamWConfig:
                 raise UserError(
                     f"{name} = {value} must be a finite number of 0 or more; the default is {_default(name)}"
                 )
+        if self.eps < torch.finfo(torch.float32).tiny:
+            raise UserError(
+                f"eps = {self.eps} leaves 0 / 0 of a weight without a gradient; the default is {_default('eps')}"
+            )
         if not all(0 <= beta < 1 for beta in self.betas):
             raise UserError(f"betas = {self.betas} must be 0 or more and below 1, such as {_default('betas')}")
 

@@ -15,7 +15,7 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
-from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
+from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin, ProjectConfiguration
 
 from genflow.config import load, to_dict
 from genflow.data.locks import lock
@@ -117,6 +117,8 @@ def _train(asked: RunConfig, run: Path, device: torch.device, why: str) -> None:
     accelerator = Accelerator(
         mixed_precision={"fp32": "no", "tf32": "no", "fp8": "bf16"}.get(asked.train.precision, asked.train.precision),
         cpu=device.type == "cpu",
+        # The loop counts micro-batches; else ACCELERATE_GRADIENT_ACCUMULATION_STEPS would divide the gradients once more.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         log_with=list(asked.train.trackers) or None,
         project_config=ProjectConfiguration(project_dir=str(run), logging_dir=str(run)),
         kwargs_handlers=[DistributedDataParallelKwargs(bucket_cap_mb=CPU_BUCKETS)] if device.type == "cpu" else None,
@@ -134,7 +136,7 @@ def _train(asked: RunConfig, run: Path, device: torch.device, why: str) -> None:
     if accelerator.is_main_process:
         _save_config(trainer.config, run)
         if asked.train.trackers:
-            again = {"purge_step": trainer.step + 1} if trainer.step else {}  # steps that a killed run had told of
+            again = {"purge_step": trainer.step + 1}  # steps that a killed run had told of
             accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": again})
     trainer.log.say(_summary(trainer, why))
     try:

@@ -116,6 +116,14 @@ def test_settings_that_are_no_finite_numbers_of_0_or_more_are_refused(name, valu
         AdamWConfig(**{name: value})
 
 
+@pytest.mark.parametrize("eps", [0, 1e-50])
+def test_an_eps_that_is_none_in_float32_is_refused(eps):
+    with pytest.raises(
+        UserError, match=f"eps = {eps} leaves 0 / 0 of a weight without a gradient; the default is 1e-08"
+    ):
+        AdamWConfig(eps=eps)
+
+
 @pytest.mark.parametrize(
     "why",
     [

@@ -297,6 +297,25 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(tiny, monkeypatch):
     assert [p.name for p in (run / "checkpoints").iterdir()] == ["step-00000004"]
 
 
+def test_a_checkpoint_written_anew_is_never_without_the_one_before(tiny, monkeypatch):
+    run = train(tiny())
+    replace = os.replace
+
+    def refuse(source, target):
+        if Path(source).name == ".step-00000004.partial":
+            raise OSError(5, "Input/output error")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(UserError, match="could not save step 4 .*the last good checkpoint is step-00000004"):
+        train(tiny("sample.steps=3"))
+    assert [p.name for p in (run / "checkpoints").iterdir()] == ["step-00000004"]
+    monkeypatch.undo()
+    train(tiny("sample.steps=3"))
+    assert read_config(newest_checkpoint(run))["sample"]["steps"] == 3
+    assert [p.name for p in (run / "checkpoints").iterdir()] == ["step-00000004"]
+
+
 def test_bad_pictures_are_counted_and_too_many_stop_the_run(tmp_path, config, capsys, with_a_bad_one):
     more = [f"data={{name: folder, path: {with_a_bad_one}, size: 16}}", f"out={tmp_path / 'run'}", "train.steps=4"]
     train(load(config, more, schema=RunConfig))

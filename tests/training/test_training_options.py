@@ -228,6 +228,31 @@ def test_gradients_are_clipped_and_averaged_as_asked(tiny):
         torch.testing.assert_close(state[f"{name}/exp_avg_sq"], 0.2 * g**2)
 
 
+def test_gradients_are_those_of_the_config_whatever_accelerate_is_told(tiny, monkeypatch):
+    runs = []
+    for steps in ("1", "4"):
+        monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", steps)
+        run = train(tiny("train.steps=1", "train.clip=0"))
+        runs.append(load_file(newest_checkpoint(run) / "optimizer.safetensors"))
+        shutil.rmtree(run)
+    assert all(torch.equal(tensor, runs[1][name]) for name, tensor in runs[0].items())
+
+
+def test_what_a_loss_is_made_of_is_told_of_all_micro_batches(tiny, tmp_path):
+    told = []
+    for accumulation in (1, 4):
+        run = train(
+            tiny(
+                "text=none", "model={name: tiny_autoencoder, factor: 4, width: 8, blocks: 1}", "train.steps=1",
+                "flow={name: autoencoder, bottleneck: {name: gaussian, channels: 2}}", "sample={}",
+                "train.log_every=1", f"train.accumulation={accumulation}", f"out={tmp_path / str(accumulation)}",
+            )
+        )  # fmt: skip
+        told.append(json.loads((run / "metrics.jsonl").read_text()))
+    for name in ("loss", "l1", "kl"):
+        assert math.isclose(told[0][name], told[1][name], rel_tol=1e-5), name
+
+
 def test_matrices_decay_and_vectors_do_not():
     from genflow.training.optimizers import AdamWConfig
 
@@ -315,7 +340,7 @@ def test_a_tracker_forgets_the_steps_that_are_done_again(tiny, monkeypatch):
     monkeypatch.setattr(accelerate.Accelerator, "init_trackers", lambda self, name, **how: told.append(how))
     for steps in (2, 4):
         train(tiny(f"train.steps={steps}", "train.trackers=[tensorboard]"))
-    assert [each["init_kwargs"]["tensorboard"] for each in told] == [{}, {"purge_step": 3}]
+    assert [each["init_kwargs"]["tensorboard"] for each in told] == [{"purge_step": 1}, {"purge_step": 3}]
 
 
 def test_a_run_goes_on_in_its_own_precision_where_auto_is_asked(tiny, monkeypatch):
