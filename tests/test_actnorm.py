@@ -83,6 +83,17 @@ def test_logit_of_the_ends_and_beyond():
     torch.testing.assert_close(slopes.log(), ladj)
 
 
+@pytest.mark.parametrize("alpha", [1e-6, 1e-8, 1e-10])
+def test_logit_is_exact_in_float32_where_one_less_alpha_rounds_to_one(alpha):
+    logit, x = Logit((1,), alpha), torch.tensor([[-1.0], [-1 + 2**-9], [0.3], [1 - 2**-9], [1.0]])
+    (z, ladj), exact = logit(x), logit(x.double())
+    torch.testing.assert_close(exact[0][[0, -1], 0].tanh(), torch.tensor([-1.0, 1.0], dtype=torch.float64))
+    torch.testing.assert_close((z.double(), ladj.double()), exact, rtol=1e-6, atol=1e-6)
+    back, other = logit.inverse(exact[0].float())
+    torch.testing.assert_close(back, x)
+    torch.testing.assert_close(other.double(), -exact[1], rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("alpha", [0.0, 0.5, -1.0, math.nan])
 def test_logit_refuses(alpha):
     with pytest.raises(UserError, match="0.05"):

@@ -162,6 +162,13 @@ def test_autocast_holds_on_the_way_back_and_keeps_the_gradients(gradient):
     assert seen == {torch.bfloat16}
     for a, b in zip(full, half, strict=True):
         torch.testing.assert_close(a, b, rtol=0.05, atol=0.05)
+    seen.clear()
+    solved = GRADIENTS[gradient](dynamics, x, [*net.parameters()], Stepping("rk4", steps=4))
+    with torch.autocast("cpu", torch.bfloat16):  # that of the way there counts
+        late = torch.autograd.grad(solved.x.square().sum(), net.parameters())
+    assert seen == {torch.float32}
+    for a, b in zip(full, late, strict=True):
+        torch.testing.assert_close(a, b, rtol=0.05, atol=0.05)
 
 
 def test_the_backward_keeps_no_graph_but_one_evaluations():

@@ -25,6 +25,7 @@ from genflow.flows.models.realnvp import RealNVPConfig
 from genflow.flows.models.tarflow import TarFlowConfig
 from genflow.flows.normalizing import NormalizingFlowConfig
 from genflow.functional import Rng
+from genflow.networks.lipschitz import ContractedLinear
 from genflow.networks.quantizers import VQConfig
 from genflow.text.none import NoTextConfig
 
@@ -159,6 +160,22 @@ def test_the_weights_of_a_1x1_convolution_are_never_those_of_before():
     with torch.inference_mode():
         made = InvertibleConv1x1((3,)).eval()
         assert made.inverse(made(torch.eye(3))[0])[0].allclose(torch.eye(3), atol=1e-5)
+
+
+@pytest.mark.parametrize("make", [lambda: InvertibleConv1x1((4,)), lambda: ContractedLinear(4, 4, 0.9)])
+@torch.no_grad()
+def test_a_copy_in_the_memory_of_the_original_has_its_own_weights(make):
+    torch.manual_seed(0)
+    made, x = copy.deepcopy(make()).eval(), torch.eye(4)  # a copy too, lest the counts of changes tell them apart
+    made(x)
+    copied = copy.deepcopy(made)
+    for mine, its in zip([*copied.parameters(), *copied.buffers()], [*made.parameters(), *made.buffers()], strict=True):
+        mine.data = its.data
+    changed = next(copied.parameters())
+    changed.data.mul_(-3)  # uncounted, as where freed memory was filled anew
+    fresh = make().eval()
+    fresh.load_state_dict(copied.state_dict())
+    torch.testing.assert_close(copied(x), fresh(x))
 
 
 @pytest.mark.parametrize("bound", [math.inf, 0.0, math.nan])

@@ -386,6 +386,26 @@ def test_tolerances_below_the_noise_are_refused_with_the_floor():
         CNF((2,))(torch.zeros(1, 2))  # its network computes in float32
 
 
+@pytest.mark.parametrize(
+    ("gradient", "kind"), [("checkpoint", "exact"), ("adjoint", "hutchinson"), ("interpolated", "hutch++")]
+)
+def test_autocast_changes_no_number_of_a_velocity_that_ignores_it(gradient, kind):
+    cnf, x = flow(gradient=gradient, divergence=kind).float(), 3 * normal(5, 3).float()
+
+    def found(amp):
+        with torch.autocast("cpu", torch.bfloat16, enabled=amp):
+            z, ladj = cnf(x)
+            with torch.no_grad():
+                alone = cnf(x)
+            likelihood = velocity_log_prob(cnf.velocity, x, divergence=kind)
+        grads = torch.autograd.grad((ladj - z.square().sum(1)).sum(), cnf.parameters())
+        return z, ladj, *alone, likelihood.ladj, likelihood.error, *grads
+
+    for amp, plain in zip(found(True), found(False), strict=True):
+        assert amp.dtype == torch.float32
+        torch.testing.assert_close(amp, plain, rtol=0, atol=0)
+
+
 class Holding(nn.Module):
     def __init__(self, layer):
         super().__init__()

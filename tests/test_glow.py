@@ -50,6 +50,16 @@ def test_a_step_is_actnorm_then_convolution_then_coupling(shape, condition_dim, 
         torch.testing.assert_close(a, b, rtol=1e-4 if dtype == torch.float32 else 1e-7, atol=1e-4)
 
 
+def test_a_step_is_of_the_default_dtype():
+    torch.set_default_dtype(torch.float64)
+    try:
+        step = GlowStep((4, 4, 4), hidden=8)
+        assert {p.dtype for p in [*step.parameters(), step.conv.sign]} == {torch.float64}
+        torch.testing.assert_close(step.inverse(step(x := rows(3, 4, 4, 4))[0])[0], x)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_only_the_network_of_a_step_computes_in_bf16():
     step, x = shaken(GlowStep((4, 4, 4), hidden=16)), rows(3, 4, 4, 4, dtype=torch.float32)
     plain, _ = step(x)

@@ -13,7 +13,7 @@ from genflow.errors import UserError
 from genflow.flows.densities import LogitNormal, Mixed, Uniform
 from genflow.flows.rectified import RectifiedFlowConfig
 from genflow.functional import Rng, noise_from_seeds, resolution_shift
-from genflow.registry import resolve
+from genflow.registry import names, resolve
 from genflow.samplers import euler, heun, shifted
 from genflow.samplers.guides import APG
 
@@ -387,6 +387,24 @@ def test_x_prediction_ends_in_the_predicted_picture(grid, steps):
     torch.testing.assert_close(x, torch.full_like(x, 0.3), rtol=0, atol=1e-5)
     assert make(prediction="v").times(steps, grid) == resolve("grid", grid)(steps)
     assert flow.times(steps, [1.0, 0.02, 0.0]) == [1.0, 0.02, 0.0]
+
+
+@pytest.mark.parametrize("steps", [1, 7])
+@pytest.mark.parametrize("sampler", names("sampler"))
+def test_x_prediction_ends_in_the_predicted_picture_whatever_the_sampler(sampler, steps):
+    """Samplers that ask within or after their last step would follow the clamped velocity instead."""
+
+    class Knows(TinyNet):
+        def forward(self, x, t, context, pooled, *, context_mask=None):
+            return torch.full_like(x, 0.3)
+
+    flow = make(network=Knows(), prediction="x", t_min=0.05)
+    solution = flow.sample(["a"], seeds=[1, 2], sampler=sampler, steps=steps, record=True)
+    torch.testing.assert_close(solution.x, torch.full_like(solution.x, 0.3), rtol=0, atol=3e-3)  # picard: its tolerance
+    path = solution.trajectory
+    assert path.times[0] == 1 and path.times[-1] == 0 and path.nfe[-1] == solution.nfe
+    assert solution.statistics is None or solution.statistics.evaluations.max() == solution.nfe
+    assert len(path.times) == len(path.states) == len(path.nfe) and torch.equal(path.states[-1], solution.x)
 
 
 def test_the_shift_of_a_picture_s_size(flow):

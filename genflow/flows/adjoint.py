@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
@@ -119,18 +119,18 @@ class _Backward(torch.autograd.Function):
         cls, ctx: Any, dynamics: Dynamics, stepping: Stepping, start: float, end: float, x: Tensor, *wanted: Tensor
     ) -> tuple[Tensor, Tensor, int]:
         def field(y: Tensor, t: float, rates: bool) -> tuple[Tensor, Sequence[Tensor]]:
-            v, r = dynamics(y, t, rates)
+            with ctx.autocast():
+                v, r = dynamics(y, t, rates)
             return v, () if r is None else (r,)
 
         ctx.dynamics, ctx.stepping, ctx.start, ctx.end, ctx.wanted = dynamics, stepping, start, end, wanted
         ctx.autocast = _autocast(x)
         ctx.set_materialize_grads(False)  # where q is not in the loss, nothing of it is computed on the way back
         backward = any(ctx.needs_input_grad)
-        with ctx.autocast():
-            solved = march(field, x, start, end, stepping, cls.keep(stepping) if backward else None)
-            if backward:
-                ctx.arrived, ctx.versions = solved.y.detach(), [version(p) for p in wanted]
-                cls.remember(ctx, solved)
+        solved = march(field, x, start, end, stepping, cls.keep(stepping) if backward else None)
+        if backward:
+            ctx.arrived, ctx.versions = solved.y.detach(), [version(p) for p in wanted]
+            cls.remember(ctx, solved)
         return solved.y, solved.integrals[0], solved.nfe
 
     @staticmethod
@@ -147,9 +147,10 @@ class _Backward(torch.autograd.Function):
         ctx: Any, x: Tensor, t: float, grad_v: Tensor, grad_r: Tensor | None
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
         """v at (x, t), and the gradients of grad_v v + grad_r r to x and to the parameters. grad_r None: v alone."""
-        with torch.enable_grad(), ctx.autocast():
+        with torch.enable_grad():
             x = x.detach().requires_grad_()
-            v, r = ctx.dynamics(x, t, grad_r is not None)
+            with ctx.autocast():
+                v, r = ctx.dynamics(x, t, grad_r is not None)
             pairs = [(v, grad_v)] if r is None else [(v, grad_v), (r, grad_r)]
             pairs = [pair for pair in pairs if pair[0].requires_grad]
             inputs = [x, *ctx.wanted]
@@ -224,7 +225,8 @@ class _Interpolated(_Backward):
 
     @staticmethod
     def remember(ctx: Any, solved: March) -> None:
-        v, _ = ctx.dynamics(solved.y, ctx.end, False)
+        with ctx.autocast():
+            v, _ = ctx.dynamics(solved.y, ctx.end, False)
         solved.nfe += 1
         ctx.path = _Path(solved, v)
 
@@ -279,7 +281,5 @@ def _check_unchanged(ctx: Any) -> None:
 def _autocast(x: Tensor) -> Callable[[], AbstractContextManager]:
     """The autocast of now, for later; without its cache, whose casts made without gradients would lose them."""
     kind = x.device.type
-    if not torch.is_autocast_enabled(kind):
-        return nullcontext
-    dtype = torch.get_autocast_dtype(kind)
-    return lambda: torch.autocast(kind, dtype=dtype, cache_enabled=False)
+    enabled, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+    return lambda: torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=False)

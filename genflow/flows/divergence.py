@@ -176,7 +176,8 @@ def _hutchpp(products: _Products, probes: Tensor | None) -> Evaluated:
     shape = sketch.shape
     q, _ = torch.linalg.qr(range_of.detach().flatten(2).permute(1, 2, 0))  # B x D x K, or x D where D < K
     flat = g.flatten(2).permute(1, 2, 0)
-    rest = flat - q @ (q.mT @ flat)
+    with torch.autocast(flat.device.type, enabled=False):
+        rest = flat - q @ (q.mT @ flat)
     both = torch.cat([q, rest], 2).permute(2, 0, 1)
     dots = _dot(products(both.reshape(len(both), *shape[1:])).flatten(2), both)
     columns = q.shape[2]

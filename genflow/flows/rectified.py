@@ -24,7 +24,7 @@ from genflow.flows.densities import Density, LogitNormal
 from genflow.flows.dequantization import GREYS, UniformDequantization, bits_per_dim, importance_weighted
 from genflow.flows.paths import LinearPath, PathConfig, rows_like
 from genflow.flows.prepared import CachedSolution, PreparedVelocity, check_cache, check_noise
-from genflow.flows.sampling import SolveConfig, from_noise, of_size
+from genflow.flows.sampling import SolveConfig, from_noise, into_picture, of_size
 from genflow.flows.velocity_likelihood import velocity_log_prob
 from genflow.functional import Rng, noise_from_seeds, resolution_shift, velocity_from_x
 from genflow.networks.caching import FirstBlockCache
@@ -237,6 +237,8 @@ class RectifiedFlow(ConditionedFlow):
         shape = self.shape if size is None else of_size(self.shape, size)
         times = self.times(steps, grid, shift, size=shape[1:])
         solve = bound_sampler(sampler, options or {}, seeds)
+        if self.config.prediction == "x" and isinstance(grid, str):
+            solve = into_picture(sampler, solve, self.t_min)
         check_noise(sampler, self.config.coupling.independent)
         noise = self.t_max * noise_from_seeds(seeds, shape).to(self.device)
         if weak is not None and (not isinstance(weak, RectifiedFlow) or weak.shape[0] != shape[0]):

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 import torch
+from torch import Tensor
 
 from genflow.config import Choice, Named
 from genflow.errors import UserError, nearest
-from genflow.flows.prepared import check_cached_sampler
+from genflow.flows.prepared import check_cached_sampler, family
 from genflow.registry import resolve
-from genflow.samplers import bound_sampler, cfg
+from genflow.samplers import Solution, Trajectory, Velocity, bound_sampler, cfg, euler
 from genflow.samplers.guides import CFG
 from genflow.samplers.solution import check_grid
 
@@ -76,6 +77,26 @@ def from_noise(grid: Sequence[float], t_max: float) -> list[float]:
             f"grid: a sample goes from noise to data, from t = {t_max:g} down, not {times[0]} to {times[-1]}"
         )
     return times
+
+
+def into_picture(sampler: str, solve: Callable[..., Solution], last: float) -> Callable[..., Solution]:
+    """solve, for a velocity that does not lead to the picture that it predicts below `last`: from there one Euler step.
+
+    Left as they are: samplers whose step from there is no other, as they ask for no velocity within or after it.
+    """
+    if family(sampler) != "adaptive" and sampler not in ("midpoint", "rk4"):
+        return solve
+
+    def solve_and_step(velocity: Velocity, noise: Tensor, times: Sequence[float], **how: Any) -> Solution:
+        solved = solve(velocity, noise, [*(t for t in times if t > last), last], **how)
+        x, nfe, path = euler(velocity, solved.x, [last, times[-1]]).x, solved.nfe + 1, solved.trajectory
+        if path is not None:
+            path = Trajectory([*path.times, times[-1]], [*path.states, x], [*path.nfe, nfe])
+        if (told := solved.statistics) is not None:
+            told = replace(told, accepted=told.accepted + 1, evaluations=told.evaluations + 1)
+        return replace(solved, x=x, nfe=nfe, trajectory=path, statistics=told)
+
+    return solve_and_step
 
 
 def of_size(shape: Sequence[int], size: int | tuple[int, int]) -> tuple[int, ...]:

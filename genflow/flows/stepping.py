@@ -126,9 +126,10 @@ def march(
     """Solve dy/dt = field from start to end, and integrate its rates along the way by the same weights.
 
     Rates are asked for where a stage has a weight. keep: what to keep of each step. Raises UserError where the field is
-    not finite, naming the time and the samples, and where the tolerance cannot be met.
+    not finite, naming the time and the samples, and where the tolerance cannot be met. No autocast but a field's own.
     """
-    return _March(field, y, start, end, stepping, keep).run()
+    with torch.autocast(y.device.type, enabled=False):
+        return _March(field, y, start, end, stepping, keep).run()
 
 
 def accumulate(sums: list[Tensor], parts: Sequence[Tensor], weight: float = 1.0) -> None:

@@ -168,10 +168,12 @@ def _quadrature(rates: list[Tensor]) -> tuple[Tensor, Tensor]:
     """
     weights, cosines = (each.to(rates[0]) for each in _clenshaw_curtis(len(rates) - 1))
     values = torch.stack(rates)
-    before, last = torch.tensordot(cosines, values.mean(1), 1).abs().chunk(2)
+    with torch.autocast(values.device.type, enabled=False):
+        integral, coefficients = torch.tensordot(weights, values, 1), torch.tensordot(cosines, values.mean(1), 1)
+    before, last = coefficients.abs().chunk(2)
     before, last = before.amax(0), last.amax(0)
     fall = (last / before.clamp(min=torch.finfo(last.dtype).tiny)).clamp(max=1)
-    return torch.tensordot(weights, values, 1), last * fall
+    return integral, last * fall
 
 
 @cache

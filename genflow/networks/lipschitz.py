@@ -49,6 +49,9 @@ class Contracted(nn.Module, ABC):
         with torch.no_grad():
             self.direction.copy_(self._iterated(self.cold))
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_key": None, "_found": {}}  # a copy may come to lie where the original was
+
     @abstractmethod
     def apply_weight(self, weight: Tensor, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """The layer with that weight."""

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import logsigmoid
 
 from genflow.errors import UserError
 from genflow.flows.bijections.base import Bijection, per_sample, zero_ladj
@@ -112,18 +113,18 @@ class Logit(Bijection):
     def forward(self, x: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
         x = wide(x)
         inside = x.clamp(-1, 1)
-        p = 0.5 + (0.5 - self.alpha) * inside
-        return torch.logit(p) + self.slope * (x - inside), per_sample(self._log_slope(p))
+        log_p, log_rest = ((self.alpha + (0.5 - self.alpha) * (1 + part)).log() for part in (inside, -inside))
+        return log_p - log_rest + self.slope * (x - inside), per_sample(self._log_slope(log_p, log_rest))
 
     def inverse(self, z: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
         z = wide(z)
         inside = z.clamp(-self.edge, self.edge)
-        p = torch.sigmoid(inside)
-        x = (p - 0.5) / (0.5 - self.alpha) + (z - inside) / self.slope
-        return x, -per_sample(self._log_slope(p))
+        x = (torch.sigmoid(inside) - 0.5) / (0.5 - self.alpha) + (z - inside) / self.slope
+        return x, -per_sample(self._log_slope(logsigmoid(inside), logsigmoid(-inside)))
 
-    def _log_slope(self, p: Tensor) -> Tensor:
-        return math.log(0.5 - self.alpha) - p.log() - torch.log1p(-p)
+    def _log_slope(self, log_p: Tensor, log_rest: Tensor) -> Tensor:
+        """Of logit(p), from log p and log(1 - p), which stay apart where p rounds to 1."""
+        return math.log(0.5 - self.alpha) - log_p - log_rest
 
 
 def wide(x: Tensor) -> Tensor:

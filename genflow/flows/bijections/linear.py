@@ -31,12 +31,12 @@ class InvertibleConv1x1(Bijection):
         channels, _ = channels_and_places(shape)
         rotation = torch.linalg.qr(torch.randn(channels, channels, dtype=torch.float64))[0]
         permutation, lower, upper = torch.linalg.lu(rotation)
-        diagonal = upper.diagonal()
-        self.lower = nn.Parameter(lower.tril(-1).float())
-        self.upper = nn.Parameter(upper.triu(1).float())
-        self.log_diagonal = nn.Parameter(diagonal.abs().log().float())
+        diagonal, dtype = upper.diagonal(), torch.get_default_dtype()
+        self.lower = nn.Parameter(lower.tril(-1).to(dtype))
+        self.upper = nn.Parameter(upper.triu(1).to(dtype))
+        self.log_diagonal = nn.Parameter(diagonal.abs().log().to(dtype))
         self.register_buffer("order", permutation.argmax(1))  # row i of P M is row order[i] of M
-        self.register_buffer("sign", diagonal.sign().float())
+        self.register_buffer("sign", diagonal.sign().to(dtype))
         self._cached: dict[str, tuple[Any, list[Tensor], Tensor]] = {}
 
     def factors(self) -> tuple[Tensor, Tensor]:
@@ -65,6 +65,9 @@ class InvertibleConv1x1(Bijection):
     def train(self, mode: bool = True) -> InvertibleConv1x1:
         self._cached.clear()  # FSDP gathers other weights into the same memory, uncounted
         return super().train(mode)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_cached": {}}  # a copy may come to lie where the original was
 
     def _kept(self, name: str, compute: Any) -> Tensor:
         """What compute gives, in eval mode without gradients only once for the same weights."""
