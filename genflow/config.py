@@ -256,7 +256,11 @@ def _build_dataclass(schema: Any, node: _Node, path: str) -> Any:
     for key, child in given.items():
         if key not in known:
             place = f" in {path}" if path else ""
-            raise UserError(f"{child.where}: unknown key {key!r}{place}.{nearest(key, known)}")
+            inside = [
+                f"{n}.{key}" for n in known if is_dataclass(hints[n]) and key in (f.name for f in fields(hints[n]))
+            ]
+            near = f" Did you mean {' or '.join(map(repr, inside))}?" if inside else nearest(key, known)
+            raise UserError(f"{child.where}: unknown key {key!r}{place}.{near}")
     owned = {key: marker for key in given if (marker := _owner(hints[key])) is not None}
     values = {
         key: _build(hints[key], _named(known[key], child), prefix + key)

@@ -133,6 +133,7 @@ def test_overrides(tmp_path):
         ("steps: 5\ndensity: {scale: 1}\n", [], r"c.yaml:2: unknown key 'scale' in density. Choose from: mean, std"),
         ("steps: 5\ndensity: {name: mode, mean: 1}\n", [], r"c.yaml:2: unknown key 'mean' in density"),
         ("steps: 5\nsampler: huen\n", [], r"c.yaml:2: sampler: no sampler is named 'huen'. Did you mean 'heun'"),
+        ("steps: 5\n", ["rate=1"], r"override 'rate=1': unknown key 'rate'. Did you mean 'inner.rate'"),
         ("steps: 5\n", ["inner.rte=1"], r"override 'inner.rte=1': unknown key 'rte' in inner. Did you mean 'rate'"),
         ("steps: 5\n", ["steps=x"], r"override 'steps=x': steps must be a whole number"),
         ("steps: 5\n", ["steps"], r"override 'steps': write key=value"),
