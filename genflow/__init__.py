@@ -1,6 +1,7 @@
 """genflow: normalizing, continuous and rectified flows of images.
 
-Every public name of the package is here, loaded when first used: genflow.MMDiT, genflow.heun, genflow.load, ...
+Every public name of the package is here, loaded when first used: genflow.MMDiT, genflow.heun, genflow.load, ...; and so
+are its rooms: genflow.registry, genflow.functional, ...
 """
 
 from __future__ import annotations
@@ -19,12 +20,15 @@ def _public() -> dict[str, str]:
 
 def __getattr__(name: str) -> Any:
     import importlib
+    from importlib.util import find_spec
 
-    if name.startswith("_") or (module := _public().get(name)) is None:
-        raise AttributeError(f"module 'genflow' has no attribute {name!r}")
-    value = getattr(importlib.import_module(module), name)
-    globals()[name] = value
-    return value
+    if not name.startswith("_"):
+        if (module := _public().get(name)) is not None:
+            value = globals()[name] = getattr(importlib.import_module(module), name)
+            return value
+        if find_spec(f"genflow.{name}") is not None:
+            return importlib.import_module(f"genflow.{name}")
+    raise AttributeError(f"module 'genflow' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

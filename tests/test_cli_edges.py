@@ -90,6 +90,7 @@ def test_what_does_nothing_or_is_no_number_is_refused(runs, tmp_path, capsys):
         (["reflow", run, "--pairs", "4", "--set", "out=elsewhere", *out], "--set out=elsewhere"),
         (["reflow", run, "--pairs", "4", "--out", str(runs / "glow")], "is another run's folder"),
         (["sample", str(runs / "glow"), "--graphs", *out], "--graphs is for models of a velocity; "),
+        (["train"], "the following arguments are required: config;"),
     ):
         assert main(words) == 2, words
         assert told in capsys.readouterr().err

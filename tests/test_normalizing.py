@@ -11,7 +11,7 @@ from torch import nn
 
 from genflow.conditions import Condition
 from genflow.errors import UserError
-from genflow.flows.bijections.base import Bijection, per_sample
+from genflow.flows.bijections.base import Bijection, Chain, per_sample
 from genflow.flows.bijections.continuous import CNF
 from genflow.flows.dequantization import GaussianDequantization, UniformDequantization
 from genflow.flows.models.tarflow import TarFlowConfig
@@ -225,3 +225,21 @@ def test_the_penalties_of_a_continuous_flow_are_in_the_loss():
     assert set(out.parts) == {"nll", "kinetic", "jacobian"} and all(float(part) > 0 for part in out.parts.values())
     torch.testing.assert_close(out.loss.detach(), sum(out.parts.values()))
     torch.testing.assert_close(out.per_sample.mean(), out.parts["nll"])
+
+
+class Falling(nn.Module):
+    calls = 0
+
+    def forward(self, x, t):
+        self.calls += 1
+        return -x
+
+
+@pytest.mark.parametrize("how", [{}, {"solver": "rk4", "steps": 3}])
+def test_a_sample_of_continuous_flows_tells_the_evaluations_of_their_velocities(how):
+    velocity = Falling()
+    network = Chain([CNF((2,), velocity, **how), CNF((2,), velocity, **how)])
+    flow = NormalizingFlowConfig().build(network, NoTextConfig().build(), shape=(2,))
+    for _ in range(2):
+        velocity.calls = 0
+        assert flow.sample([""], seeds=[3]).nfe == velocity.calls > 2

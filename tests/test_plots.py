@@ -298,6 +298,10 @@ def test_a_model_without_metrics_has_all_other_plots(model, short, tmp_path, cap
     [
         (["--images", "0"], "--images must be 1 or more"),
         (["--what", "strip", "--sampler", "hoin"], "no sampler is named 'hoin'"),
+        (["--what", "training", "--seed", "0"], "--seed does nothing for training; leave it out"),
+        (["--what", "training", "grid", "--prompt", "a"], "--prompt does nothing for training, grid"),
+        (["--what", "error", "--sampler", "heun"], "--sampler does nothing for error"),
+        (["--what", "strip", "trajectories", "--images", "8"], "--images does nothing for strip, trajectories"),
         (["--what", "grid", "--steps", "0"], "nearest possible number is 1"),
         (["--shift", "much"], "--shift: 'much' is neither a number nor 'resolution'"),
     ],

@@ -483,6 +483,8 @@ def test_encode_wants_one_condition_or_one_for_each_picture(flow):
     for verb in (flow.encode, flow.decode):
         with pytest.raises(UserError, match="2 conditions for 6 pictures"):
             verb(batch.x, batch.condition[[0, 1]])
+        with pytest.raises(UserError, match=r"the condition is a list, not prepared; flow\.text\.encode"):
+            verb(batch.x, ["cat"])
 
 
 @pytest.mark.parametrize(

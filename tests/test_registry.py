@@ -143,6 +143,12 @@ def test_the_package_serves_every_public_name():
         genflow.no_such_thing  # noqa: B018
 
 
+def test_the_package_serves_its_rooms():
+    code = "import genflow; print(genflow.registry.resolve('sampler', 'heun').__name__, genflow.functional.__name__)"
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert told.stdout == "heun genflow.functional\n", told.stderr
+
+
 def test_every_export_is_described():
     for kind, group in registry.index().items():
         for name, entry in group.items():

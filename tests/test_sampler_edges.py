@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 
@@ -161,6 +162,13 @@ def test_a_model_of_another_path_takes_a_number_or_a_tensor_for_its_time():
     assert torch.equal(alone, model(z, torch.full((3,), 0.5))) and alone.dtype == torch.float32
     back = velocity_from(model, path, "eps")(z, torch.full((3,), 0.4))
     torch.testing.assert_close(back, -z, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("sampler", [euler, heun, dopri5, unipc, picard])
+@pytest.mark.parametrize("x", [np.ones((2, 3)), [[1.0, 2.0]]])
+def test_a_beginning_that_is_no_tensor_is_told_so(sampler, x):
+    with pytest.raises(UserError, match=f"begins at a {type(x).__name__}, not a tensor"):
+        sampler(lambda x, t: -x, x, [1.0, 0.5, 0.0])
 
 
 @pytest.mark.parametrize("sampler", [euler, heun, dopri5, unipc, picard])

@@ -17,7 +17,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     inspect.add_argument(
         "source", help="a config (its data section), a folder of pictures, .parquet or .tar files, or a folder of them"
     )
-    inspect.add_argument("overrides", nargs="*", metavar="key=value", help="of a config, such as data.styles=[noto]")
+    inspect.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help="of a config, such as data.styles=[noto]"
+    )
     inspect.add_argument("--split", default="train", help="(train)")
     inspect.add_argument("--limit", type=int, metavar="N", help="look at N pictures, evenly spread (all)")
     inspect.add_argument("--out", metavar="FOLDER", help="for inspect.json and a contact sheet, contact-sheet.png")
@@ -27,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     cache.add_argument(
         "config", help="a config of a flow latent; its data, flow.autoencoder, text and init say what to do"
     )
-    cache.add_argument("overrides", nargs="*", metavar="key=value")
+    cache.add_argument("overrides", nargs="*", default=[], metavar="key=value")
     cache.add_argument(
         "--out", metavar="FOLDER", required=True, help="then train with data={name: latents, path: FOLDER}"
     )

@@ -48,6 +48,15 @@ PLANE = {
     "warp": "what the model does to a square grid of lines",
     "animation": "points on their way from noise to data",
 }
+VELOCITY = ("prompt", "guidance", "interval", "guide", "rescale")
+SOLVE = (*VELOCITY, "seed", "sampler", "steps", "grid", "shift", "temperature", "decoder", "draft", "top_k", "top_p")
+USED = {
+    "training": (),
+    "grid": ("steps",),
+    "error": (*VELOCITY, "seed", "images", "grid", "shift"),
+    "warp": ("prompt",),
+}
+"""The options that a plot hangs on; the others show a solve."""
 BUDGETS = (4, 6, 8, 12, 16, 24, 32)  # of evaluations
 FINE = 64  # steps of a fine trajectory
 
@@ -67,8 +76,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument(
         "--prompt", action="append", default=[], metavar="TEXT", help="several: each (captions of the training data)"
     )
-    what.add_argument("--seed", type=int, default=0, help="of the first; the next have the next seeds (0)")
-    what.add_argument("--images", type=int, default=8, metavar="N", help="of the errors, prompts in turn (8)")
+    what.add_argument("--seed", type=int, help="of the first; the next have the next seeds (0)")
+    what.add_argument("--images", type=int, metavar="N", help="of the errors, prompts in turn (8)")
     how = add_guidance(parser)
     how.add_argument("--sampler", metavar="NAME", help="see: genflow info sampler")
     how.add_argument("--steps", type=int, metavar="N")
@@ -85,6 +94,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from genflow.evaluation.plots import plot_training, save_plot
 
+    given = [name for name in (*SOLVE, "images") if getattr(args, name) not in (None, [])]
+    args.seed, args.images = args.seed or 0, 8 if args.images is None else args.images
     if args.images < 1:
         raise UserError(f"--images must be 1 or more, not {args.images}")
     metrics = Path(args.run, "metrics.jsonl")
@@ -98,6 +109,8 @@ def run(args: argparse.Namespace) -> int:
         flow: Any = plotter.flow  # type: ignore[union-attr]
         what = f"{type(flow).__name__} of {'pictures' if len(flow.shape) == 3 else 'vectors'}"
         raise UserError(f"nothing of {args.run} can be plotted: it has no {metrics.name}, and a {what} has no plots")
+    if idle := [option for option in given if not any(option in USED.get(name, SOLVE) for name in wanted)]:
+        raise UserError(f"--{idle[0].replace('_', '-')} does nothing for {', '.join(wanted)}; leave it out")
     for name in wanted:
         drawn: Any
         if name == "training":

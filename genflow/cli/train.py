@@ -10,7 +10,9 @@ import sys
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", help="a YAML file, for example configs/quickstart.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example train.steps=500 model.depth=8")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help="for example train.steps=500 model.depth=8"
+    )
 
 
 def run(args: argparse.Namespace) -> int:

@@ -63,6 +63,9 @@ class ConditionedFlow(Flow):
     def embed_rows(self, condition: Condition | None, n: int) -> Condition:
         """The embedded condition of n samples, n rows; none is the empty one. Raises UserError for another number."""
         prepared = self.text.null() if condition is None else condition
+        if not isinstance(prepared, Condition):
+            kind = type(prepared).__name__
+            raise UserError(f"the condition is a {kind}, not prepared; flow.text.encode(prompts) makes one of prompts")
         if len(prepared) not in (1, n):
             raise UserError(f"{len(prepared)} conditions for {n} pictures; give one condition, or one for each picture")
         embedded = self.embed(prepared.to(self.device))

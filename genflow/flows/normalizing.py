@@ -19,6 +19,7 @@ from genflow.config import Choice
 from genflow.errors import UserError
 from genflow.flows.base import Batch, LossOutput, evaluating
 from genflow.flows.bijections.base import Bijection
+from genflow.flows.bijections.continuous import CNF
 from genflow.flows.bijections.marginals import Marginals
 from genflow.flows.bijections.transformer import tweedie
 from genflow.flows.conditioned import ConditionedFlow
@@ -299,7 +300,8 @@ class NormalizingFlow(ConditionedFlow):
         they were tried, once for a batch size; "auto", sequential on a CPU and jacobi elsewhere. Sweeps are right to the
         blocks' tolerance, within which batch mates matter.
 
-        Returns x, B x *shape float32, pictures in [-1, 1], and nfe. Raises UserError for what cannot be, and for NaN.
+        Returns x, B x *shape float32, pictures in [-1, 1], and nfe: the evaluations of its velocities where there are any,
+        else 1. Raises UserError for what cannot be, and for NaN.
         """
         InverseConfig(temperature, guidance, inverse)  # type: ignore[arg-type]
         noise = noise_from_seeds(seeds, self.shape).to(self.device, self._dtype) * temperature
@@ -317,7 +319,8 @@ class NormalizingFlow(ConditionedFlow):
             progress(1, 1)
         x = y.float() / self._cell
         x = x.clamp(-1, 1) if x.dim() == 4 and self.bounded else x
-        solution = InverseSolution(x, 1, certificate=certificate)
+        nfe = sum(part.nfe for part in self.network.modules() if isinstance(part, CNF))
+        solution = InverseSolution(x, max(nfe, 1), certificate=certificate)
         solution.checked()
         return solution
 

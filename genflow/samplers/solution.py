@@ -116,7 +116,9 @@ def edges_of(velocity: Velocity) -> tuple[float, ...]:
 
 
 def state(x: Tensor) -> Tensor:
-    """x in the sampler's precision: float64 stays, everything else becomes float32."""
+    """x in the sampler's precision: float64 stays, everything else becomes float32. Raises UserError for no tensor."""
+    if not isinstance(x, Tensor):
+        raise UserError(f"a solve begins at a {type(x).__name__}, not a tensor; torch.as_tensor(...) makes one of it")
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 

@@ -70,6 +70,7 @@ class CNF(Bijection):
         self.divergence, self.gradient = Divergence(divergence, draws), gradient
         self.inverse_error = 10 * (rtol + atol) if steps is None else 1e-2
         self.weights = {"kinetic": kinetic, "jacobian": jacobian}
+        self.nfe = 0
 
     @property
     def exact(self) -> bool:
@@ -90,16 +91,20 @@ class CNF(Bijection):
         return self._solve(z, condition, 1.0, 0.0)
 
     def decode(self, z: Tensor, condition: Tensor | None = None) -> Tensor:
-        """The x of `inverse`, without the divergence."""
+        """The x of `inverse`, without the divergence; `nfe` then tells the evaluations that it took."""
         flow, z = self._flow(z, condition)
         if self._shares(z, condition):
             empty = z.new_zeros(len(z), 0)
             dynamics = lambda y, t, rates: (flow.at(y, t), empty if rates else None)
-            return self._integrate(dynamics, z, condition, 1.0, 0.0).x
+            solved = self._integrate(dynamics, z, condition, 1.0, 0.0)
+            self.nfe = solved.nfe
+            return solved.x
         sampler = resolve("sampler", self.stepping.solver)
         tolerances = {"rtol": self.stepping.rtol, "atol": self.stepping.atol, "max_steps": self.stepping.max_steps}
         with torch.no_grad():
-            return sampler(flow, z, [1.0, 0.0], **tolerances).checked().x
+            solution = sampler(flow, z, [1.0, 0.0], **tolerances).checked()
+        self.nfe = solution.nfe
+        return solution.x
 
     def _solve(self, x: Tensor, condition: Tensor | None, start: float, end: float) -> tuple[Tensor, Tensor]:
         flow, x = self._flow(x, condition)
