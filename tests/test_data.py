@@ -322,7 +322,8 @@ def test_every_orientation_brings_the_picture_upright(orientation):
 
 def test_names_in_capitals_and_tables_with_a_byte_order_mark_are_read(tmp_path):
     Image.new("RGB", (16, 16)).save(tmp_path / "A.PNG")
-    assert FolderConfig(str(tmp_path), size=16).build().identifiers == ["A.PNG"]
+    Image.new("RGB", (16, 16)).save(tmp_path / "b.jfif")  # as browsers on Windows name a JPEG
+    assert FolderConfig(str(tmp_path), size=16).build().identifiers == ["A.PNG", "b.jfif"]
     (tmp_path / "metadata.csv").write_text("file_name,text\nA.PNG,a cat\n", encoding="utf-8-sig")
     assert FolderConfig(str(tmp_path), size=16).build().captions == ["a cat"]
 

@@ -102,6 +102,54 @@ def test_parquet_files_named_after_splits_are_those_of_the_split(tmp_path):
         ParquetConfig(str(tmp_path)).build("dev")
 
 
+def test_the_hub_s_other_names_of_files_tell_their_split_too(tmp_path):
+    test = [
+        "birds_test",
+        "test-00000-of-00002-9f7b2c1d0a3e4b55",
+        "test-00001-of-00002-0a2b4c6d8e0f1a3b",
+        "test_1",
+        "Test2",
+    ]
+    train = ["attest", "train-00000-of-00001-b42a775f407cee45", "train_dev"]
+    for name in (*test, *train):
+        write_parquet(tmp_path / f"{name}.parquet", [encoded()], [name])
+    assert set(ParquetConfig(str(tmp_path)).build().captions) == set(train)
+    assert set(ParquetConfig(str(tmp_path)).build("test").captions) == set(test)
+
+
+def test_a_broken_picture_in_a_column_that_is_not_asked_for_stops_nothing(tmp_path):
+    from datasets import Dataset, Features, Value
+    from datasets import Image as Pictures
+
+    features = Features({"image": Pictures(), "mask": Pictures(), "caption": Value("string")})
+    cell = lambda content: [{"bytes": content, "path": None}]
+    rows = Dataset.from_dict({"image": cell(encoded()), "mask": cell(b"none"), "caption": ["x"]}, features=features)
+    rows.to_parquet(tmp_path / "a.parquet")
+    assert ParquetConfig(str(tmp_path)).build().image(0).size == (16, 16)
+
+
+def test_what_keeps_parquet_files_from_going_together_is_told(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    write_parquet(tmp_path / "a.parquet", [encoded()], ["x"])
+    pq.write_table(pa.table({"image": [encoded()], "caption": ["y"], "artist": ["z"]}), tmp_path / "b.parquet")
+    with pytest.raises(UserError, match="artist.* column names don't match"):
+        ParquetConfig(str(tmp_path)).build()
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-be"])
+def test_captions_are_read_as_their_mark_says(tmp_path, encoding):
+    text = ("\ufeff" * (encoding == "utf-16-be") + "a café").encode(encoding)
+    folder_of(tmp_path, "a.png")
+    (tmp_path / "a.txt").write_bytes(text)
+    write_parquet(tmp_path / "a.parquet", [encoded()], [text])
+    write(tmp_path / "a.tar", [("x", {"png": encoded(), "txt": text}), ("y", {"png": encoded(), "note": text})])
+    every = (FolderConfig, ParquetConfig, WebDatasetConfig)
+    assert [config(str(tmp_path)).build().captions[0] for config in every] == ["a café"] * 3
+    assert WebDatasetConfig(str(tmp_path), caption="note").build().captions == ["", "a café"]
+
+
 def test_a_name_with_brackets_is_no_pattern_where_it_is_there(tmp_path):
     write_parquet(tmp_path / "v[1]" / "a.parquet", [encoded()], ["x"])
     write(tmp_path / "v[1]" / "a.tar", [("x", {"png": encoded(), "txt": b"y"})])

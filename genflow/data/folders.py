@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import json
 import os
@@ -119,7 +120,7 @@ def _is_picture(name: Path, folder: Path) -> bool:
 def _caption_of(picture: Path, root: Path) -> str:
     text = picture.with_suffix(".txt")
     if text.is_file():
-        return " ".join(text.read_text(encoding="utf-8-sig", errors="replace").split())
+        return " ".join(decoded(text.read_bytes()).split())
     return picture.parent.name.replace("_", " ") if picture.parent != root else ""
 
 
@@ -174,6 +175,12 @@ def _read_jsonl(table: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def decoded(data: bytes) -> str:
+    """UTF-8, or UTF-16 where its mark says so, as Windows writes it; what is neither is replaced."""
+    marked = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    return data.decode("utf-16" if marked else "utf-8-sig", errors="replace")
+
+
 def text_of(value: Any) -> str:
     """A caption out of a cell: text, bytes, the first of several, or that in a JSON object; empty for None and NaN."""
     while isinstance(value, list | dict):
@@ -181,7 +188,7 @@ def text_of(value: Any) -> str:
             value = [value[key] for key in CAPTION_KEYS if value.get(key) not in (None, "")]
         value = value[0] if value else None
     if isinstance(value, bytes):
-        return value.decode("utf-8", errors="replace")
+        return decoded(value)
     return "" if value is None or value != value else str(value)
 
 

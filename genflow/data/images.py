@@ -21,7 +21,7 @@ TURNS = {
     8: Image.Transpose.ROTATE_90,
 }  # by orientation
 MIN_SIDE = 8  # pixels: less is a tracking dot, not a picture
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"}
+SUFFIXES = {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"}
 
 
 class BadImage(Exception):

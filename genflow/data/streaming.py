@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from genflow.cachedir import cache_folder
 from genflow.data.buckets import Buckets, bucketed
-from genflow.data.folders import text_of
+from genflow.data.folders import decoded, text_of
 from genflow.data.images import SUFFIXES, BadImage, ImageDataset, _reason
 from genflow.data.pictures import write_atomic
 from genflow.data.tables import _files
@@ -141,7 +141,7 @@ def _caption(sample: _Sample, extensions: Sequence[str], opened: Callable[[str],
     text = sample.texts.get(extension, "")
     if extension and extension not in TEXTS:
         offset, size = sample.members[extension]
-        text = os.pread(opened(sample.shard).fileno(), min(size, LONGEST), offset).decode("utf-8-sig", errors="replace")
+        text = decoded(os.pread(opened(sample.shard).fileno(), min(size, LONGEST), offset))
     if extension.rpartition(".")[2] != "json":
         return " ".join(text.split())
     try:
@@ -153,7 +153,7 @@ def _caption(sample: _Sample, extensions: Sequence[str], opened: Callable[[str],
 def _index(shard: str) -> list[_Sample]:
     """The samples of a shard, by what an earlier reading left. Raises UserError for a file that is none."""
     about = os.stat(shard)
-    name = hashlib.sha256(f"2 {os.path.abspath(shard)} {about.st_size} {about.st_mtime_ns}".encode()).hexdigest()[:24]
+    name = hashlib.sha256(f"3 {os.path.abspath(shard)} {about.st_size} {about.st_mtime_ns}".encode()).hexdigest()[:24]
     kept = cache_folder() / "shards" / f"{name}.json"
     try:
         rows = json.loads(kept.read_text(encoding="utf-8"))
@@ -182,7 +182,7 @@ def _scan(shard: str) -> list[list[Any]]:
                 if extension in TEXTS and member.size <= LONGEST:
                     content = tar.extractfile(member)
                     assert content is not None
-                    rows[-1][2][extension] = content.read().decode("utf-8-sig", errors="replace")
+                    rows[-1][2][extension] = decoded(content.read())
             end = max((offset + size for _, members, _ in rows for offset, size in members.values()), default=0)
             if end > (length := os.path.getsize(shard)):
                 raise tarfile.ReadError(f"cut short: {length} bytes of {end}")

@@ -30,8 +30,9 @@ def _open(kind: str, where: str, split: str, **options: Any) -> Any:
     try:
         return datasets.load_dataset(kind, split=split, **options)
     except Exception as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"data {where}: cannot be loaded ({type(error).__name__}: {reason})") from error
+        told = (error.__cause__ or error) if isinstance(error, datasets.exceptions.DatasetGenerationError) else error
+        reason = " ".join(str(told).split())[:200]
+        raise UserError(f"data {where}: cannot be loaded ({type(told).__name__}: {reason})") from error
 
 
 def _captioned(table: Any, where: str, image: str | None, caption: str | None, files: Sequence[str]) -> ImageDataset:
@@ -52,8 +53,10 @@ def _captioned(table: Any, where: str, image: str | None, caption: str | None, f
     else:
         captions = [text_of(value) for value in table[caption]]
 
+    pictures = table.select_columns([image])  # of a row, all columns would be decoded
+
     def read(i: int) -> Any:
-        value = table[i][image]
+        value = pictures[i][image]
         if isinstance(value, dict):
             value = value["bytes"] if value.get("bytes") is not None else value.get("path")
         if value is None:
@@ -77,9 +80,9 @@ def _files(pattern: str, where: str, suffix: str) -> list[str]:
 
 
 def _split_of(file: str) -> str:
-    """The split that a name tells, as in test.parquet and test-00000-of-00001.parquet; else train."""
-    name = re.sub(r"-\d+-of-\d+$", "", Path(file).stem)
-    return name if name in NOT_TRAIN else "train"
+    """The first split that is a word of a name, as in birds_test.parquet and test-00000-of-00001.parquet; else train."""
+    words = re.split(r"[-._ \d]+", Path(file).stem.lower())
+    return next((word for word in words if word in ("train", *NOT_TRAIN)), "train")
 
 
 @dataset_export("parquet")
@@ -87,7 +90,8 @@ def _split_of(file: str) -> str:
 class ParquetConfig:
     """Parquet files with a column of encoded pictures and one of captions. path: a file, a folder or a glob.
 
-    Of files named after splits, as on the hub (train-00000-of-00001.parquet, test.parquet), those of the split are taken.
+    Of files named after splits, as on the hub (train-00000-of-00001.parquet, birds_test.parquet), those of the split are
+    taken.
     split_column: where there is one, so are the rows whose value in it is the split; else all are of split train.
     """
 

@@ -156,7 +156,7 @@ class Pinwheel(PlaneDensity):
 
     def log_prob(self, x: Tensor) -> Tensor:
         x = x.cpu().double()
-        flat = torch.stack([self._turn(x, torch.full((), float(k)), -1) for k in range(self.blades)])
+        flat = torch.stack([self._turn(x, x.new_tensor(k), -1) for k in range(self.blades)])
         squares = ((flat[..., 0] - self.out) / self.along).square() + (flat[..., 1] / self.noise).square()
         return torch.logsumexp(-squares / 2, 0) - math.log(self.blades * 2 * math.pi * self.along * self.noise)
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -70,10 +71,10 @@ class VectorDataset:
 class TableConfig:
     """A table of numbers (.csv, .tsv, .npy, .npz, .parquet), each column brought to mean 0 and deviation 1 in training.
 
-    columns: which to take; empty means all but the label and the split. Those of arrays are called 0, 1, ..., or name[0],
-    name[1], ... in an .npz. label: the column that becomes the caption. split_column: rows whose value in it is the split
-    are taken. Without one, test and validation are the parts of the rows, 0 to 1, that go there; which, hangs on the
-    numbers in a row, so that equal rows stay together, whatever their order.
+    columns: which to take; empty means all but the label, the split and, in text, those without a name. Those of arrays
+    are called 0, 1, ..., or name[0], name[1], ... in an .npz. label: the column that becomes the caption. split_column: rows
+    whose value in it is the split are taken. Without one, test and validation are the parts of the rows, 0 to 1, that go
+    there; which, hangs on the numbers in a row, so that equal rows stay together, whatever their order.
     """
 
     path: str
@@ -97,7 +98,7 @@ class TableConfig:
 
     def build(self, split: str = "train") -> VectorDataset:
         """Raises UserError for columns and splits that are not there, cells that are no numbers, constant columns."""
-        table = _open(self.path)
+        table = _open(self.path, texts=(self.label, self.split_column))
         names = self._chosen(table.names)
         values = np.stack([_numbers(table, name) for name in names], 1) + 0.0  # -0 is 0
         if not len(values):
@@ -171,13 +172,13 @@ class _Table:
     read: Callable[[str], Any]
 
 
-def _open(path: str) -> _Table:
-    """Raises UserError for what is no table."""
+def _open(path: str, *, texts: Sequence[str | None] = ()) -> _Table:
+    """texts: columns to be read as they are written, 01 as 01. Raises UserError for what is no table."""
     file = existing(path, "data table")
     suffix = file.suffix.lower()
     if suffix not in SUFFIXES or file.is_dir():
         raise UserError(f"data table: {file} is none of the tables known: {' '.join(SUFFIXES)}")
-    opener = {".npy": _arrays, ".npz": _arrays, ".parquet": _parquet}.get(suffix, _text)
+    opener = {".npy": _arrays, ".npz": _arrays, ".parquet": _parquet}.get(suffix, partial(_text, texts=texts))
     try:
         return opener(file)
     except UserError:
@@ -215,27 +216,33 @@ def _parquet(file: Path) -> _Table:
     return _Table(file, names, lambda name: pq.read_table(file, columns=[name]).column(0))
 
 
-def _text(file: Path) -> _Table:
-    """A first line with a number in it is no header: the columns are then called 0, 1, ..."""
+def _text(file: Path, texts: Sequence[str | None]) -> _Table:
+    """A first line with a number in it is no header: the columns are then called 0, 1, ...
+
+    But for one that counts them so itself, as pandas does; its row numbers stand in a column without a name, left out.
+    """
     import csv
 
+    import pyarrow as pa
     from pyarrow import csv as arrow
 
     delimiter = "\t" if file.suffix.lower() == ".tsv" else ","
     with file.open(encoding="utf-8-sig", newline="") as lines:
-        first = next(csv.reader(lines, delimiter=delimiter), [])
-    headless = any(np.isfinite(_float(cell)) for cell in first)
-    names = [str(j) for j in range(len(first))] if headless else first
-    read = arrow.ReadOptions(column_names=names, skip_rows=0 if headless else 1)
-    parse = arrow.ParseOptions(delimiter=delimiter)
+        reader = csv.reader(lines, delimiter=delimiter)
+        first = next(filter(None, reader), [])
+    named, counted = [cell for cell in first if cell], [str(j) for j in range(len(first))]
+    headless = named != counted[: len(named)] and any(np.isfinite(_float(cell)) for cell in first)
+    read = arrow.ReadOptions(column_names=counted if headless else first, skip_rows=0 if headless else reader.line_num)
+    parse = arrow.ParseOptions(delimiter=delimiter, newlines_in_values=True)
+    convert = arrow.ConvertOptions(column_types={name: pa.string() for name in texts if name is not None})
     held: list[Any] = []
 
     def column(name: str) -> Any:
         if not held:
-            held.append(arrow.read_csv(file, read_options=read, parse_options=parse))
+            held.append(arrow.read_csv(file, read_options=read, parse_options=parse, convert_options=convert))
         return held[0].column(name)
 
-    return _Table(file, names, column)
+    return _Table(file, counted if headless else named, column)
 
 
 def _column(table: _Table, name: str) -> np.ndarray:

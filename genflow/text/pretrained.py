@@ -72,11 +72,11 @@ class PretrainedText(TextEncoder):
         self._asked_scale = scale
         self.folder = _folder(model)
         config = self._config()
-        width = next((config[key] for key in ("hidden_size", "d_model", "n_embd") if key in config), None)
+        width = next((config[key] for key in ("hidden_size", "d_model", "n_embd", "dim") if key in config), None)
         if width is None:
             raise UserError(f"text {model}: its config names no hidden size")
         longest = config.get("max_position_embeddings", 2**16)
-        if re.search("roberta|camembert", config.get("model_type", "")):
+        if re.search("roberta|camembert|mpnet", config.get("model_type", "")):
             longest -= config.get("pad_token_id", 1) + 1  # their places begin after the padding's number
         if not 1 <= max_tokens <= longest:
             raise UserError(f"text {model}: max_tokens={max_tokens} must be within 1 .. {longest}")
@@ -184,7 +184,8 @@ class PretrainedText(TextEncoder):
 
     def null(self) -> Condition:
         if self._null is None:
-            self._null = self.encode([""])
+            with torch.inference_mode(False):  # it is kept, and may be asked for derivatives later
+                self._null = self.encode([""])
         return self._null
 
     def forward(self, condition: Condition) -> Condition:

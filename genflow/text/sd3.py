@@ -146,7 +146,8 @@ class SD3Text(TextEncoder):
 
     def null(self) -> Condition:
         if self._null is None:
-            self._null = self.encode([""])
+            with torch.inference_mode(False):  # it is kept, and may be asked for derivatives later
+                self._null = self.encode([""])
         return self._null
 
     def drop(self, condition: Condition, rng: Rng, position: Tensor) -> Condition:
