@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from numbers import Integral
 from typing import TypeVar
@@ -181,9 +181,12 @@ class Rng:
 def noise_from_seeds(seeds: Sequence[int], shape: Sequence[int], *, step: int = 0, stream: str = "noise") -> Tensor:
     """The noise of each seed's picture: B x *shape float32, row i a function of seeds[i], shape, step and stream only.
 
-    step 0 of stream "noise" is where sampling starts; stochastic samplers draw others on the way. Raises UserError for a
-    seed that is not a whole number in 0 .. 2^63 - 1.
+    step 0 of stream "noise" is where sampling starts; stochastic samplers draw others on the way. Raises UserError for
+    what is no list, and for a seed that is not a whole number in 0 .. 2^63 - 1.
     """
+    if isinstance(seeds, Tensor) or not isinstance(seeds, Iterable):
+        kind = type(seeds).__name__
+        raise UserError(f"seeds are a list of whole numbers, one for each picture, such as [0, 1], not of type {kind}")
     for seed in seeds:
         if isinstance(seed, bool) or not isinstance(seed, Integral):
             raise UserError(f"seed {seed!r} is not a whole number")

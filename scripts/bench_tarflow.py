@@ -16,6 +16,7 @@ import statistics
 import time
 
 import torch
+from claims.common import told
 from torch import Tensor
 
 from genflow.data.images import fit
@@ -109,4 +110,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    told(main)

@@ -211,3 +211,9 @@ def test_noise_of_a_seed_is_the_same_in_any_batch():
 def test_seeds_out_of_range_are_refused(seed, near):
     with pytest.raises(UserError, match=near):
         noise_from_seeds([3, seed], (1, 2, 2))
+
+
+@pytest.mark.parametrize("seeds", [5, None, torch.arange(2)])
+def test_seeds_that_are_no_list_are_refused(seeds):
+    with pytest.raises(UserError, match=rf"such as \[0, 1\], not of type {type(seeds).__name__}$"):
+        noise_from_seeds(seeds, (1, 2, 2))

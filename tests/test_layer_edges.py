@@ -207,14 +207,49 @@ def test_a_processor_is_known_by_its_features_whatever_it_calls_them(monkeypatch
 
 
 @needs_kernels
-def test_a_damaged_file_of_kernels_is_built_again(monkeypatch, tmp_path):
+@pytest.mark.parametrize("part", [0.01, 0.5, 0.9])
+def test_a_damaged_file_of_kernels_is_built_again(part, monkeypatch, tmp_path):
     good = Path(native.library()._name)
     bad = tmp_path / "kernels" / good.name
     bad.parent.mkdir()
-    bad.write_bytes(good.read_bytes()[:100])
+    bad.write_bytes(good.read_bytes()[: int(part * good.stat().st_size)])
     monkeypatch.setenv("GENFLOW_CACHE", str(tmp_path))
     monkeypatch.setattr(native, "_build", lambda _, path: path.write_bytes(good.read_bytes()))
     assert native.library.__wrapped__()._name == str(bad)
+
+
+@pytest.mark.parametrize(
+    ("cxx", "path", "said"),
+    [
+        ("", "a folder", ["{}/a folder/g++"]),
+        (" ", "a folder", ["{}/a folder/g++"]),
+        ("ccache '{}/a folder/g++' -pipe", "", ["ccache", "{}/a folder/g++", "-pipe"]),
+    ],
+)
+def test_a_compiler_may_have_spaces_in_its_path_and_words_of_its_own(cxx, path, said, monkeypatch, tmp_path):
+    compiler = tmp_path / "a folder" / "g++"
+    compiler.parent.mkdir()
+    compiler.touch(mode=0o755)
+    asked = []
+
+    def run(command, **_):
+        asked.extend(command)
+        raise OSError("not really")
+
+    monkeypatch.setattr(native.subprocess, "run", run)
+    monkeypatch.setenv("CXX", cxx.format(tmp_path))
+    monkeypatch.setenv("PATH", f"{tmp_path}/{path}")
+    monkeypatch.setenv("GENFLOW_CACHE", f"{tmp_path}/cache")
+    with pytest.warns(UserWarning, match="not really"):
+        assert native.library.__wrapped__() is None
+    assert asked[: len(said)] == [word.format(tmp_path) for word in said]
+
+
+@pytest.mark.parametrize(("name", "value"), [("CXX", "'g++"), ("GENFLOW_CACHE", "~no-such-user/cache")])
+def test_no_setting_of_the_kernels_ends_the_work(name, value, monkeypatch):
+    monkeypatch.setenv(name, value)
+    with pytest.warns(UserWarning, match="cannot be built, going on slower"):
+        assert native.library.__wrapped__() is None
 
 
 # -------------------------------------------------------------------------------------------------------- other layers

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from importlib import import_module
 from pathlib import Path
+from runpy import run_path
 from types import SimpleNamespace
 
 import pytest
@@ -41,13 +42,16 @@ def run(script, monkeypatch, name: str, *words: str) -> None:
     [
         ("recognise", ["nowhere"]),
         ("compare_samplers", ["nowhere"]),
+        ("bench_decoders", ["nowhere"]),
+        ("bench_tarflow", ["nowhere"]),
         ("latent_against_pixels", ["--data", "nowhere.parquet", "--features", "nowhere.json", "--taef", "nowhere"]),
     ],
 )
 def test_what_is_not_there_is_told_in_one_line(name, words, script, monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *words])
     with pytest.raises(SystemExit) as stopped:
-        run(script, monkeypatch, name, *words)
+        run_path(str(SCRIPTS / f"{name}.py"), run_name="__main__")
     told = capsys.readouterr().err
     assert stopped.value.code == 2 and told.startswith(f"{name}: ") and "nowhere" in told and told.count("\n") == 1
 

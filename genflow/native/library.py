@@ -10,6 +10,7 @@ import ctypes
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -33,6 +34,7 @@ FLAGS = "-O3 -march=native -fopenmp -fPIC -shared -std=c++17 -fno-math-errno -fn
 FLAGS += " -fassociative-math -freciprocal-math"
 if platform.machine() in ("x86_64", "AMD64"):
     FLAGS += " -mprefer-vector-width=512"
+END = b"genflow's kernels end here"  # a library cut short, which lacks it, would end the process that loads it
 SUFFIX = {torch.float32: "_f32", torch.bfloat16: "_bf16"}
 OPERATORS = torch.library.Library("genflow", "FRAGMENT")
 P = ParamSpec("P")
@@ -50,22 +52,31 @@ def library() -> ctypes.CDLL | None:
     """The compiled kernels; None, said once, where they cannot be had."""
     if os.environ.get("GENFLOW_KERNELS") == "0" or platform.system() != "Linux":
         return None
-    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
-        warnings.warn("no C++ compiler found: CPU training runs without the fused kernels, slower", stacklevel=2)
-        return None
-    source = b"".join(path.read_bytes() for path in SOURCES)
-    key = hashlib.sha256(source + FLAGS.encode() + compiler.encode() + _processor()).hexdigest()[:16]
-    path = cache_folder() / "kernels" / f"{key}.so"
     try:
+        here = [each for name in ("g++", "clang++") if (each := shutil.which(name))]
+        compiler = shlex.split(os.environ.get("CXX", "")) or here[:1]
+        if not compiler:
+            warnings.warn("no C++ compiler found: CPU training runs without the fused kernels, slower", stacklevel=2)
+            return None
+        source = b"".join(path.read_bytes() for path in SOURCES)
+        key = hashlib.sha256(source + FLAGS.encode() + shlex.join(compiler).encode() + _processor()).hexdigest()[:16]
+        path = cache_folder() / "kernels" / f"{key}.so"
         with suppress(OSError):  # none is there yet, or a damaged one
-            return ctypes.CDLL(str(path))
+            return _load(path)
         _build(compiler, path)
-        return ctypes.CDLL(str(path))
-    except (OSError, subprocess.SubprocessError) as error:
+        return _load(path)
+    except (OSError, ValueError, subprocess.SubprocessError) as error:  # ValueError: of CXX's quotes, of no home
         reason = " ".join((getattr(error, "stderr", None) or str(error)).split())[:200]
         warnings.warn(f"the fused CPU kernels cannot be built, going on slower without them: {reason}", stacklevel=2)
         return None
+
+
+def _load(path: Path) -> ctypes.CDLL:
+    with path.open("rb") as file:
+        file.seek(-len(END), os.SEEK_END)
+        if file.read() != END:
+            raise OSError(f"{path} is cut short")
+    return ctypes.CDLL(str(path))
 
 
 def _processor() -> bytes:
@@ -75,14 +86,16 @@ def _processor() -> bytes:
     return platform.machine().encode() + features
 
 
-def _build(compiler: str, path: Path) -> None:
+def _build(compiler: list[str], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         built = Path(folder) / path.name
         sources = [str(path) for path in SOURCES if path.suffix == ".cpp"]
-        command = [*compiler.split(), *FLAGS.split(), *sources, "-o", str(built)]
+        command = [*compiler, *FLAGS.split(), *sources, "-o", str(built)]
         subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
-        with built.open("rb") as file:
+        with built.open("ab") as file:
+            file.write(END)
+            file.flush()
             os.fsync(file.fileno())  # else a crash of the machine may leave the name on an unfinished file
         os.replace(built, path)
 
