@@ -182,7 +182,7 @@ def test_settings_reach_the_velocity_the_sampler_and_the_grid(monkeypatch):
     flow = SimpleNamespace(
         guided=lambda condition, **how: (condition, how),
         times=lambda *how: how,
-        config=SimpleNamespace(coupling=SimpleNamespace(independent=False)),
+        config=SimpleNamespace(coupling=SimpleNamespace(independent=False), prediction="v"),
         shape=(2,),
         t_max=0.9,
         device="cpu",

@@ -58,6 +58,7 @@ def changed(pipe, tmp_path):
         ({"use_karras_sigmas": True}, "use_karras_sigmas = true"),
         ({"shift_terminal": 0.1}, "shift_terminal = 0.1"),
         ({"stochastic_sampling": True}, "stochastic_sampling = true"),
+        ({"num_train_timesteps": 100}, "num_train_timesteps = 100: the model hears 100 t"),
         ({"_class_name": "FlowMatchLCMScheduler"}, "a FlowMatchLCMScheduler is no scheduler of flows"),
         ({"_class_name": ["x"]}, "is no scheduler of flows"),
         ({"shift": None}, "shift must be a number, not nothing"),

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from genflow.cli import options
 from genflow.conditions import Condition
 from genflow.errors import UserError
 from genflow.flows.densities import LogitNormal, Mixed, Uniform
@@ -15,6 +16,7 @@ from genflow.flows.rectified import RectifiedFlowConfig
 from genflow.functional import Rng, noise_from_seeds, resolution_shift
 from genflow.registry import names, resolve
 from genflow.samplers import euler, heun, shifted
+from genflow.samplers.editing import image_to_image
 from genflow.samplers.guides import APG
 
 SHAPE = (2, 4, 4)
@@ -405,6 +407,11 @@ def test_x_prediction_ends_in_the_predicted_picture_whatever_the_sampler(sampler
     assert path.times[0] == 1 and path.times[-1] == 0 and path.nfe[-1] == solution.nfe
     assert solution.statistics is None or solution.statistics.evaluations.max() == solution.nfe
     assert len(path.times) == len(path.states) == len(path.nfe) and torch.equal(path.states[-1], solution.x)
+    settings = {"sampler": sampler, "guidance": 2.0}
+    velocity, noise = options.guided(flow, options.embed(flow, ["a"]), settings), torch.randn(2, *flow.shape)
+    solve, grid = options.solver(flow, settings, [1, 2]), flow.times(steps)
+    edited = image_to_image(velocity, 0.1 * noise, noise, grid, 1.0 if steps == 1 else 0.6, sampler=solve)
+    torch.testing.assert_close(edited.x, torch.full_like(edited.x, 0.3), rtol=0, atol=3e-3)
 
 
 def test_the_shift_of_a_picture_s_size(flow):

@@ -419,6 +419,11 @@ Flow = diffusers.FlowMatchEulerDiscreteScheduler
         (lambda: from_scheduler(diffusers.FlowMatchHeunDiscreteScheduler())(velocity, NOISE, uniform(3)), "steps, 3"),
         (lambda: from_scheduler(diffusers.DEISMultistepScheduler(**FLOW))(velocity, NOISE, 5), "step 5 goes"),
         (lambda: from_scheduler(Flow(use_karras_sigmas=True))(velocity, NOISE, [1.0, 0.9, 0.1, 0.0]), "bends"),
+        (lambda: from_scheduler(Flow())(velocity, NOISE, 3, seeds=[1]), "1 seeds for 2 pictures"),
+        (
+            lambda: from_scheduler(diffusers.UniPCMultistepScheduler(**FLOW))(velocity, NOISE, 3, seeds=[1, 2]),
+            "no noise",
+        ),
     ],
 )
 def test_what_cannot_be_is_said_in_one_line(make, near):
@@ -501,6 +506,21 @@ def test_multistep_schedulers_see_their_own_sigmas(name):
     near(solution.x, x)
     np.testing.assert_allclose(times, scheduler.sigmas[:-1], rtol=1e-6)
     assert shift_time(0.5, 3.0) < times[3] < 1 and solution.nfe == 7 and solution.ok
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        Flow(stochastic_sampling=True),
+        diffusers.DPMSolverMultistepScheduler(**FLOW, algorithm_type="sde-dpmsolver++"),
+        diffusers.FlowMatchLCMScheduler(),
+    ],
+)
+def test_the_noise_of_a_scheduler_hangs_on_the_seed_of_its_picture_alone(scheduler):
+    sampler, grid = from_scheduler(scheduler), 5
+    both, first = sampler(velocity, NOISE, grid, seeds=[3, 4]).x, sampler(velocity, NOISE[:1], grid, seeds=[3]).x
+    near(both[:1], first)
+    assert not torch.allclose(both, sampler(velocity, NOISE, grid, seeds=[5, 6]).x)
 
 
 def test_unipc_takes_a_grid():

@@ -167,7 +167,7 @@ def invert(player: Player, choice: Choice, file: str | None) -> tuple[Image, str
                 )
             velocity = guided(canvas.flow, embed(canvas.flow, [choice.prompt]), settings, guidance=1.0)
             grid, z = time_grid(canvas.flow, settings, settings["steps"]), canvas.lay(x)
-            trip = round_trip(velocity, z, grid, sampler=solver(canvas.flow, settings))
+            trip = round_trip(velocity, z, grid, sampler=solver(canvas.flow, settings, both_ways=True))
             noise, back, seen = trip.noise, canvas.show(trip.x), canvas.show(z)
             cost = f"{trip.nfe} evaluations there and back, unguided"
             if canvas.latent:

@@ -277,7 +277,7 @@ class Editor:
         z = slerp(noise[rows], noise[-1:], fractions) if self.args.into else noise[rows]
         condition = Condition(*blend(ends[0], ends[1], fractions))
         velocity = guided(self.flow, condition, self.settings)
-        solution = solver(self.flow, self.settings)(velocity, z, self.grid, progress=self.progress)
+        solution = solver(self.flow, self.settings, both_ways=True)(velocity, z, self.grid, progress=self.progress)
         return replace(solution, nfe=inverting + solution.nfe)
 
     @property
@@ -302,7 +302,7 @@ class Editor:
                 guided(self.flow, condition[rows], self.settings),
                 self.x[rows],
                 self.grid,
-                sampler=solver(self.flow, self.settings),
+                sampler=solver(self.flow, self.settings, both_ways=True),
                 progress=self.progress,
             ).checked()
             for rows in torch.arange(len(self.x)).split(self.args.batch)

@@ -92,7 +92,9 @@ def run(args: argparse.Namespace) -> int:
             back.append(torch.empty_like(pictures))
             for rows in chunks:
                 velocity = guided(canvas.flow, condition[rows], each)
-                trip = round_trip(velocity, x[rows], grid, sampler=solver(canvas.flow, each), progress=progress)
+                trip = round_trip(
+                    velocity, x[rows], grid, sampler=solver(canvas.flow, each, both_ways=True), progress=progress
+                )
                 back[-1][rows], noise[rows] = canvas.show(trip.x), trip.noise / first_time(canvas.flow)
             nfe.append(trip.nfe)
 

@@ -272,14 +272,24 @@ def is_stochastic(settings: dict[str, Any]) -> bool:
     return draws_noise(settings.get("sampler", "heun"))
 
 
-def solver(flow: Any, settings: dict[str, Any], seeds: Sequence[int] = ()) -> Any:
-    """The sampler with its options, and with the seeds if it draws noise. Raises UserError where it may not."""
+def last_time(flow: Any) -> float:
+    """Where a solve takes the predicted picture: below t_min the velocity of x-prediction does not lead to it."""
+    return flow.t_min if getattr(flow.config, "prediction", None) == "x" else 0.0
+
+
+def solver(flow: Any, settings: dict[str, Any], seeds: Sequence[int] = (), *, both_ways: bool = False) -> Any:
+    """The sampler with its options, and with the seeds if it draws noise. Raises UserError where it may not.
+
+    both_ways: to noise and back, along one velocity; else into the picture that x-prediction predicts.
+    """
     from genflow.flows.prepared import check_noise
+    from genflow.flows.sampling import into_picture
     from genflow.samplers import bound_sampler
 
     name = settings.get("sampler", "heun")
     check_noise(name, flow.config.coupling.independent)
-    return bound_sampler(name, settings.get("options") or {}, seeds)
+    solve = bound_sampler(name, settings.get("options") or {}, seeds)
+    return solve if both_ways else into_picture(name, solve, last_time(flow))
 
 
 def time_grid(flow: Any, settings: dict[str, Any], steps: int) -> list[float]:

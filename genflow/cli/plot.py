@@ -14,6 +14,7 @@ from genflow.cli.options import (
     first_state,
     guided,
     has_instead,
+    last_time,
     open_model,
     read_shift,
     solver,
@@ -21,7 +22,7 @@ from genflow.cli.options import (
     told_steps,
     writable,
 )
-from genflow.cli.tune import add_guidance, heard, last_time
+from genflow.cli.tune import add_guidance, heard
 from genflow.errors import UserError
 from genflow.registry import resolve
 

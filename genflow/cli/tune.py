@@ -8,7 +8,7 @@ import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
-from genflow.cli.options import embed, first_state, guided, open_velocity, refuse_unheard
+from genflow.cli.options import embed, first_state, guided, last_time, open_velocity, refuse_unheard
 from genflow.config import Choice, from_dict
 from genflow.errors import UserError
 
@@ -108,11 +108,6 @@ def captions(flow: Any, run: str) -> list[str]:
     except (KeyError, UserError) as error:
         raise UserError(f'no captions of {run}: {error}; say what to draw, --prompt "..."') from error
     return [dataset.caption(i) for i in range(len(dataset))]
-
-
-def last_time(flow: Any) -> float:
-    """Where a fine solve takes the predicted picture: below t_min the velocity of x-prediction does not lead to it."""
-    return flow.config.t_min if getattr(flow.config, "prediction", None) == "x" else 0.0
 
 
 @dataclass(frozen=True)

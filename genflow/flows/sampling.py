@@ -84,10 +84,12 @@ def into_picture(sampler: str, solve: Callable[..., Solution], last: float) -> C
 
     Left as they are: samplers whose step from there is no other, as they ask for no velocity within or after it.
     """
-    if family(sampler) != "adaptive" and sampler not in ("midpoint", "rk4"):
+    if not last or (family(sampler) != "adaptive" and sampler not in ("midpoint", "rk4")):
         return solve
 
     def solve_and_step(velocity: Velocity, noise: Tensor, times: Sequence[float], **how: Any) -> Solution:
+        if not times[0] > last > times[-1]:
+            return (euler if last >= times[0] > times[-1] else solve)(velocity, noise, times, **how)
         solved = solve(velocity, noise, [*(t for t in times if t > last), last], **how)
         x, nfe, path = euler(velocity, solved.x, [last, times[-1]]).x, solved.nfe + 1, solved.trajectory
         if path is not None:

@@ -142,6 +142,10 @@ def _schedule(pipeline: Path | None) -> dict[str, Any]:
     if found := [name for name in ("use_dynamic_shifting", *FOREIGN) if config.get(name)]:
         what = f"{found[0]} = {json.dumps(config[found[0]])} has no counterpart here"
         raise UserError(f"{path}: {what}; remove it there, and set shift to a number")
+    if (heard := config.get("num_train_timesteps", 1000)) != 1000:
+        raise UserError(
+            f"{path}: num_train_timesteps = {heard}: the model hears {heard} t, and here it would hear 1000 t"
+        )
     return {"sampler": SCHEDULERS[kind], "shift": setting(float, {"shift": 1.0, **config}, "shift", str(path))}
 
 

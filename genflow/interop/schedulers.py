@@ -24,7 +24,7 @@ from torch import Tensor
 from genflow.errors import UserError, nearest
 from genflow.functional import interpolate, shift_time
 from genflow.registry import api_export, resolve, tag_of
-from genflow.samplers.solution import Progress, Solution, Solve, Velocity, check_grid, state
+from genflow.samplers.solution import Progress, Solution, Solve, Velocity, check_grid, check_seeds, state
 
 Sampler = Callable[..., Solution]
 # Settings of diffusers' schedulers that change the grid or the rule of a step, and are not a genflow grid or sampler.
@@ -306,14 +306,16 @@ def _check_flow(config: Mapping[str, Any], foreign: Sequence[str]) -> None:
 
 @api_export("from_scheduler")
 def from_scheduler(scheduler: ConfigMixin) -> Sampler:
-    """A diffusers flow scheduler as a sampler: sampler(velocity, x, grid, *, progress=None, record=False) -> Solution.
+    """A diffusers flow scheduler as a sampler: sampler(velocity, x, grid, *, seeds=(), progress=None, record=False).
 
     FlowMatchEuler, FlowMatchHeun, and with use_flow_sigmas DPMSolver and UniPC. grid: the number of steps, on the
     scheduler's own times; or N + 1 times down to 0, which are not shifted again, if its set_timesteps takes sigmas. The
-    velocity is evaluated at the scheduler's sigmas, not at its timesteps, which some round to whole numbers. The
-    scheduler is copied for every solve and computes in float32 at best.
+    velocity is evaluated at the scheduler's sigmas, not at its timesteps, which some round to whole numbers. seeds: one
+    per picture, of the noise of a scheduler that draws some; without them it is torch's own. The scheduler is copied for
+    every solve and computes in float32 at best.
 
-    Raises UserError for a scheduler that is not for flows, and for a grid that it does not take.
+    Raises UserError for a scheduler that is not for flows, for a grid that it does not take, and for seeds of one that
+    draws no noise.
     """
     _check_flow(_config_of(scheduler), ["invert_sigmas"])
 
@@ -322,17 +324,23 @@ def from_scheduler(scheduler: ConfigMixin) -> Sampler:
         x: Tensor,
         grid: Sequence[float] | int,
         *,
+        seeds: Sequence[int] = (),
         progress: Progress | None = None,
         record: bool = False,
     ) -> Solution:
-        solver = _planned(scheduler, grid)
+        solver, how = _planned(scheduler, grid), dict[str, Any]()
+        if len(seeds):
+            check_seeds(seeds, x)
+            if "generator" not in inspect.signature(solver.step).parameters:
+                raise UserError(f"a {type(solver).__name__} draws no noise; leave the seeds out")
+            how["generator"] = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
         sigmas, order = solver.sigmas.tolist(), solver.order
         last = len(solver.timesteps)
         solve = Solve(velocity, x, [*sigmas[:last:order], sigmas[-1]], progress, record)
         for step, _ in enumerate(solve):
             for i in range(order * step, min(order * (step + 1), last)):
                 v = solve.v(solve.x, sigmas[i])
-                solve.x = state(solver.step(v, solver.timesteps[i], solve.x, return_dict=False)[0])
+                solve.x = state(solver.step(v, solver.timesteps[i], solve.x, return_dict=False, **how)[0])
         return solve.solution()
 
     return sampler
