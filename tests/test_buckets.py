@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -255,6 +256,18 @@ def test_a_model_of_one_shape_refuses_buckets(tmp_path, capsys):
     )
     assert main(["train", str(config), "train.precision=fp32", f"out={tmp_path / 'run'}"]) == 2
     assert "takes samples of one shape; leave buckets out" in capsys.readouterr().err
+
+
+def test_buckets_that_the_network_does_not_divide_are_refused_before_the_first_step(tmp_path, capsys):
+    from genflow.cli import main
+
+    pictures, config = save_pictures(tmp_path / "pictures"), tmp_path / "run.yaml"
+    config.write_text(
+        f"data: {{name: folder, path: {pictures}, size: 16, buckets: {{step: 4}}}}\n"
+        "model: {name: mmdit, depth: 1, hidden: 16, patch_size: 8}\nflow: rectified\ntext: learned\n"
+    )
+    assert main(["train", str(config), "train.precision=fp32", f"out={tmp_path / 'run'}"]) == 2
+    assert re.search(r"one is \d+ x \d+, but the network takes multiples of 8; make", capsys.readouterr().err)
 
 
 def test_a_picture_without_a_head_goes_to_the_commonest_shape():

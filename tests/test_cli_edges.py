@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
@@ -115,6 +116,27 @@ def test_an_evaluation_without_figures_holds(runs, tmp_path, capsys):
     assert json.loads((tmp_path / "figures.json").read_text())["figures"] == []
     assert main(["eval", "--again", str(tmp_path / "figures.json")]) == 0
     assert "other" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("then", "now", "code"), [(None, math.inf, 0), (None, 1.0, 1), (1.0, math.inf, 1), (1.0, 1.0, 0)]
+)
+def test_a_figure_that_is_infinite_holds_where_it_was_so_before(runs, tmp_path, monkeypatch, then, now, code):
+    from genflow.cli import eval as command
+    from genflow.evaluation.plan import Figure
+
+    run, out, file = str(runs / "glow"), str(tmp_path), tmp_path / "figures.json"
+    assert main(["eval", run, "--metrics", "nearest", "--split", "train", "-n", "4", "--out", out]) == 0
+    about = json.loads(file.read_text())
+    file.write_text(json.dumps({**about, "figures": [{"name": "PSNR, dB", "value": then}]}))
+    measure = command._measure
+
+    def infinite(*given):
+        found, made = measure(*given)
+        return replace(found, figures=[Figure("PSNR, dB", now, "4 samples")]), made
+
+    monkeypatch.setattr(command, "_measure", infinite)
+    assert main(["eval", "--again", str(file)]) == code
 
 
 # -------------------------------------------------------------------------------------------- how to sample, as it is asked

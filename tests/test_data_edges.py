@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import json
+import struct
 import warnings
 from pathlib import Path
 
@@ -437,3 +438,43 @@ def test_captions_are_encoded_as_many_at_a_time_as_memory_takes(monkeypatch):
     captions = [f"caption {i}" for i in range(8)]
     table = PreparedConditions.prepare(ImageDataset(captions, captions, lambda _: b""), text).table
     assert max(calls) == 3 and torch.equal(table.tokens, encode(captions).tokens)
+
+
+def icc_profile(name: str) -> bytes:
+    """Of a display whose red and green are sRGB's green and red, at a gamma of 2.2."""
+    fixed = lambda *values: b"".join(struct.pack(">i", round(v * 65536)) for v in values)
+    xyz = lambda *values: b"XYZ \0\0\0\0" + fixed(*values)
+    curve = b"curv\0\0\0\0" + struct.pack(">IH", 1, 563) + b"\0\0"
+    text, white = name.encode() + b"\0", (0.9642, 1.0, 0.8249)
+    tags = {
+        b"desc": b"desc\0\0\0\0" + struct.pack(">I", len(text)) + text + b"\0" * 78,
+        b"cprt": b"text\0\0\0\0none\0",
+        b"wtpt": xyz(*white),
+        b"rXYZ": xyz(0.3851, 0.7169, 0.0971),
+        b"gXYZ": xyz(0.4360, 0.2225, 0.0139),
+        b"bXYZ": xyz(0.1431, 0.0606, 0.7141),
+        **dict.fromkeys((b"rTRC", b"gTRC", b"bTRC"), curve),
+    }
+    table, data = struct.pack(">I", len(tags)), b""
+    for tag, content in tags.items():
+        table += tag + struct.pack(">II", 132 + 12 * len(tags) + len(data), len(content))
+        data += content + b"\0" * (-len(content) % 4)
+    size = 132 + 12 * len(tags) + len(data)
+    head = struct.pack(">I4xI12s12x4s28x", size, 0x02400000, b"mntrRGB XYZ ", b"acsp") + fixed(*white)
+    return head.ljust(128, b"\0") + table + data
+
+
+@pytest.mark.parametrize(
+    ("mode", "colour", "profile", "seen"),
+    [
+        ("RGB", (255, 0, 0), icc_profile("swapped"), (0, 255, 0)),
+        ("RGB", (255, 0, 0), icc_profile("sRGB in name"), (255, 0, 0)),
+        ("RGB", (255, 0, 0), b"broken", (255, 0, 0)),
+        ("RGBA", (255, 0, 0, 128), icc_profile("swapped"), (127, 255, 127)),
+        ("L", 100, icc_profile("swapped"), 100),
+    ],
+)
+def test_colours_are_those_that_the_icc_profile_means(mode, colour, profile, seen):
+    out = io.BytesIO()
+    Image.new(mode, (16, 16), colour).save(out, "PNG", icc_profile=profile)
+    assert decode(out.getvalue()).getpixel((3, 3)) == seen

@@ -219,6 +219,7 @@ def _print(found: Evaluation, made: dict[str, Any]) -> None:
 
 def _write(found: Evaluation, made: dict[str, Any], plan: Plan, out: Path) -> None:
     from genflow.data.pictures import write_atomic
+    from genflow.evaluation.comparison import finite
 
     about = {
         "figures": [{key: finite(value) for key, value in asdict(each).items()} for each in found.figures],
@@ -233,11 +234,6 @@ def _write(found: Evaluation, made: dict[str, Any], plan: Plan, out: Path) -> No
 
         replace(found.picture, settings={"model": made["model"], "seed": plan.seed}).save_atomic(out / "nearest.png")
         print(f"samples beside their nearest training pictures in {out / 'nearest.png'}")
-
-
-def finite(value: Any) -> Any:
-    """JSON has no NaN."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 # --------------------------------------------------------------------------------------------------------------- again
@@ -261,6 +257,7 @@ def _told(what: Any) -> Any:
 
 def _again(args: argparse.Namespace) -> int:
     """0 where every figure holds, 1 where one does not."""
+    from genflow.evaluation.comparison import finite
     from genflow.evaluation.plan import Plan
     from genflow.flows.store import load
 
@@ -281,8 +278,9 @@ def _again(args: argparse.Namespace) -> int:
             print(f"other {what}: {made[what]} then, {now[what]} now", file=sys.stderr)
     width, fails = max(map(len, before), default=0), 0
     for each in found.figures:
-        then = before.pop(each.name, None)
-        holds = then is not None and math.isclose(each.value, then, rel_tol=HOLDS, abs_tol=1e-12)
+        known, then, value = each.name in before, before.pop(each.name, None), finite(each.value)
+        same = then is value if None in (then, value) else math.isclose(value, then, rel_tol=HOLDS, abs_tol=1e-12)
+        holds = known and same
         fails += not holds
         print(f"{each.name:{width}}  {then!r:>22}  {each.value!r:>22}  {'holds' if holds else 'DOES NOT HOLD'}")
     for name in before:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 TURNS = {
@@ -29,7 +30,8 @@ class BadImage(Exception):
 
 
 def decode(source: bytes | Path | Image.Image) -> Image.Image:
-    """RGB or greyscale ("L") image: EXIF orientation applied, transparency laid on white, 16 bits brought to 8.
+    """RGB or greyscale ("L") image: EXIF orientation applied, colours by their ICC profile brought to sRGB, transparency
+    laid on white, 16 bits brought to 8.
 
     Of an animation the first frame. Raises BadImage for what is corrupt, truncated, no picture, tiny or absurdly large.
     """
@@ -62,6 +64,7 @@ def orientation(image: Image.Image) -> int:
 
 def _plain(image: Image.Image) -> Image.Image:
     """RGB or "L", whatever the mode. Raises ValueError for one that has no way there."""
+    image = _in_srgb(image)
     if image.mode.startswith(("I", "F")):
         image = _to_8_bits(image)
     elif image.has_transparency_data:
@@ -70,6 +73,30 @@ def _plain(image: Image.Image) -> Image.Image:
         sheet.alpha_composite(rgba)
         image = sheet
     return image if image.mode == "L" else image.convert("RGB")
+
+
+def _in_srgb(image: Image.Image) -> Image.Image:
+    """The colours that its ICC profile means; those of a profile that cannot be read stay as they are."""
+    profile = image.info.get("icc_profile")
+    if profile and image.mode == "P":
+        image = image.convert("RGBA" if image.has_transparency_data else "RGB")
+    if not profile or image.mode not in ("RGB", "RGBA", "CMYK"):
+        return image
+    try:
+        transform = _to_srgb(profile, image.mode)
+        return image if transform is None else ImageCms.applyTransform(image, transform) or image
+    except (OSError, ImageCms.PyCMSError):
+        return image
+
+
+@lru_cache(maxsize=16)
+def _to_srgb(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
+    """None for a profile that is sRGB by its name."""
+    theirs = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+    if "srgb" in ImageCms.getProfileDescription(theirs).lower():
+        return None
+    after = "RGB" if mode == "CMYK" else mode
+    return ImageCms.buildTransform(theirs, ImageCms.createProfile("sRGB"), mode, after)
 
 
 def _reason(error: Exception) -> str:

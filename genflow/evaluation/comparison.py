@@ -333,7 +333,7 @@ def as_json(comparison: Comparison, made: Sequence[Mapping[str, Any]]) -> dict[s
                 "family": entry.family,
                 "data": dict(entry.who.section),
                 "figures": {
-                    name: {key: _finite(value) for key, value in vars(cell).items()} for name, cell in entry.row.items()
+                    name: {key: finite(value) for key, value in vars(cell).items()} for name, cell in entry.row.items()
                 },
                 "left_out": entry.found.left_out,
                 "remarks": entry.found.remarks,
@@ -347,6 +347,6 @@ def as_json(comparison: Comparison, made: Sequence[Mapping[str, Any]]) -> dict[s
     }
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """JSON has no NaN."""
     return None if isinstance(value, float) and not math.isfinite(value) else value

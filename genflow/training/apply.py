@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from genflow.data.latents import LatentDataset
 from genflow.errors import UserError
 from genflow.flows.bijections.base import Bijection
 from genflow.layers.float8 import MULTIPLE
@@ -21,6 +22,20 @@ def _blocks(network: nn.Module, what: str) -> Iterable[nn.Module]:
     if blocks is None:
         raise UserError(f"{what} works block by block, and {type(network).__name__} has no `blocks`")
     return blocks
+
+
+def check_shapes(dataset: Any, flow: nn.Module, network: nn.Module) -> None:
+    """Raises UserError for a data set of several shapes, of which the network does not take each."""
+    if isinstance(network, Bijection):
+        raise UserError(f"data.buckets: a {type(network).__name__} takes samples of one shape; leave buckets out")
+    factor = getattr(getattr(flow, "autoencoder", None), "factor", 1)
+    least = factor * getattr(network, "patch_size", getattr(network, "multiple", 1))
+    shapes = dataset.shapes * (factor if isinstance(dataset, LatentDataset) else 1)
+    if wrong := [shape for shape in shapes.unique(dim=0).tolist() if any(side % least for side in shape)]:
+        raise UserError(
+            f"data.buckets: one is {wrong[0][0]} x {wrong[0][1]}, but the network takes multiples of {least}; "
+            "make data.buckets.step one"
+        )
 
 
 def checkpointed(network: nn.Module) -> nn.Module:

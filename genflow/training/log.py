@@ -13,6 +13,8 @@ from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
 
+from genflow.errors import UserError
+
 T_BINS = 8
 SAY_EVERY = 10  # seconds between lines where there is no terminal for a bar
 
@@ -86,8 +88,11 @@ class Log:
         """One line of metrics.jsonl and the trackers."""
         if not self.main:
             return
-        with self.path.open("a") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
+        try:
+            with self.path.open("a") as file:
+                file.write(json.dumps({"step": step, **values}) + "\n")
+        except OSError as error:
+            raise UserError(f"could not write {self.path}: {error.strerror}") from error
         self.accelerator.log({k: v for k, v in values.items() if isinstance(v, int | float)}, step=step)
 
     def advance(self) -> None:

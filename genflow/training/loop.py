@@ -22,11 +22,10 @@ from genflow.data.loading import Batch, PreparedConditions, StreamSampler, in_or
 from genflow.data.pictures import Picture, caption_grid
 from genflow.data.points import point_picture
 from genflow.errors import UserError
-from genflow.flows.bijections.base import Bijection
 from genflow.flows.store import check_base, newest_checkpoint, weights_of
 from genflow.flows.trained import fill_trained
 from genflow.functional import Rng
-from genflow.training.apply import checkpointed, compile_blocks, record_steps, train_in_float8
+from genflow.training.apply import check_shapes, checkpointed, compile_blocks, record_steps, train_in_float8
 from genflow.training.checkpoint import check_data, checkpoint_tensors, load_checkpoint, save_checkpoint, told_of
 from genflow.training.config import RunConfig, fit_to, shape_of
 from genflow.training.ema import EMA
@@ -92,11 +91,11 @@ class Trainer:
                 f"{train.accumulation} micro-batches; try {near}"
             )
         network = config.model.build()
-        if isinstance(network, Bijection) and not of_one_shape(self.dataset):
-            raise UserError(f"data.buckets: a {type(network).__name__} takes samples of one shape; leave buckets out")
         if train.checkpointing:
             network = checkpointed(network)
         self.flow = config.flow.build(network, self.text, shape=self.shape)
+        if not of_one_shape(self.dataset):
+            check_shapes(self.dataset, self.flow, network)
         saved = newest_checkpoint(self.run_folder)
         if train.lora is not None and saved is not None:
             check_base(saved, config.init)
@@ -389,6 +388,8 @@ class Trainer:
 
     def _show(self, picture: Picture) -> None:
         if self.accelerator.is_main_process:
+            for left in self._picture().parent.glob("*.partial"):  # by a killed process
+                left.unlink()
             picture.save_atomic(self._picture())
             self.log.say(f"step {self.step}: {self._picture()}")
 

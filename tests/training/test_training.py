@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
@@ -21,6 +22,7 @@ from genflow.errors import UserError
 from genflow.flows.store import checkpoints, newest_checkpoint, read_config
 from genflow.training.apply import checkpointed, compile_blocks
 from genflow.training.config import RunConfig
+from genflow.training.log import Log
 from genflow.training.loop import learning_rate
 from genflow.training.run import train
 
@@ -295,6 +297,20 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(tiny, monkeypatch):
     with pytest.raises(UserError, match="could not save step 8 .*No space left.*last good checkpoint is step-00000004"):
         train(tiny("train.steps=8"))
     assert [p.name for p in (run / "checkpoints").iterdir()] == ["step-00000004"]
+
+
+def test_a_log_that_cannot_be_written_is_named(tmp_path):
+    log = Log(tmp_path, Accelerator(cpu=True), steps=4, start=0, batch_size=1)
+    (tmp_path / "metrics.jsonl").mkdir()
+    with pytest.raises(UserError, match=r"could not write .*metrics\.jsonl: Is a directory"):
+        log.write(1, {"loss": 1.0})
+
+
+def test_what_a_killed_preview_left_goes_with_the_next(tiny):
+    run = train(tiny("train.preview_every=4"))
+    (run / "previews" / "tmpa1.partial").touch()
+    train(tiny("train.preview_every=4", "train.steps=8"))
+    assert sorted(p.name for p in (run / "previews").iterdir()) == ["step-00000004.png", "step-00000008.png"]
 
 
 def test_a_checkpoint_written_anew_is_never_without_the_one_before(tiny, monkeypatch):
