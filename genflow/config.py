@@ -306,9 +306,10 @@ def _build_choice(kind: str, node: _Node, path: str) -> Any:
         rest = {k: v for k, v in value.items() if k != "name"}
     else:
         options = ", ".join(names(kind))
-        raise UserError(f"{node.where}: {path} needs a `name`, one of: {options}")
+        raise UserError(f"{node.where}: {path or 'it'} needs a `name`, one of: {options}")
     if name not in names(kind):
-        raise UserError(f"{node.where}: {path}: no {kind} is named {name!r}.{nearest(name, names(kind))}")
+        place = f"{node.where}: {path}" if path else node.where
+        raise UserError(f"{place}: no {kind} is named {name!r}.{nearest(name, names(kind))}")
     return _build_dataclass(resolve(kind, name), _Node(rest, node.where), path)
 
 

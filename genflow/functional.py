@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from numbers import Integral
 from typing import TypeVar
@@ -184,7 +184,7 @@ def noise_from_seeds(seeds: Sequence[int], shape: Sequence[int], *, step: int = 
     step 0 of stream "noise" is where sampling starts; stochastic samplers draw others on the way. Raises UserError for
     what is no list, and for a seed that is not a whole number in 0 .. 2^63 - 1.
     """
-    if isinstance(seeds, Tensor) or not isinstance(seeds, Iterable):
+    if isinstance(seeds, Tensor) or not isinstance(seeds, Collection):
         kind = type(seeds).__name__
         raise UserError(f"seeds are a list of whole numbers, one for each picture, such as [0, 1], not of type {kind}")
     for seed in seeds:

@@ -15,6 +15,11 @@ def version(tensor: Tensor) -> int:
     return tensor._version
 
 
+def alike(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are the same numbers in the same place. Changes that go by `.data` are counted nowhere."""
+    return (a.dtype, a.device) == (b.dtype, b.device) and torch.equal(a, b)
+
+
 def count_step(optimizer: Optimizer, *_: Any) -> None:
     """Note that every parameter of the optimiser has changed: after each step that goes through `Optimizer.step`."""
     if not torch.compiler.is_compiling():

@@ -8,7 +8,11 @@ import pytest
 import torch
 
 from genflow.errors import UserError
+from genflow.flows.bijections.base import Chain
 from genflow.flows.bijections.elementwise import ActNorm, Affine, Logit
+from genflow.flows.bijections.glow_step import GlowStep
+from genflow.flows.bijections.linear import Permutation
+from genflow.flows.bijections.shapes import Split, split_shape
 
 
 @pytest.mark.parametrize("shape", [(3, 5, 4), (6,)])
@@ -33,6 +37,19 @@ def test_initialisation_happens_once_and_a_copy_remembers_it():
     copy.load_state_dict(norm.state_dict())
     copy.initialise(x + 1)
     assert torch.equal(copy.shift, first)
+
+
+@pytest.mark.parametrize("turn", ["around each", "around the chain"])
+@pytest.mark.parametrize("shape", [(6,), (4, 4, 4)])
+def test_turned_round_it_standardises_what_it_then_sees(shape, turn):
+    parts = [Permutation(shape), ActNorm(shape), GlowStep(shape, hidden=4), Split(shape, ActNorm(split_shape(shape)))]
+    parts = [part.double() for part in parts]
+    turned = Chain(part.inv for part in reversed(parts)) if turn == "around each" else Chain(parts).inv
+    x = torch.randn(64, *shape, dtype=torch.float64) * 7 + 3
+    turned.initialise(x)
+    rows = turned(x)[0].movedim(1, -1).flatten(0, -2)
+    assert rows.mean(0).abs().max() < 1e-12 and (rows.std(0, correction=0) - 1).abs().max() < 1e-12
+    assert parts[1].initialised and parts[2].actnorm.initialised and parts[3].inner.initialised
 
 
 def test_using_it_does_not_initialise_it():

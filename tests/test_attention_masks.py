@@ -98,6 +98,14 @@ def test_small_parts_stand_for_every_sample_and_head():
     assert (Mask(dense=square) & Mask(causal=True)).full(torch.empty(2, 3, 1), 4, 6).shape[-2:] == (4, 6)
 
 
+def test_a_mask_of_heads_alone_leaves_the_fused_kernel_its_own():
+    """Which takes masks of two axes and of four."""
+    q, k, v = torch.randn(3, 2, 3, 7, 8).unbind()
+    mask = Mask(causal=True, dense=torch.rand(3, 7, 7) < 0.5)
+    assert mask.full(q, 7, 7).shape == (1, 3, 7, 7)
+    torch.testing.assert_close(attention(q, k, v, mask, backend="sdpa_flash"), attention(q, k, v, mask, backend="math"))
+
+
 def test_two_masks_meet():
     for a, b in [("causal", "keys"), ("causal", "segments"), ("dense", "keys"), ("keys", "keys"), ("dense", "dense")]:
         (x, live_x), (y, live_y) = make_mask(a, 2, 3, 7, 7, seed=1), make_mask(b, 2, 3, 7, 7, seed=2)

@@ -178,6 +178,19 @@ def test_a_copy_in_the_memory_of_the_original_has_its_own_weights(make):
     torch.testing.assert_close(copied(x), fresh(x))
 
 
+@pytest.mark.parametrize("make", [lambda: InvertibleConv1x1((4,)), lambda: ContractedLinear(4, 4, 0.9)])
+@torch.no_grad()
+def test_an_average_of_weights_kept_by_data_is_what_answers(make):
+    torch.manual_seed(0)
+    average, model, x = make().eval(), make(), torch.eye(4)
+    average(x)
+    for mine, its in zip(average.parameters(), model.parameters(), strict=True):
+        mine.data.mul_(0.5).add_(its.data, alpha=0.5)
+    fresh = make().eval()
+    fresh.load_state_dict(average.state_dict())
+    torch.testing.assert_close(average(x), fresh(x))
+
+
 @pytest.mark.parametrize("bound", [math.inf, 0.0, math.nan])
 def test_a_spline_without_bounds_is_refused(bound):
     with pytest.raises(UserError, match=r"bound = .* must be positive and finite"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import shutil
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
@@ -19,6 +20,7 @@ from genflow.data.pictures import read_settings
 from genflow.errors import UserError
 from genflow.evaluation.page import _plain
 from genflow.flows.sampling import SolveConfig
+from genflow.flows.store import find_model
 from genflow.functional import noise_from_seeds
 from genflow.training.config import RunConfig
 from genflow.training.run import train
@@ -97,6 +99,59 @@ def test_what_does_nothing_or_is_no_number_is_refused(runs, tmp_path, capsys):
         assert told in capsys.readouterr().err
 
 
+def test_guidance_of_a_model_that_hears_nothing_is_refused(runs, tmp_path, capsys):
+    out = ["--out", str(tmp_path)]
+    for words in (["--guidance", "3"], ["--interval", "0.2", "0.7"], ["--guide", "apg"], ["--rescale", "1"]):
+        for run in (["sample", str(runs / "deaf")], ["invert", str(runs / "deaf"), str(runs / "picture.png")]):
+            assert main([*run, *words, *out]) == 2, words
+            assert f"{words[0]} does nothing: " in capsys.readouterr().err
+    assert main(["sample", str(runs / "deaf"), "--steps", "2", "--guidance", "1", *out]) == 0
+    weak = ["--weak", str(runs / "deaf"), "--guidance", "2", "--rescale", "0.5"]
+    assert main(["sample", str(runs / "deaf"), "--steps", "2", *weak, *out]) == 0
+
+
+def test_empty_names_are_told(runs, tmp_path, capsys):
+    run, picture, out = str(runs / "deaf"), str(runs / "picture.png"), ["--out", str(tmp_path)]
+    for words, told in (
+        (["sample", run, "--out", ""], "--out is empty; name a folder"),
+        (["sample", run, "--weak", "", "--guidance", "2", *out], "has no config.json"),
+        (["edit", run, picture, "--prompt", "", "--mask", "", *out], "the name of a picture is empty"),
+        (["edit", run, picture, "--into", "", *out], "the name of a picture is empty"),
+        (["edit", run, "", "--prompt", "", *out], "the name of a picture is empty"),
+    ):
+        assert main(words) == 2, words
+        assert told in capsys.readouterr().err
+
+
+def test_what_needs_a_velocity_says_so_whatever_else_is_asked(runs, tmp_path, capsys):
+    for words in (["tune", "--steps", "2"], ["reflow", "--steps", "2", "--out", str(tmp_path)]):
+        for run in ("glow", "ae"):
+            assert main([words[0], str(runs / run), *words[1:]]) == 2
+            assert "has no velocity; this is for models of one" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("section", "told"),
+    [
+        ({"sample": None}, "sample must be a section of keys, not None"),
+        ({"sample": {"colour": 1}}, "unknown key 'colour'"),
+        ({"sample": {"steps": "many"}}, "steps must be a whole number, not 'many'"),
+        ({"sample": {"interval": 3}}, "interval must be a list, not 3"),
+        ({"data": [1]}, "data must be a section of keys, not [1]"),
+        ({"data": {"size": 16}}, "data: it needs a `name`, one of: "),
+        ({"data": {"name": "nope"}}, "data: no dataset is named 'nope'"),
+        ({"train": 5}, "train must be a section of keys, not 5"),
+    ],
+)
+def test_a_config_that_was_edited_wrongly_costs_one_line(runs, tmp_path, capsys, section, told):
+    shutil.copytree(find_model(runs / "deaf"), tmp_path / "model", ignore=shutil.ignore_patterns("complete.json"))
+    file = tmp_path / "model" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **section}))
+    words = ["eval", str(tmp_path / "model"), "--metrics", "fd", "-n", "2", "--out", str(tmp_path / "o")]
+    assert main(words) == 2
+    assert told in capsys.readouterr().err
+
+
 def test_models_go_to_the_accelerator_that_there_is(runs, tmp_path, monkeypatch):
     class Found(Exception):
         pass
@@ -155,7 +210,8 @@ def settings_of(words, run, own, *, sampling=None, unguided=False):
     options.add_solving(parser)
     args = parser.parse_args([str(word) for word in words])
     args.run = str(run)
-    flow = SimpleNamespace(recipe={"sample": own}, config=SimpleNamespace(sampling=sampling or SolveConfig()))
+    config, hears = SimpleNamespace(sampling=sampling or SolveConfig), SimpleNamespace(max_tokens=1)
+    flow = SimpleNamespace(recipe={"sample": own}, config=config, text=hears)
     return options.sampling_of(args, flow, unguided=unguided)
 
 
@@ -166,8 +222,8 @@ def test_options_belong_to_the_sampler_they_came_with(tmp_path):
     asked = settings_of(["--sampler", "dopri5", "--option", "atol=1e-3", "max_steps=9"], tmp_path, own)
     assert asked["options"] == {"atol": 1e-3, "max_steps": 9}
     own = {"decoder": {"name": "gumbel"}, "draft": "another"}
-    assert settings_of([], tmp_path, own, sampling=Decoding()) == own
-    assert settings_of(["--decoder", "sjd"], tmp_path, own, sampling=Decoding()) == {"decoder": {"name": "sjd"}}
+    assert settings_of([], tmp_path, own, sampling=Decoding) == own
+    assert settings_of(["--decoder", "sjd"], tmp_path, own, sampling=Decoding) == {"decoder": {"name": "sjd"}}
 
 
 def test_what_needs_no_guidance_has_it_only_where_it_is_asked_for(tmp_path):

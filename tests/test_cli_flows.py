@@ -410,7 +410,7 @@ def test_an_interpolation_begins_and_ends_at_the_pictures(genflow_):
             "--steps does nothing for a NormalizingFlow; what it takes: temperature, guid",
         ),
         (["sample", "glow", "--size", "16"], "--size is for models of a velocity"),
-        (["sample", "glow", "--guidance", "2"], "guidance = 2.0: this model has no condition; leave it at 1"),
+        (["sample", "glow", "--guidance", "2"], "--guidance does nothing: glow hears no condition to guide to"),
         (["sample", "glow", "--temperature", "-1"], "temperature = -1.0 must be 0 or more"),
         (["sample", "tarflow"], 'nothing to draw: give --prompt "..."'),
         (["sample", "tarflow", "--class", "lihgt"], "no class 'lihgt'. Did you mean 'light'?"),

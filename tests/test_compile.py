@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections import Counter
 from contextvars import ContextVar
-from functools import partial
+from functools import partial, partialmethod
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from genflow.attention import Mask, attention
+from genflow.attention.backends import many_graphs
 from genflow.native import library as native
 from genflow.networks.mmdit import JointBlock
+from genflow.networks.token_transformer import TokenTransformerConfig
 from genflow.training.apply import checkpointed, compile_blocks
 from tests import test_kernels
 from tests.test_kernels import CASES
@@ -146,6 +149,43 @@ def test_a_checkpointed_block_computes_its_kernels_again(calls):
     once = taken(calls)
     assert twice["norm_forward_f32"] == 2 * once["norm_forward_f32"]
     assert twice["norm_backward_f32"] == once["norm_backward_f32"] > 0
+
+
+@pytest.fixture
+def without_compiler(monkeypatch):
+    """Graphs alone."""
+    monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(torch.nn.Module.compile, backend="eager"))
+
+
+@one_graph
+@pytest.mark.skipif(not many_graphs(), reason="this torch has one number of graphs for all that is compiled")
+def test_blocks_stay_compiled_beyond_torch_s_usual_number_of_graphs(without_compiler):
+    network = torch.nn.Module()
+    network.blocks = torch.nn.ModuleList([block()])
+    compile_blocks(network)
+    with torch._dynamo.config.patch(recompile_limit=1, fail_on_recompile_limit_hit=True):
+        for gradients in (True, False):
+            with torch.set_grad_enabled(gradients):
+                step(network.blocks[0], 2, torch.float32)
+                step(network.blocks[0], 3, torch.float32)
+
+
+@one_graph
+def test_all_layers_of_a_cache_are_one_graph(without_compiler):
+    sizes = {"vocabulary": 5, "grid": (2, 2), "width": 8, "context_dim": 0}
+
+    def graphs(layers):
+        torch._dynamo.reset()
+        counters.clear()
+        network = TokenTransformerConfig(**sizes, layers=layers).build()
+        compile_blocks(network)
+        cache = network.cache(1, 4)
+        with torch.no_grad():
+            for _ in range(4):
+                network.read(torch.ones(1, 1, 8), cache, 0)
+        return counters["stats"]["unique_graphs"]
+
+    assert graphs(5) == graphs(3)
 
 
 @pytest.mark.slow

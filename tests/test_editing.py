@@ -301,6 +301,14 @@ def test_rf_inversion_with_full_control_ends_in_its_target(x, noise):
         assert rf_inversion(VELOCITY, VELOCITY, x, noise, uniform(8), interval=(0.0, 1.0), sampler=sampler).ok
 
 
+def test_the_ends_of_the_interval_of_rf_inversion_belong_to_it_whatever_the_rounding_of_times(x, noise):
+    times = [1 - i / 10 for i in range(11)]  # 0.19999999999999996 and 0.09999999999999998 among them
+    one, other = (
+        rf_inversion(VELOCITY, VELOCITY, x, noise, grid, interval=(0.1, 0.2)).x for grid in (times, uniform(10))
+    )
+    torch.testing.assert_close(one, other)
+
+
 def test_rf_inversion_keeps_more_of_the_picture_with_more_control(x, noise):
     target = mixture(MEANS, 0.5)
     kept = [psnr(rf_inversion(VELOCITY, target, x, noise, uniform(28), eta=eta).x, x).mean() for eta in (0, 0.5, 0.9)]
@@ -432,7 +440,8 @@ def test_a_sampler_of_the_sde_with_its_options_is_not_repeated(x, noise):
 
 
 def test_rf_inversion_tells_its_sampler_where_the_control_jumps(x, noise):
-    for weight, edges in ((0.5, [(0.0, 1.0), (0.25, 0.75)]), (0.0, [(), ()])):
+    just = 1e-6  # beyond the ends, which belong to it
+    for weight, edges in ((0.5, [(-just, 1 + just), (0.25 - just, 0.75 + just)]), (0.0, [(), ()])):
         told = []
 
         def sampler(velocity, x, grid, told=told, **how):

@@ -213,7 +213,7 @@ def test_seeds_out_of_range_are_refused(seed, near):
         noise_from_seeds([3, seed], (1, 2, 2))
 
 
-@pytest.mark.parametrize("seeds", [5, None, torch.arange(2)])
+@pytest.mark.parametrize("seeds", [5, None, torch.arange(2), (i for i in range(2)), map(int, "12")])
 def test_seeds_that_are_no_list_are_refused(seeds):
     with pytest.raises(UserError, match=rf"such as \[0, 1\], not of type {type(seeds).__name__}$"):
         noise_from_seeds(seeds, (1, 2, 2))

@@ -16,7 +16,7 @@ from genflow.cli import main
 from genflow.config import load as load_config
 from genflow.data.pictures import read_settings
 from genflow.errors import UserError
-from genflow.flows.store import load
+from genflow.flows.store import load, save_model
 from genflow.interop.convert import convert
 from genflow.interop.lora import load_lora, read_lora, save_lora
 from genflow.interop.pipelines import open_pipeline
@@ -95,6 +95,16 @@ def test_a_loaded_run_is_its_base_with_the_update(base, tuned):
         assert torch.allclose(updated.state_dict()[name], expected, atol=1e-6), name
     assert not torch.equal(draw(plain), draw(updated)) and torch.isfinite(draw(updated)).all()
     assert not torch.equal(draw(updated), draw(load(tuned)))  # the average
+
+
+def test_a_loaded_run_saved_elsewhere_keeps_the_update(tuned, tmp_path):
+    flow = load(tuned)
+    save_model(tmp_path, config=flow.recipe, state=flow.state_dict())
+    assert torch.equal(draw(load(tmp_path)), draw(flow))
+    own = json.loads((tuned / "checkpoints/step-00000003/config.json").read_text())
+    save_model(tmp_path, config=own, state=flow.state_dict())
+    with pytest.raises(UserError, match="has no factors of a LoRA"):
+        load(tmp_path)
 
 
 def test_a_lora_run_resumes_to_the_same_factors(config, base, tuned, tmp_path):

@@ -26,6 +26,14 @@ def fitted(cells=8):
     return marginals
 
 
+def test_the_inverse_has_its_slope_in_the_middle_too():
+    """dx/dz = exp(ladj / numbers) at z = 0, where all numbers of a channel are alike."""
+    marginals, z = fitted(), torch.zeros(1, 2, 6, 6, dtype=torch.float64, requires_grad=True)
+    x, ladj = marginals.inverse(z)
+    (slope,) = torch.autograd.grad(x.sum(), z)
+    torch.testing.assert_close(slope.log().sum(), ladj[0])
+
+
 def test_the_marginal_of_each_channel_becomes_a_standard_normal():
     z, _ = fitted()(grey(rows=200, seed=1))
     quantiles = torch.tensor([0.02, 0.1, 0.3, 0.5, 0.7, 0.9, 0.98], dtype=torch.float64)

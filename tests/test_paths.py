@@ -1,6 +1,7 @@
 """Models of other paths against closed forms, against k-diffusion's and DDIM's formulas, and there and back."""
 
 import math
+import pickle
 from itertools import pairwise
 
 import pytest
@@ -115,6 +116,14 @@ def test_times_go_there_and_back(path):
     t = torch.linspace(path.t_min, path.t_max, 50, dtype=torch.float64)
     t = t[1:-1]
     torch.testing.assert_close(path.t_of_s(path.s_of_t(t)), t, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("path", [*PATHS.values(), Path.ve(sigma_max=8.0)], ids=[*PATHS, "ve to 8"])
+def test_a_path_survives_pickling(path):
+    again = pickle.loads(pickle.dumps(path))
+    s = torch.tensor([0.25, 0.75], dtype=torch.float64)
+    assert torch.equal(again.sigma(s), path.sigma(s)) and torch.equal(again.s_of_t(s), path.s_of_t(s))
+    assert (again.t_min, again.t_max) == (path.t_min, path.t_max)
 
 
 def test_a_table_of_whole_timesteps_asks_for_the_nearest_and_is_exact_on_them(noise):

@@ -339,7 +339,7 @@ RectifiedFlow._error = poisoned
 @pytest.mark.slow
 def test_a_loss_that_is_not_finite_on_one_rank_ends_all_before_it_does_harm(config, tmp_path):
     for each in together(2, [config, f"out={tmp_path / 'run'}"], before=POISONED):
-        assert "step 4: loss" in last_words(each) and "Last good checkpoint: " in each.said
+        assert "step 4: loss nan" in last_words(each) and "Last good checkpoint: " in each.said
 
 
 ASKED = """

@@ -1,6 +1,7 @@
 """Rectified flows at their edges: below t_min, on grids of one's own, under couplings, around latents, and of pairs."""
 
 import math
+import pickle
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -14,7 +15,7 @@ from genflow.flows.couplings import Independent, OptimalTransport, Paired, Sinkh
 from genflow.flows.latent import Autoencoder, LatentFlow, LatentFlowConfig
 from genflow.flows.models.nsf import NSFConfig
 from genflow.flows.normalizing import NormalizingFlowConfig
-from genflow.flows.paths import LinearPath
+from genflow.flows.paths import CosinePath, LinearPath, PolynomialPath, VPPath
 from genflow.flows.rectified import RectifiedFlowConfig
 from genflow.flows.reflow import draw_pairs
 from genflow.flows.sampling import InverseConfig
@@ -50,6 +51,13 @@ def make(network=None, *, text=NONE, shape=(2,), **config):
     return RectifiedFlowConfig(**config).build(network or Exact(), text, shape=shape).eval()
 
 
+@pytest.mark.parametrize("path", [LinearPath(), LinearPath(0.1), CosinePath(), VPPath(), PolynomialPath()])
+def test_a_flow_survives_pickling(path):
+    flow = make(Exact(path, "v"), path=path)
+    again = pickle.loads(pickle.dumps(flow))
+    assert torch.equal(again.sample([""], seeds=[3], steps=2).x, flow.sample([""], seeds=[3], steps=2).x)
+
+
 # ---------------------------------------------------------------------------------------------------------- below t_min
 
 
@@ -64,6 +72,13 @@ def test_the_likelihood_of_x_prediction_is_of_the_clamped_velocity_as_it_says():
     assert 1 / scale > 1.05 * flow.network.std  # which is not where `sample` ends
     assert "velocity clamped below t = 0.05" in flow.likelihood_note(1)
     assert "clamped" not in make(Exact(prediction="v"), prediction="v").likelihood_note(1)
+
+
+def test_a_gradient_that_the_likelihood_has_not_is_refused():
+    flow = make()
+    with pytest.raises(UserError, match="has no gradient, but x asks for one"):
+        flow.log_prob(torch.zeros(1, 2, requires_grad=True))
+    assert not flow.log_prob(torch.zeros(1, 2)).requires_grad  # whatever its weights ask for
 
 
 def test_the_likelihood_of_eps_prediction_is_of_decode_which_does_not_start_at_1():
@@ -90,11 +105,12 @@ def test_the_last_step_of_x_prediction_starts_where_the_path_knows_the_picture(s
 
 
 @pytest.mark.parametrize(
-    ("grid", "config"), [([0.5, 0.0], {}), ([0.0, 0.5, 1.0], {}), ([1.0, 0.5, 0.0], {"prediction": "eps"})]
+    ("grid", "config"),
+    [([0.5, 0.0], {}), ([0.0, 0.5, 1.0], {}), ([1.0, 0.5, -0.1], {}), ([1.0, 0.5, 0.0], {"prediction": "eps"})],
 )
 def test_times_that_do_not_fall_from_noise_are_refused(grid, config):
     flow = make(**config)
-    with pytest.raises(UserError, match=f"from t = {flow.t_max:g} down, not {grid[0]} to {grid[-1]}"):
+    with pytest.raises(UserError, match=f"from t = {flow.t_max:g} down to 0, not {grid[0]} to {grid[-1]}"):
         flow.sample([""], seeds=[0], grid=grid)
 
 

@@ -277,9 +277,11 @@ def test_in_eval_mode_the_estimate_is_a_function_of_the_sample():
         torch.testing.assert_close(made.inverse(z)[1], -ladj, atol=1e-5, rtol=1e-5)
 
 
-def test_an_invertible_checkpoint_repeats_the_draw():
+@pytest.mark.parametrize("turned", [False, True])
+def test_an_invertible_checkpoint_repeats_the_draw(turned):
     torch.manual_seed(0)
     blocks = [block((6,), training=True, exact=False, seed=i) for i in range(2)]
+    blocks = [each.inv for each in blocks] if turned else blocks
     chain, saved = Chain(blocks), Reversible(copy.deepcopy(blocks))
     x = torch.randn(5, 6, dtype=F64)
     for scope in (contextlib.nullcontext, lambda: probing(Rng(3), torch.arange(5))):

@@ -172,6 +172,25 @@ def test_a_beginning_that_is_no_tensor_is_told_so(sampler, x):
 
 
 @pytest.mark.parametrize("sampler", [euler, heun, dopri5, unipc, picard])
+@pytest.mark.parametrize("x", [torch.tensor(1.0), torch.ones(2, 3, dtype=torch.complex64)])
+def test_a_beginning_that_is_no_batch_of_real_numbers_is_told_so(sampler, x):
+    with pytest.raises(UserError, match=r"a solve begins at B x \.\.\. real numbers, not at torch"):
+        sampler(lambda x, t: -x, x, [1.0, 0.5, 0.0])
+
+
+@pytest.mark.parametrize("sampler", [euler, heun, dopri5, unipc, picard])
 def test_a_velocity_that_returns_a_tuple_is_told_so(sampler):
     with pytest.raises(UserError, match=r"the velocity returned a tuple, not a tensor"):
         sampler(lambda x, t: (x,), torch.ones(2, 3), [1.0, 0.5, 0.0])
+
+
+@pytest.mark.parametrize("sampler", [euler, heun, dopri5, unipc])
+@pytest.mark.parametrize("written", ["x", "t"])
+def test_a_velocity_that_writes_into_what_it_is_given_is_told_so(sampler, written):
+    def velocity(x, t):
+        answer = t[:, None] - x
+        (x if written == "x" else t).mul_(1000)
+        return answer
+
+    with pytest.raises(UserError, match="the velocity wrote into the x or t that it was given"):
+        sampler(velocity, torch.ones(2, 3), [1.0, 0.5, 0.0])

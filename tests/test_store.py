@@ -326,6 +326,13 @@ def test_saving_cut_short_leaves_no_model(exported, monkeypatch):
         save_model(folder / "model.safetensors" / "inside", config={}, state={})
 
 
+def test_a_config_that_is_no_json_leaves_the_model_that_is_there(exported):
+    flow, folder = exported
+    with pytest.raises(UserError, match="is plain dicts, lists, numbers and words: .*Path"):
+        save_model(folder, config={**config_of(), "data": {"path": folder}}, state=flow.state_dict())
+    load(folder)
+
+
 def test_a_model_saved_over_another_leaves_no_average_of_the_other(tmp_path):
     weights = {"a": torch.ones(2)}
     save_model(tmp_path, config={}, state=weights, ema=weights)

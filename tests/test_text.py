@@ -331,6 +331,16 @@ def test_whitening_whitens():
     assert ridged(x).var(0, correction=0)[-1] < 0.1  # a ridge leaves faint directions faint
 
 
+def test_whitening_is_the_same_within_autocast():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(400, 6, generator=generator) * torch.logspace(0, -3, 6)
+    whitening = Whitening(6, ridge=1e-5)
+    whitening.fit(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        within = whitening(x)
+    assert torch.equal(within, whitening(x))
+
+
 def test_a_class_that_is_named_as_a_number_is_meant_by_its_name():
     text = LabelsConfig(classes=("2", "0", "ten"), dim=4).build()
     assert text.encode(["2", "0", "1", "ten"]).tokens.flatten().tolist() == [0, 1, 1, 2]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from types import SimpleNamespace
+import math
+from types import MethodType, SimpleNamespace
 
 import pytest
 import torch
@@ -46,9 +47,12 @@ def test_attention_of_no_samples_is_empty(backend):
 
 def test_pictures_that_any_process_could_not_read_count_on_all(monkeypatch):
     monkeypatch.setattr(loop, "gather_object", lambda mine: [*mine, {"b.png": "truncated"}])
-    trainer = SimpleNamespace(accelerator=SimpleNamespace(num_processes=2), bad={"a.png": "empty"})
+    said = []
+    trainer = SimpleNamespace(bad={"a.png": "empty"}, log=SimpleNamespace(say=said.append))
+    trainer._add_bad = MethodType(loop.Trainer._add_bad, trainer)
     loop.Trainer._share_bad(trainer)
     assert trainer.bad == {"a.png": "empty", "b.png": "truncated"}
+    assert said == ["skipped b.png: truncated (2 so far)"]  # its own process is silent, where it is not the main one
 
 
 def test_another_process_leaves_the_log_alone(tmp_path):
@@ -56,3 +60,13 @@ def test_another_process_leaves_the_log_alone(tmp_path):
     (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 1, "loss": 1.0}) + '\n{"step": 2, "lo')
     other = Log(tmp_path, SimpleNamespace(is_main_process=False), steps=2, start=1, batch_size=1)
     assert not other.tells(1, "loss")
+
+
+@pytest.mark.parametrize(("mine", "theirs", "names"), [(0.5, math.nan, "c, d"), (0.5, 0.5, "a, b, c, d")])
+def test_what_is_not_finite_is_told_by_the_rank_that_has_it(monkeypatch, tmp_path, mine, theirs, names):
+    monkeypatch.setattr(loop, "gather_object", lambda own: [*own, (theirs, ["c", "d"])])
+    trainer = SimpleNamespace(step=3, run_folder=tmp_path)
+    with pytest.raises(
+        UserError, match=f"step 4: loss {theirs}, gradient norm nan; .* Samples: {names}. No checkpoint"
+    ):
+        loop.Trainer._refuse_nan(trainer, mine, math.nan, [SimpleNamespace(ids=["a"]), SimpleNamespace(ids=["b"])])

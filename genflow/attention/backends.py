@@ -24,7 +24,7 @@ from genflow.errors import UserError
 from genflow.native.library import run
 from genflow.registry import attention_export
 
-GRAPHS = 1024  # of flex, one for each shape, kind of mask and dtype
+GRAPHS = 1024  # of what is compiled, one for each shape, kind and mode
 CPU, CUDA = frozenset({"cpu"}), frozenset({"cuda"})
 PACKED = ("none", "causal", "keys", "segments", "causal+segments", "keys+segments")  # what masks.packed can lower
 
@@ -183,9 +183,7 @@ def flex() -> Attention:
         if not torch.cuda.is_available():
             return flex_attention
         # A graph for each shape: one for all shapes has given NaN under masks that differ by sample (pytorch#186775).
-        # Beyond torch's usual eight it would go on in silence without the fused kernel.
-        many: dict[str, Any] = {"recompile_limit": GRAPHS} if _has(torch.compile, "recompile_limit") else {}
-        return torch.compile(flex_attention, dynamic=False, **many)
+        return torch.compile(flex_attention, dynamic=False, **many_graphs())
 
     def fn(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float | None) -> Tensor:
         if q.device.type != "cuda":  # torch asks whether they could have a gradient, not whether one is wanted
@@ -335,6 +333,11 @@ def _not_fewer_keys(call: Call) -> Iterable[str]:
 def _too_old(major: int) -> Iterable[str]:
     if capability()[0] < major:
         yield f"needs a card of compute capability {major}.0, not {'.'.join(map(str, capability()))}"
+
+
+def many_graphs() -> dict[str, Any]:
+    """An option of torch.compile, where it has it: beyond torch's usual eight graphs it would go on uncompiled."""
+    return {"recompile_limit": GRAPHS} if _has(torch.compile, "recompile_limit") else {}
 
 
 def _has(function: Any, parameter: str) -> bool:

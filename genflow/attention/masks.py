@@ -109,7 +109,7 @@ class Mask:
         return live
 
     def block(self, like: Tensor, rows: range, columns: range, lq: int, lk: int) -> Tensor | None:
-        """Bool, broadcast to B x heads x len(rows) x len(columns): these queries against these keys; None: all live.
+        """Bool, of four axes, broadcast to B x heads x len(rows) x len(columns): these queries, these keys; None: all live.
 
         like: B x heads x ..., for its first two axes and its device.
         """
@@ -124,7 +124,8 @@ class Mask:
                 (columns, (-1,)),
             )
         )
-        return self.live(lq, lk)(b, h, i, j)
+        live = self.live(lq, lk)(b, h, i, j)
+        return live[(None,) * (4 - live.ndim)]  # torch's fused kernels take no mask of three axes
 
     def full(self, like: Tensor, lq: int, lk: int) -> Tensor | None:
         """Bool, broadcast to B x heads x lq x lk, for backends that take no other description; None: all live."""

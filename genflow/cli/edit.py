@@ -95,7 +95,7 @@ def run(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     out = writable(args.out)
-    files = [read_image(path) for path in (*args.pictures, *([args.into] if args.into else []))]
+    files = [read_image(path) for path in (*args.pictures, *([] if args.into is None else [args.into]))]
     flow, settings = open_model(args, unguided=way == "interpolation")
     refuse_unheard(args, flow, *args.prompt, *filter(None, (getattr(args, "from"), args.to)))
     canvas = Canvas.of(flow)
@@ -113,7 +113,7 @@ def run(args: argparse.Namespace) -> int:
     if args.strength is None and "strength" in used:
         used["strength"] = min(used["strength"], grid[0])
     x = torch.stack([fit_image(file, flow) for file in files])
-    mask = _read_mask(args, files, flow) if args.mask else None
+    mask = None if args.mask is None else _read_mask(args, files, flow)
     if way == "interpolation":
         cells = [{"prompt": "".join(args.prompt), "frame": k} for k in range(used["frames"])]
     else:

@@ -121,6 +121,11 @@ def read_shift(text: str) -> float | str:
 
 def open_model(args: argparse.Namespace, *, unguided: bool = False) -> tuple[Any, dict[str, Any]]:
     """The model of args.run, and how to sample from it (`sampling_of`)."""
+    flow = _open(args)
+    return flow, sampling_of(args, flow, unguided=unguided)
+
+
+def _open(args: argparse.Namespace) -> Any:
     import torch
 
     if args.batch < 1:
@@ -128,7 +133,7 @@ def open_model(args: argparse.Namespace, *, unguided: bool = False) -> tuple[Any
     best = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     flow: Any = _load(args.run, ema=not args.no_ema, device=args.device or str(best))
     take_loras(flow, getattr(args, "lora", ()))
-    return flow, sampling_of(args, flow, unguided=unguided)
+    return flow
 
 
 def sampling_of(args: argparse.Namespace, flow: Any, *, unguided: bool = False) -> dict[str, Any]:
@@ -137,9 +142,12 @@ def sampling_of(args: argparse.Namespace, flow: Any, *, unguided: bool = False) 
     Where no sampler, grid or shift is asked for, those that `genflow tune` found for so many steps are taken. unguided:
     without guidance unless it is asked for, whatever the model's own settings say.
     """
+    from genflow.config import from_dict
     from genflow.flows.tuned import tuned
 
-    settings = dict((flow.recipe or {}).get("sample", {}))
+    settings = (flow.recipe or {}).get("sample", {})
+    from_dict(flow.config.sampling, settings, where=f"{args.run}: sample")  # which a person may have edited
+    settings = dict(settings)
     asked = {
         "sampler": args.sampler,
         "steps": args.steps,
@@ -162,6 +170,10 @@ def sampling_of(args: argparse.Namespace, flow: Any, *, unguided: bool = False) 
     if wrong := [key for key, value in asked.items() if value is not None and key not in takes]:
         flag = {"options": "option"}.get(wrong[0], wrong[0].replace("_", "-"))
         raise UserError(f"--{flag} does nothing for a {type(flow).__name__}; what it takes: {', '.join(takes)}")
+    if not flow.text.max_tokens and getattr(args, "weak", None) is None:
+        for option in ("guidance", "interval", "guide", "rescale"):
+            if asked[option] is not None and (option, asked[option]) != ("guidance", 1):
+                raise UserError(f"--{option} does nothing: {args.run} hears no condition to guide to; leave it out")
     if args.sampler is not None:
         settings.pop("options", None)  # of another sampler
     if asked["decoder"] is not None:
@@ -194,12 +206,12 @@ def _load(run: str, *, ema: bool, device: str) -> Any:
 
 def open_velocity(args: argparse.Namespace, *, unguided: bool = False) -> tuple[Any, dict[str, Any]]:
     """As `open_model`, for what needs a velocity. Raises UserError for other models."""
-    flow, settings = open_model(args, unguided=unguided)
+    flow = _open(args)
     if not hasattr(flow, "guided"):
         raise UserError(
             f"{args.run} is a {type(flow).__name__}, which has {has_instead(flow)}; this is for models of one"
         )
-    return flow, settings
+    return flow, sampling_of(args, flow, unguided=unguided)
 
 
 def has_instead(flow: Any) -> str:
@@ -249,9 +261,9 @@ def real_data(section: dict[str, Any]) -> dict[str, Any]:
     from genflow.data.latents import LatentsConfig
     from genflow.data.pairs import PairsConfig
 
-    if section["name"] == "latents":
+    if section.get("name") == "latents":
         return LatentsConfig(section["path"]).head()["data"]
-    return PairsConfig(section["path"]).build().about["data"] if section["name"] == "pairs" else section
+    return PairsConfig(section["path"]).build().about["data"] if section.get("name") == "pairs" else section
 
 
 def first_state(flow: Any, seeds: Sequence[int]) -> Tensor:
@@ -309,6 +321,8 @@ def guided(flow: Any, condition: Any, settings: dict[str, Any], **changes: Any) 
 
 def writable(folder: str) -> Path:
     """The folder, which need not be there yet. Raises UserError where it cannot be: said before the drawing, not after."""
+    if not folder:
+        raise UserError("--out is empty; name a folder")
     out = Path(folder)
     there = next(path for path in (out.absolute(), *out.absolute().parents) if os.path.exists(path))
     if long := [name for name in out.parts if len(os.fsencode(name)) > 255]:
@@ -324,6 +338,8 @@ def read_image(path: str) -> Image:
     """A picture file of any kind. Raises UserError, with its name, for what is none."""
     from genflow.data.images import BadImage, decode
 
+    if not path:
+        raise UserError("the name of a picture is empty; name a file")
     try:
         return decode(Path(path))
     except BadImage as error:

@@ -101,14 +101,14 @@ def run(args: argparse.Namespace) -> int:
             raise UserError(f"--{name} is for models of {what}; {args.run} is a {type(flow).__name__}")
     if args.tile is not None:
         more["tile"] = args.tile
-    if args.weak and settings.get("guidance", 1) == 1:
+    if args.weak is not None and settings.get("guidance", 1) == 1:
         raise UserError("--weak does nothing without guidance; add --guidance 2, or any number but 1")
-    if args.weak:
+    if args.weak is not None:
         weak = load(args.weak, ema=not args.no_ema, device=flow.device)
         if inner is not flow and getattr(weak.config, "autoencoder", None) != flow.config.autoencoder:
             raise UserError(f"--weak {args.weak} is not of the latents of {args.run}, whose autoencoder is another")
         more["weak"] = velocity_flow(weak) or weak
-    models = [flow, *([more["weak"]] if args.weak else [])]
+    models = [flow, *([more["weak"]] if "weak" in more else [])]
     speed = _in_dtype(args, models)
     if args.compile:
         for each in models:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from multiprocessing.util import register_after_fork
 from typing import IO, Any
 
 try:
@@ -13,14 +14,19 @@ except ImportError:  # not a system with such locks
 def lock(file: IO[Any], *, wait: bool) -> bool | None:
     """Whether this process now holds an open file, until it is closed; None where there are no locks.
 
-    wait: until no other process holds it.
+    wait: until no other process holds it. Its worker processes do not hold it.
     """
     if fcntl is None:
         return None
     try:
         fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        register_after_fork(file, _close)  # a worker's copy would hold it on when we are gone
         return True
     except BlockingIOError:
         return False
     except OSError:  # a file system without locks
         return None
+
+
+def _close(file: IO[Any]) -> None:
+    file.close()

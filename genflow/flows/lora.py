@@ -27,9 +27,22 @@ def lora_scale(config: Mapping[str, Any]) -> float | None:
     return None if section is None else (section["alpha"] or section["rank"]) / section["rank"]
 
 
+def whole(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config of a model by itself, its updates in the weights where it is a LoRA run's."""
+    if lora_scale(config) is None:
+        return dict(config)
+    own = {key: value for key, value in config.items() if key != "base"}
+    return {**own, "train": {**config["train"], "lora": None}}
+
+
 def factors_of(tensors: Mapping[str, Tensor], scale: float, where: Path) -> Factors:
-    """The factors among the tensors of a checkpoint. scale: alpha / rank. Raises UserError where one has no other."""
+    """The factors among the tensors of a checkpoint. scale: alpha / rank.
+
+    Raises UserError where there is none, or one has no other.
+    """
     stems = sorted({name.removesuffix(A).removesuffix(B) for name in tensors if is_factor(name)})
+    if not stems:
+        raise UserError(f"{where} has no factors of a LoRA, as its config says it has; take another checkpoint")
     for stem in stems:
         if missing := [end for end in (A, B) if stem + end not in tensors]:
             raise UserError(f"{where} lacks {stem + missing[0]!r}; take another checkpoint")

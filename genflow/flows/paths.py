@@ -18,6 +18,7 @@ from torch import Tensor
 from genflow.errors import UserError
 from genflow.registry import path_export
 from genflow.samplers import Path
+from genflow.samplers.paths import remembered
 
 LAST = 1e-3  # the distance from t = 1 where a path that comes to rest there is left
 
@@ -42,6 +43,7 @@ class LinearPath:
         if not 0 <= self.sigma_min < 1:
             raise UserError(f"sigma_min = {self.sigma_min} is not within 0 .. 1; try 1e-4, or 0 for none")
 
+    @remembered
     def build(self) -> Path:
         low = self.sigma_min
         return Path(
@@ -89,6 +91,7 @@ class PolynomialPath:
         if not 1 <= self.power < math.inf:
             raise UserError(f"power = {self.power} must be 1 or more, and finite; below 1 the speed has no bound")
 
+    @remembered
     def build(self) -> Path:
         n = self.power
 

@@ -317,7 +317,6 @@ class RectifiedFlow(ConditionedFlow):
         prepared = velocity.prepare(condition, *others)
         return cfg(velocity, prepared[0], prepared[-1], guidance, interval=interval, guide=rule, rescale=rescale)
 
-    @torch.no_grad()
     def log_prob(
         self,
         x: Tensor,
@@ -337,7 +336,8 @@ class RectifiedFlow(ConditionedFlow):
         self._check(x)
         divergence = divergence or ("exact" if math.prod(self.shape) <= 16 else "hutchinson")
         with evaluating(self):
-            velocity = self.guided(self.embed_rows(condition, len(x)))
+            with torch.no_grad():
+                velocity = self.guided(self.embed_rows(condition, len(x)))
             how: dict[str, Any] = {"divergence": divergence, "draws": draws, "rtol": rtol, "atol": atol}
             return velocity_log_prob(velocity, x.to(self.device), end=self.t_max, **how).log_prob
 

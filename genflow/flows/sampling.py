@@ -70,11 +70,11 @@ class InverseConfig:
 
 
 def from_noise(grid: Sequence[float], t_max: float) -> list[float]:
-    """Times given for a sample, as floats. Raises UserError where they rise, or do not start at t_max, about: 0.01."""
+    """Times given for a sample, as floats. UserError where they do not fall from t_max, about: 0.01, to 0 or above."""
     times = check_grid(grid)
-    if times[-1] > times[0] or abs(times[0] - t_max) > 0.01:
+    if not 0 <= times[-1] < times[0] or abs(times[0] - t_max) > 0.01:
         raise UserError(
-            f"grid: a sample goes from noise to data, from t = {t_max:g} down, not {times[0]} to {times[-1]}"
+            f"grid: a sample goes from noise to data, from t = {t_max:g} down to 0, not {times[0]} to {times[-1]}"
         )
     return times
 

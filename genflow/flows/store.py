@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from genflow.config import Choice, from_dict
 from genflow.errors import UserError, nearest
 from genflow.flows.base import Flow
-from genflow.flows.lora import factors_of, lora_scale, merge
+from genflow.flows.lora import factors_of, lora_scale, merge, whole
 from genflow.registry import api_export
 
 CONFIG, MODEL, EMA, GUARD = "config.json", "model.safetensors", "ema.safetensors", "complete.json"
@@ -119,9 +119,14 @@ def save_model(
     """Write a model folder: config.json, model.safetensors, and ema.safetensors where there is an average.
 
     config: sections as plain dicts, with shape. Each file is flushed and moved into place; config.json goes first
-    and comes back last, so that a folder cut short is never taken for a model. Raises UserError where the disk refuses.
+    and comes back last, so that a folder cut short is never taken for a model. Raises UserError where the disk refuses,
+    and, before anything is touched, for a config that is no JSON.
     """
     folder = Path(folder)
+    try:
+        json.dumps(config)
+    except TypeError as error:
+        raise UserError(f"the config of a model is plain dicts, lists, numbers and words: {error}") from None
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / CONFIG).unlink(missing_ok=True)
@@ -182,14 +187,15 @@ def load(path: str | Path, *, ema: bool = True, device: str | torch.device = "cp
     """A flow, in eval mode, from a run (its newest whole checkpoint), a checkpoint, or a model folder.
 
     ema: take the averaged weights where there are any. Of a LoRA run the updates are added to what its `init` holds. The
-    config is left in `flow.recipe`. Raises UserError, in one line, for what is missing, damaged or cut short.
+    config of what is then there, a whole model, is left in `flow.recipe`. Raises UserError, in one line, for what is
+    missing, damaged or cut short.
     """
     folder = find_model(path)
     config = read_config(folder)
     recipe = from_dict(Recipe, {name: config[name] for name in ("model", "flow", "text")}, where=str(folder / CONFIG))
     flow = recipe.flow.build(recipe.model.build(), recipe.text.build(), shape=config["shape"])
     fill_from(flow, folder, ema=ema)
-    flow.recipe = config
+    flow.recipe = whole(config)
     try:
         return flow.to(device).eval()
     except (RuntimeError, AssertionError) as error:  # as torch says that there is no such device, or no room on it
@@ -287,6 +293,9 @@ def read_config(folder: Path) -> dict[str, Any]:
         if isinstance(config, dict) and "_class_name" in config:
             raise UserError(f"{folder} holds a {config['_class_name']} of diffusers; genflow convert it first")
         raise UserError(f"{path} has no {missing[0]!r}: it is not a genflow model's; save the model again")
+    for name in ("data", "train", "sample"):
+        if not isinstance(section := config.get(name, {}), dict):
+            raise UserError(f"{path}: {name} must be a section of keys, not {section!r}")
     shape = config["shape"]
     if not (isinstance(shape, list) and len(shape) in (1, 3) and all(isinstance(n, int) and n > 0 for n in shape)):
         raise UserError(f"{path}: shape = {shape} is not [channels, height, width], such as [3, 32, 32], or [numbers]")

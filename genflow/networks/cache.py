@@ -19,7 +19,6 @@ class KeyValueCache:
 
     def __init__(self, layers: int, rows: int, heads: int, room: int, head_dim: int, like: Tensor) -> None:
         self.tensor = like.new_zeros(layers, 2, rows, heads, room, head_dim)  # a masked NaN would still spread
-        self.layers = self.tensor.unbind()
         self.length = 0
         self.mask = self._causal = Mask(causal=True)  # keeps what backends make of it as long as the cache lives
         self._lengths: Tensor | None = None  # of the rows, where they differ
@@ -62,7 +61,7 @@ class KeyValueCache:
 
     def extend(self, layer: int, kv: Tensor) -> tuple[Tensor, Tensor]:
         """Write the window's keys and values, 2 x B x heads x W x head_dim; returns those of all tokens, up to its end."""
-        room = self.layers[layer]
+        room = self.tensor[layer]  # of which a compiler makes one graph for all layers
         if self._at is None:
             room[:, :, :, self.length - kv.shape[3] : self.length] = kv
         else:
@@ -109,4 +108,3 @@ class KeyValueCache:
     def _grow(self, room: int) -> None:
         more = self.tensor.new_zeros(*self.tensor.shape[:4], room - self.tensor.shape[4], self.tensor.shape[5])
         self.tensor = torch.cat([self.tensor, more], 4)
-        self.layers = self.tensor.unbind()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from genflow.errors import UserError
 from genflow.native.library import untransformed
-from genflow.versions import version
+from genflow.versions import alike, version
 
 
 class LipSwish(nn.Module):
@@ -44,13 +44,10 @@ class Contracted(nn.Module, ABC):
         self.bound = bound
         direction = torch.randn(1, *shape)
         self.register_buffer("direction", direction / direction.norm())
-        self._key: Any = None
+        self._key: tuple[bool, int] | None = None
         self._found: dict[str, Tensor] = {}
         with torch.no_grad():
             self.direction.copy_(self._iterated(self.cold))
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_key": None, "_found": {}}  # a copy may come to lie where the original was
 
     @abstractmethod
     def apply_weight(self, weight: Tensor, x: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -68,9 +65,9 @@ class Contracted(nn.Module, ABC):
         weight, lasting = self.weight, untransformed()
         if torch.compiler.is_compiling() or weight.is_inference() or not lasting:
             return self._scaled(self._new_direction(lasting))
-        key = (self.training, version(weight), weight.data_ptr(), weight.dtype, weight.device)
-        if key != self._key:  # the weight is held, lest another one get its address
-            self._found = {"direction": self._new_direction(True), "of": weight.detach()}
+        key = (self.training, version(weight))
+        if key != self._key or not alike(self._found["of"], weight):
+            self._found = {"direction": self._new_direction(True), "of": weight.detach().clone()}
             self._key = key
         if torch.is_grad_enabled():
             return self._scaled(self._found["direction"])

@@ -24,7 +24,7 @@ from genflow.samplers.solution import (
     StepStatistics,
     Trajectory,
     Velocity,
-    as_state,
+    answer,
     check_grid,
     edges_of,
     state,
@@ -215,7 +215,7 @@ class _Solve:
     def _cross(self, rows: _Rows, start: float, end: float) -> _Rows:
         """All rows that stand at start go to end, between which the velocity is smooth."""
         velocity, here = self.velocity, rows.t == start
-        v = self._v(velocity, rows.x, rows.t)
+        v = answer(velocity, rows.x, rows.t)
         h = self._first_step(rows.x, v, start, end)
         begins = here & (h.abs() > 0)  # not where h is NaN
         whole = rows = rows._replace(
@@ -254,7 +254,7 @@ class _Solve:
         for c, weights in zip(self.pair.c, self.pair.a, strict=True):
             scale, mix = _mix(weights, k)
             x = torch.addcmul(rows.x, column, mix, value=scale)
-            k.append(self._v(velocity, x, t if c == 1 else torch.add(rows.t, h, alpha=c)))
+            k.append(answer(velocity, x, t if c == 1 else torch.add(rows.t, h, alpha=c)))
 
         with torch.no_grad():
             scale, mix = _mix(self.pair.error, k)
@@ -287,7 +287,7 @@ class _Solve:
             way, span, size = math.copysign(1, end - start), abs(end - start), x.abs()
             d0, d1 = self._norm(x, size), self._norm(v, size)
             h = (0.01 * d0 / d1.clamp(min=1e-5)).clamp(1e-6 * span, span)
-            ahead = self._v(self.velocity, torch.addcmul(x, h.view(self.column), v, value=way), start + way * h)
+            ahead = answer(self.velocity, torch.addcmul(x, h.view(self.column), v, value=way), start + way * h)
             bend = torch.maximum(d1, self._norm(ahead - v, size) / h)
             h = ((0.01 / bend) ** (1 / self.pair.order)).minimum(100 * h)
             return h.clamp(8 * torch.finfo(x.dtype).eps * abs(start), span) * way
@@ -296,10 +296,6 @@ class _Solve:
         """The root mean square of each row of a, in tolerances. size: |x|."""
         scaled = a / torch.add(self.atol, size, alpha=self.rtol)
         return torch.linalg.vector_norm(scaled.reshape(len(a), self.size), dim=1)
-
-    def _v(self, velocity: Velocity, x: Tensor, t: Tensor) -> Tensor:
-        v = velocity(x, t)
-        return v if isinstance(v, Tensor) and v.shape == x.shape and v.dtype == x.dtype else as_state(v, x)
 
     def _evaluations(self, rows: _Rows) -> Tensor:
         return 2 * rows.starts + len(self.pair.c) * rows.attempts

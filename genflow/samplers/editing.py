@@ -17,7 +17,7 @@ from torch import Tensor
 from genflow.errors import UserError
 from genflow.functional import Time, interpolate, path_velocity, renoise
 from genflow.registry import api_export, tag_of
-from genflow.samplers.guidance import take_rows
+from genflow.samplers.guidance import SLACK, take_rows
 from genflow.samplers.runge_kutta import euler, heun
 from genflow.samplers.solution import (
     Progress,
@@ -292,7 +292,7 @@ class Drawn:
     interval: tuple[float, float] = (0.0, 1.0)
 
     def __call__(self, z: Tensor, t: Time) -> Tensor:
-        v, (lo, hi) = evaluate(self.velocity, z, t), self.interval
+        v, (lo, hi) = evaluate(self.velocity, z, t), self._ends
         t = (t if isinstance(t, Tensor) else z.new_full((1,), t)).view(-1, *[1] * (z.dim() - 1))
         inside = (t >= lo) & (t <= hi) & (t != self.end)
         line = (self.target - z) / torch.where(inside, self.end - t, 1)
@@ -302,7 +302,11 @@ class Drawn:
 
     @property
     def edges(self) -> tuple[float, ...]:
-        return edges_of(self.velocity) + (self.interval if self.weight else ())
+        return edges_of(self.velocity) + (self._ends if self.weight else ())
+
+    @property
+    def _ends(self) -> tuple[float, float]:
+        return self.interval[0] - SLACK, self.interval[1] + SLACK
 
     def take(self, rows: Tensor) -> Drawn:
         return replace(self, velocity=_taken(self.velocity, rows), target=take_rows((self.target,), rows)[0])

@@ -28,7 +28,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from functools import partial, wraps
+from typing import Any, Literal, ParamSpec
 
 import torch
 from torch import Tensor
@@ -38,11 +39,24 @@ from genflow.functional import Time
 from genflow.registry import api_export
 from genflow.samplers.solution import Velocity, as_state, state
 
+P = ParamSpec("P")
 Model = Callable[[Tensor, Tensor], Tensor]
 """model(x_s, s): x_s B x ..., s B, the path's own times -> its prediction, shaped as x_s."""
 
 Prediction = Literal["eps", "x", "v", "velocity"]
 END = 1e-3  # how near an "x" model comes to t = 0, and an "eps" model to t = 1, where they say nothing of the velocity
+
+
+def remembered(make: Callable[P, Path]) -> Callable[P, Path]:
+    """A maker of paths that are pickled as the call that made them: functions made within it could not be."""
+
+    @wraps(make)
+    def made(*args: P.args, **options: P.kwargs) -> Path:
+        path = make(*args, **options)
+        path.__dict__["_made"] = partial(made, *args, **options)
+        return path
+
+    return made
 
 
 @api_export("Path")
@@ -62,16 +76,21 @@ class Path:
     t_min: float = 0.0
     t_max: float = 1.0
 
+    def __reduce__(self) -> Any:
+        return (self._made, ()) if hasattr(self, "_made") else super().__reduce__()
+
     def t_of_s(self, s: Tensor) -> Tensor:
         """The path's times -> ours."""
         return self.sigma(s) / (self.alpha(s) + self.sigma(s))
 
     @staticmethod
+    @remembered
     def linear() -> Path:
         """Ours, x_s = (1 - s) x + s eps: rectified flow."""
         return Path(lambda s: 1 - s, lambda s: s, lambda t: t, lambda s: (-torch.ones_like(s), torch.ones_like(s)))
 
     @staticmethod
+    @remembered
     def cosine() -> Path:
         """x_s = cos(pi s / 2) x + sin(pi s / 2) eps: the trigonometric path, SiT's GVP with its time turned."""
         half = math.pi / 2
@@ -83,6 +102,7 @@ class Path:
         )
 
     @staticmethod
+    @remembered
     def ve(sigma_min: float = 0.002, sigma_max: float = 80.0) -> Path:
         """x_s = x + s eps, the time is the noise: EDM, k-diffusion (Karras et al. 2022, arXiv 2206.00364)."""
         if not 0 <= sigma_min < sigma_max < math.inf:
@@ -97,6 +117,7 @@ class Path:
         )
 
     @staticmethod
+    @remembered
     def vp(beta_min: float = 0.1, beta_max: float = 20.0, s_min: float = 1e-5) -> Path:
         """alpha(s)^2 = 1 - sigma(s)^2 = exp(-int beta), beta linear from beta_min to beta_max over s in [0, 1].
 
@@ -124,6 +145,7 @@ class Path:
         return Path(alpha, sigma, s_of_t, rates, t_min, t_max)
 
     @staticmethod
+    @remembered
     def discrete(alphas_cumprod: Sequence[float] | Tensor, *, nearest: bool = False) -> Path:
         """A DDPM's table of alpha^2, the time is its index: sqrt(table[s]) x + sqrt(1 - table[s]) eps.
 

@@ -18,7 +18,8 @@ from genflow.functional import Time, noise_from_seeds
 from genflow.registry import resolve
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
-"""v(x, t): x B x ..., t B in x's dtype and on its device, 0 = data and 1 = noise -> dx/dt, shaped as x.
+"""v(x, t): x B x ..., t B in x's dtype and on its device, 0 = data and 1 = noise -> dx/dt, shaped as x, a tensor of its own
+at every call. It must not write into x or t.
 
 A velocity may also have
   at(x, time)  the same with the time as a plain number for all rows. Samplers call it where it exists: a wrapper can
@@ -110,15 +111,33 @@ def evaluate(velocity: Velocity, x: Tensor, t: Time) -> Tensor:
     return as_state(at(x, t) if at is not None else velocity(x, x.new_full((len(x),), t)), x)
 
 
+def answer(velocity: Callable[[Tensor, Any], Tensor], x: Tensor, t: Time) -> Tensor:
+    """What a velocity says, in the dtype of the state x. Raises UserError where it wrote into x or t, or as `as_state`."""
+    before = _versions(x, t)
+    v = velocity(x, t)
+    if _versions(x, t) != before:
+        raise UserError(
+            "the velocity wrote into the x or t that it was given, from which the solve goes on; clone them"
+        )
+    return v if isinstance(v, Tensor) and v.shape == x.shape and v.dtype == x.dtype else as_state(v, x)
+
+
+def _versions(*given: Time) -> list[int]:
+    """How often each has been written to; those of inference mode do not know."""
+    return [a._version for a in given if isinstance(a, Tensor) and not a.is_inference()]
+
+
 def edges_of(velocity: Velocity) -> tuple[float, ...]:
     """The times at which a velocity says that it jumps."""
     return tuple(getattr(velocity, "edges", ()))
 
 
 def state(x: Tensor) -> Tensor:
-    """x in the sampler's precision: float64 stays, everything else becomes float32. Raises UserError for no tensor."""
+    """x as float64 where it is, else as float32. Raises UserError for what is no batch of real numbers."""
     if not isinstance(x, Tensor):
         raise UserError(f"a solve begins at a {type(x).__name__}, not a tensor; torch.as_tensor(...) makes one of it")
+    if not x.dim() or x.is_complex():
+        raise UserError(f"a solve begins at B x ... real numbers, not at {x.dtype} of size {tuple(x.shape)}")
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
@@ -131,7 +150,7 @@ class Solve:
         return solve.solution()
 
     grid: N + 1 times, strictly falling or strictly rising. Raises UserError for any other, and for a velocity that
-    answers in another shape or in no real number.
+    answers in another shape or in no real number, or writes into what it is given.
     """
 
     def __init__(
@@ -151,12 +170,10 @@ class Solve:
         """The velocity at one time for all rows, in the dtype of the state; counted."""
         self.nfe += 1
         if self._at is not None:
-            v = self._at(x, time)
-        else:
-            if time not in self._times:  # within a step: most likely in the middle, then of every step
-                self._add_times([time, *(t + (t_next - t) / 2 for t, t_next in pairwise(self.grid))])
-            v = self.velocity(x, self._times[time])
-        return v if isinstance(v, Tensor) and v.shape == x.shape and v.dtype == x.dtype else as_state(v, x)
+            return answer(self._at, x, time)
+        if time not in self._times:  # within a step: most likely in the middle, then of every step
+            self._add_times([time, *(t + (t_next - t) / 2 for t, t_next in pairwise(self.grid))])
+        return answer(self.velocity, x, self._times[time])
 
     def _add_times(self, times: list[float]) -> None:
         column = torch.tensor(times, dtype=self.x.dtype, device="cpu").unsqueeze(1).to(self.x.device, non_blocking=True)

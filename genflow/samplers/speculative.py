@@ -126,19 +126,17 @@ def speculative(
         for i in range(width):
             k = number[:, i]
             m, s = mean(states[:, i], v[:, i], k), numbers((rate * h).sqrt(), k)
-            z = noise(k)
+            z, good, follows = noise(k), torch.zeros_like(going), going & (i < ahead)
             if i < width - 1:
                 delta = torch.where(s > 0, (means[i] - m) / s.clamp(min=1e-30), 0)
-                z, stands = reflected(z, delta, noise.uniform(k))
-                good = stands.cpu()
-            else:
-                good = torch.zeros_like(going)
-            new.append(torch.where(_to(going, x).view_as(numbers(h, k)), m + s * z, new[-1] if new else x))
-            follows = going & (i < ahead)
+                turned, stands = reflected(z, delta, noise.uniform(k))
+                # a row's last step is not guessed at, however far the windows of others reach
+                z, good = torch.where(_to(follows, x).view_as(s), turned, z), stands.cpu() & follows
+            new.append(torch.where(_to(going, x).view_as(s), m + s * z, new[-1] if new else x))
             settled += going
             tested += follows & (i < width - 1)
-            held += follows & good & (i < width - 1)
-            going = follows & good
+            held += good
+            going = good
         sums = torch.stack([x, *new], 1)
         if path is not None:
             path.add(sums, at, settled, spent)

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from genflow.attention.backends import many_graphs
 from genflow.data.latents import LatentDataset
 from genflow.errors import UserError
 from genflow.flows.bijections.base import Bijection
@@ -66,7 +67,7 @@ def compile_blocks(network: nn.Module, asked: str = "train.compile") -> None:
     Raises UserError, about what was asked, for a network that has no blocks.
     """
     for block in _blocks(network, asked):
-        block.compile()
+        block.compile(**many_graphs())
 
 
 def record_steps(network: nn.Module, *, processes: int, one_shape: bool) -> None:

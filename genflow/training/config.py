@@ -115,7 +115,7 @@ FITTED = (
 def fit_to(model: Any, text: nn.Module, shape: tuple[int, ...], flow: Any = None) -> Any:
     """Fill in what a network's config leaves open: a sample's shape, the text encoder's widths, and what the flow says.
 
-    Raises UserError for a network that reads the tokens of a text where there is none.
+    Raises UserError for a network that reads the tokens of a text where there is none, and for what does not fit.
     """
     if not text.max_tokens and getattr(model, "context_dim", 0) is None:
         kind = type(model).__name__.removesuffix("Config")
@@ -129,6 +129,11 @@ def fit_to(model: Any, text: nn.Module, shape: tuple[int, ...], flow: Any = None
     }
     if hasattr(flow, "fits"):
         known |= flow.fits(shape)
+    for key in [key for key in FITTED if key in known]:
+        given, fits = getattr(model, key, None), known[key]
+        deaf = given == 0 and key.endswith("_dim")  # to what a text says
+        if given not in (None, fits) and not deaf:
+            raise UserError(f"model.{key} = {given} does not fit data, text and flow, which have {fits}; leave it out")
     if len(known["shape"]) == 3:
         known["sample_size"] = max(known["shape"][1] // getattr(model, "patch_size", 1), 1)
     return replace(model, **{k: known[k] for k in FITTED if k in known and getattr(model, k, 0) is None})

@@ -57,8 +57,10 @@ class Log:
         )
         self.steps, self.begun, self.start = steps, time.monotonic(), start
         self.mark = (time.monotonic(), start)
-        self.said = 0.0
+        self.said, self.tracking = 0.0, False
         if self.main:
+            for left in (run / "previews").glob("*.partial"):  # by a process that was killed
+                left.unlink()
             self._cut_after(start)
 
     def _cut_after(self, step: int) -> None:
@@ -84,6 +86,13 @@ class Log:
             line["step"] == step and name in line for line in map(json.loads, self.path.read_text().splitlines())
         )
 
+    def track(self) -> None:
+        """Open the trackers, once."""
+        if self.main and self.accelerator.log_with and not self.tracking:
+            self.tracking = True
+            again = {"purge_step": self.start + 1}  # steps that a killed run had told of
+            self.accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": again})
+
     def write(self, step: int, values: dict[str, Any]) -> None:
         """One line of metrics.jsonl and the trackers."""
         if not self.main:
@@ -93,6 +102,7 @@ class Log:
                 file.write(json.dumps({"step": step, **values}) + "\n")
         except OSError as error:
             raise UserError(f"could not write {self.path}: {error.strerror}") from error
+        self.track()
         self.accelerator.log({k: v for k, v in values.items() if isinstance(v, int | float)}, step=step)
 
     def advance(self) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -143,7 +143,7 @@ class Trainer:
         batch = next(loader(self.dataset, self.conditions, sampler, shape=self.shape, own_shapes=True))
         return batch.to(self.accelerator.device)
 
-    def batches(self) -> Iterator[Batch]:
+    def batches(self) -> Generator[Batch, None, None]:
         """The run's micro-batches from the present step on."""
         train, accelerator = self.config.train, self.accelerator
         sampler = StreamSampler.over(
@@ -170,8 +170,8 @@ class Trainer:
     def run(self) -> None:
         """Train to the last step. Raises Interrupted after a signal, UserError where the run cannot go on."""
         train = self.config.train
-        batches = self.batches()
-        with stop_signal() as self.caught:
+        # An error's traceback would keep the workers, which ignore signals, and Python waits for them when it ends.
+        with stop_signal() as self.caught, contextlib.closing(self.batches()) as batches:
             self.catch_up()
             while self.step < train.steps:
                 micro = [next(batches).to(self.accelerator.device) for _ in range(train.accumulation)]
@@ -207,9 +207,8 @@ class Trainer:
     def _optimise(self, micro: list[Batch]) -> tuple[Tensor, Tensor, bool]:
         """One optimiser step over its micro-batches: the mean loss, the gradient's norm before clipping, whether to stop.
 
-        Of a game's sides it is the largest norm.
-
-        A gradient that overflows fp16 halves the loss scale, and the same step is done again: nothing else has moved.
+        Of a game's sides it is the largest norm. A gradient that overflows fp16 halves the loss scale, and the same step is
+        done again: nothing else has moved.
         """
         train, accelerator = self.config.train, self.accelerator
         factor = learning_rate(self.step, steps=train.steps, warmup=train.warmup, decay=train.decay)
@@ -262,21 +261,21 @@ class Trainer:
         return (self.accelerator.reduce(flags) > 0).tolist()  # type: ignore[operator]
 
     def _refuse_nan(self, loss: float, norm: float, micro: list[Batch]) -> NoReturn:
-        mine = [name for batch in micro for name in batch.ids]
+        """Tells of the ranks whose own loss is not finite, and of all where it is the gradient alone."""
+        ranks = gather_object([(loss, [name for batch in micro for name in batch.ids])])
+        wrong = [rank for rank in ranks if not math.isfinite(rank[0])] or ranks
+        loss, names = wrong[0][0], [name for _, ids in wrong for name in ids]
         last = newest_checkpoint(self.run_folder)
         raise UserError(
             f"step {self.step + 1}: loss {loss}, gradient norm {norm}; the weights were left as they were before it. "
-            f"Samples: {', '.join(mine[:16])}{' ...' if len(mine) > 16 else ''}. "
-            + (f"Last good checkpoint: {last}" if last else "No checkpoint had been written yet")
-            + ". To go on, take a lower train.optimizer.lr or train.clip, or fp32"
+            f"Samples: {', '.join(names[:16])}{' ...' if len(names) > 16 else ''}. "
+            f"{f'Last good checkpoint: {last}' if last else 'No checkpoint had been written yet'}. To go on, take a lower "
+            "train.optimizer.lr or train.clip, or fp32"
         )
 
     def _note_bad(self, micro: list[Batch]) -> None:
         for batch in micro:
-            for name, reason in batch.bad:
-                if name not in self.bad:
-                    self.bad[name] = reason
-                    self.log.say(f"skipped {name}: {reason} ({len(self.bad)} so far)")
+            self._add_bad(dict(batch.bad))
         if len(self.bad) > max(self.config.train.max_bad * len(self.dataset), 1):
             raise UserError(
                 f"{len(self.bad)} of {len(self.dataset)} pictures cannot be read, more than train.max_bad="
@@ -285,9 +284,14 @@ class Trainer:
 
     def _share_bad(self) -> None:
         """What any process could not read, to all of them."""
-        if self.accelerator.num_processes > 1:
-            for theirs in gather_object([self.bad]):
-                self.bad |= theirs
+        for theirs in gather_object([self.bad]):
+            self._add_bad(theirs)
+
+    def _add_bad(self, bad: dict[str, str]) -> None:
+        for name, reason in bad.items():
+            if name not in self.bad:
+                self.bad[name] = reason
+                self.log.say(f"skipped {name}: {reason} ({len(self.bad)} so far)")
 
     def _log(self, loss: Tensor, norm: Tensor) -> None:
         self._share_bad()
@@ -346,9 +350,8 @@ class Trainer:
         """Read once, and before the first step: a split that is not there is said at once."""
         train = self.config.train
         dataset = self.config.data.build(train.validation_split)
-        n = min(len(dataset), train.validation_images)
         conditions = PreparedConditions.prepare(dataset, self.text)
-        batches = in_order(dataset, n, train.batch_size)
+        batches = in_order(dataset, min(len(dataset), train.validation_images), train.batch_size)
         return list(loader(dataset, conditions, batches, shape=self.shape, own_shapes=True))
 
     def _validate(self) -> None:
@@ -388,8 +391,6 @@ class Trainer:
 
     def _show(self, picture: Picture) -> None:
         if self.accelerator.is_main_process:
-            for left in self._picture().parent.glob("*.partial"):  # by a killed process
-                left.unlink()
             picture.save_atomic(self._picture())
             self.log.say(f"step {self.step}: {self._picture()}")
 

@@ -124,22 +124,14 @@ def _train(asked: RunConfig, run: Path, device: torch.device, why: str) -> None:
         kwargs_handlers=[DistributedDataParallelKwargs(bucket_cap_mb=CPU_BUCKETS)] if device.type == "cpu" else None,
     )
     trainer = Trainer(asked, run, accelerator)
-    if trainer.step >= asked.train.steps:
-        trainer.catch_up()
-        if changed := from_main(_changed(trainer.config, run)):
-            trainer.save()
-            if accelerator.is_main_process:
-                _save_config(trainer.config, run)
-            trainer.log.say(f"{run} draws by the config's {' and '.join(changed)} from now on")
-        trainer.log.say(f"{run} is already trained for {trainer.step} steps; set train.steps higher to go on")
-        return
-    if accelerator.is_main_process:
-        _save_config(trainer.config, run)
-        if asked.train.trackers:
-            again = {"purge_step": trainer.step + 1}  # steps that a killed run had told of
-            accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": again})
-    trainer.log.say(_summary(trainer, why))
     try:
+        if trainer.step >= asked.train.steps:
+            _finish(trainer)
+            return
+        if accelerator.is_main_process:
+            _save_config(trainer.config, run)
+        trainer.log.track()
+        trainer.log.say(_summary(trainer, why))
         with warnings.catch_warnings():
             # of a block that hands on a stream as it is; nothing of ours writes into what a block returns
             warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")
@@ -147,6 +139,18 @@ def _train(asked: RunConfig, run: Path, device: torch.device, why: str) -> None:
     finally:
         trainer.log.close()
         accelerator.end_training()
+
+
+def _finish(trainer: Trainer) -> None:
+    """What is left to do of a run that has all its steps."""
+    run = trainer.run_folder
+    trainer.catch_up()
+    if changed := from_main(_changed(trainer.config, run)):
+        trainer.save()
+        if trainer.accelerator.is_main_process:
+            _save_config(trainer.config, run)
+        trainer.log.say(f"{run} draws by the config's {' and '.join(changed)} from now on")
+    trainer.log.say(f"{run} is already trained for {trainer.step} steps; set train.steps higher to go on")
 
 
 @contextlib.contextmanager

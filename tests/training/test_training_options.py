@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import multiprocessing
+import re
 import shutil
+import time
 from dataclasses import replace
 
 import pytest
@@ -13,6 +16,7 @@ from safetensors.torch import load_file
 
 from genflow.cli import main
 from genflow.config import load
+from genflow.data.locks import lock
 from genflow.errors import UserError
 from genflow.flows.store import newest_checkpoint
 from genflow.training.config import RunConfig
@@ -153,6 +157,39 @@ def test_one_folder_is_trained_by_one_process(tiny, tmp_path):
         with pytest.raises(UserError, match="is being trained by another process"):
             train(tiny())
     assert newest_checkpoint(train(tiny())).name == "step-00000004"
+
+
+def test_workers_end_with_the_run_also_where_an_error_is_kept(tiny, monkeypatch):
+    """Else Python would wait for them for good when it ends: they ignore the signal to."""
+    from genflow.training.loop import Trainer
+
+    def killed(self, micro):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Trainer, "_optimise", killed)
+    with pytest.raises(KeyboardInterrupt) as kept:
+        train(tiny("train.workers=1"))
+    left = multiprocessing.active_children()
+    for each in left:
+        each.kill()
+    assert not left and kept.tb is not None
+
+
+def test_a_worker_does_not_hold_what_its_parent_did(tmp_path):
+    """As where the main process was killed, and its workers have not noticed yet."""
+    context = multiprocessing.get_context("fork")
+    begun = context.Event()
+    worker = context.Process(target=lambda: (begun.set(), time.sleep(60)))
+    with (tmp_path / "lock").open("a") as mine:
+        assert lock(mine, wait=False)
+        worker.start()
+        assert begun.wait(60)
+        with (tmp_path / "lock").open("a") as other:
+            assert not lock(other, wait=False)
+    with (tmp_path / "lock").open("a") as other:
+        free = lock(other, wait=False)
+    worker.kill()
+    assert free
 
 
 @pytest.mark.parametrize(
@@ -343,6 +380,22 @@ def test_a_tracker_forgets_the_steps_that_are_done_again(tiny, monkeypatch):
     assert [each["init_kwargs"]["tensorboard"] for each in told] == [{"purge_step": 1}, {"purge_step": 3}]
 
 
+def test_a_tracker_hears_of_a_validation_that_a_finished_run_had_left_to_do(tiny, monkeypatch):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    from genflow.training.loop import Trainer
+
+    def killed(self):
+        raise KeyboardInterrupt
+
+    config = tiny("train.validate_every=4", "train.validation_split=train", "train.trackers=[tensorboard]")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Trainer, "_validate", killed)
+        train(config)
+    told = EventAccumulator(str(train(config) / "tensorboard")).Reload()
+    assert [each.step for each in told.Scalars("validation_loss")] == [each.step for each in told.Scalars("lr")] == [4]
+
+
 def test_a_run_goes_on_in_its_own_precision_where_auto_is_asked(tiny, monkeypatch):
     from genflow.training import precision
 
@@ -431,3 +484,24 @@ def test_what_only_the_config_says_may_not_be_left_out_when_a_run_goes_on(tiny):
     train(tiny("model.qk_norm=false"))
     with pytest.raises(UserError, match=r"holds a run with model\.heads=2, this config says None"):
         train(tiny("model.qk_norm=false", "model.heads=null", "train.steps=8"))
+
+
+@pytest.mark.parametrize(
+    ("model", "given"),
+    [
+        ("{name: mlp, hidden: 8, depth: 1, shape: [7]}", "shape = (7,)"),
+        ("{name: mlp, hidden: 8, depth: 1, pooled_dim: 7}", "pooled_dim = 7"),
+        ("{name: mlp, hidden: 8, depth: 1, pooled_dim: -1}", "pooled_dim = -1"),
+        ("{name: mmdit, depth: 1, hidden: 32, heads: 2, context_dim: 7}", "context_dim = 7"),
+        ("{name: mmdit, depth: 1, hidden: 32, heads: 2, in_channels: 7}", "in_channels = 7"),
+        ("{name: unet, channels: 8, channel_mult: [1, 2], shape: []}", "shape = ()"),
+    ],
+)
+def test_a_model_of_other_data_or_another_text_is_refused(tmp_path, model, given):
+    plane = "mlp" in model
+    data = "{name: toy2d, kind: moons, n: 64}" if plane else "{name: emoji, size: 16, limit: 8}"
+    text = "none" if plane else "{name: learned, dim: 16, max_tokens: 4}"
+    (tmp_path / "run.yaml").write_text(f"data: {data}\nmodel: {model}\ntext: {text}\nflow: rectified\n")
+    config = load(tmp_path / "run.yaml", [f"out={tmp_path / 'run'}"], schema=RunConfig)
+    with pytest.raises(UserError, match=re.escape(f"model.{given} does not fit") + ".*leave it out"):
+        train(config)

@@ -44,6 +44,9 @@ class Bijection(nn.Module, ABC):
     def initialise(self, x: Tensor, condition: Tensor | None = None) -> None:
         """Fit what depends on data, once, before training: x is a batch of what `forward` will see."""
 
+    def initialise_inverse(self, z: Tensor, condition: Tensor | None = None) -> None:
+        """`initialise` of the map turned round: z is a batch of what `inverse` will see."""
+
     @property
     def inv(self) -> Bijection:
         """The same map turned round; its parameters are shared."""
@@ -56,7 +59,7 @@ class Inverse(Bijection):
     def __init__(self, bijection: Bijection) -> None:
         super().__init__()
         self.bijection = bijection
-        self.condition_dim = bijection.condition_dim
+        self.condition_dim, self.keep_input = bijection.condition_dim, bijection.keep_input
 
     def forward(self, x: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return self.bijection.inverse(x, condition)
@@ -64,9 +67,11 @@ class Inverse(Bijection):
     def inverse(self, z: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return self.bijection(z, condition)
 
-    @torch.no_grad()
     def initialise(self, x: Tensor, condition: Tensor | None = None) -> None:
-        self.bijection.initialise(self.bijection.decode(x, condition), condition)
+        self.bijection.initialise_inverse(x, condition)
+
+    def initialise_inverse(self, z: Tensor, condition: Tensor | None = None) -> None:
+        self.bijection.initialise(z, condition)
 
     @property
     def inv(self) -> Bijection:
@@ -109,6 +114,12 @@ class Chain(Bijection):
         for bijection in self:
             bijection.initialise(x, condition)
             x, _ = bijection(x, condition)
+
+    @torch.no_grad()
+    def initialise_inverse(self, z: Tensor, condition: Tensor | None = None) -> None:
+        for bijection in reversed(list(self)):
+            bijection.initialise_inverse(z, condition)
+            z = bijection.decode(z, condition)
 
 
 def zero_ladj(x: Tensor) -> Tensor:

@@ -34,14 +34,24 @@ class ActNorm(Bijection):
     @torch.no_grad()
     def initialise(self, x: Tensor, condition: Tensor | None = None) -> None:
         """Mean 0 and standard deviation 1 in every channel of x, the first time; later calls do nothing."""
-        if self.initialised:
-            return
+        mean, log_std = self._moments(x)
+        self._fit(-log_std, -mean * (-log_std).exp())
+
+    @torch.no_grad()
+    def initialise_inverse(self, z: Tensor, condition: Tensor | None = None) -> None:
+        mean, log_std = self._moments(z)
+        self._fit(log_std, mean)
+
+    def _moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
         values = wide(x).movedim(1, -1).flatten(0, -2)
         std = values.std(0, correction=0)
-        log_scale = -torch.where(std > self.floor, std, 1.0).log()
-        self.log_scale.copy_(log_scale)
-        self.shift.copy_(-values.mean(0) * log_scale.exp())
-        self.initialised.fill_(True)
+        return values.mean(0), torch.where(std > self.floor, std, 1.0).log()
+
+    def _fit(self, log_scale: Tensor, shift: Tensor) -> None:
+        if not self.initialised:
+            self.log_scale.copy_(log_scale)
+            self.shift.copy_(shift)
+            self.initialised.fill_(True)
 
     def forward(self, x: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
         x = wide(x)

@@ -83,3 +83,7 @@ class GlowStep(Bijection):
     @torch.no_grad()
     def initialise(self, x: Tensor, condition: Tensor | None = None) -> None:
         self.actnorm.initialise(x, condition)
+
+    @torch.no_grad()
+    def initialise_inverse(self, z: Tensor, condition: Tensor | None = None) -> None:
+        self.actnorm.initialise_inverse(self.conv.decode(self.coupling.decode(z, condition)), condition)

@@ -13,7 +13,7 @@ from genflow.flows.bijections.base import Bijection, zero_ladj
 from genflow.flows.bijections.elementwise import channels_and_places, wide
 from genflow.native.library import untransformed
 from genflow.registry import bijection_export
-from genflow.versions import version
+from genflow.versions import alike
 
 
 @bijection_export("conv1x1")
@@ -37,7 +37,7 @@ class InvertibleConv1x1(Bijection):
         self.log_diagonal = nn.Parameter(diagonal.abs().log().to(dtype))
         self.register_buffer("order", permutation.argmax(1))  # row i of P M is row order[i] of M
         self.register_buffer("sign", diagonal.sign().to(dtype))
-        self._cached: dict[str, tuple[Any, list[Tensor], Tensor]] = {}
+        self._cached: dict[str, tuple[list[Tensor], Tensor]] = {}  # of which weights, and what they gave
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """L, and U with its diagonal: C x C each, W = (L U)[order]."""
@@ -62,13 +62,6 @@ class InvertibleConv1x1(Bijection):
         solved = torch.linalg.solve_triangular(lower, identity[:, self.order], upper=False, unitriangular=True)
         return torch.linalg.solve_triangular(upper, solved, upper=True).to(self.lower.dtype)
 
-    def train(self, mode: bool = True) -> InvertibleConv1x1:
-        self._cached.clear()  # FSDP gathers other weights into the same memory, uncounted
-        return super().train(mode)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_cached": {}}  # a copy may come to lie where the original was
-
     def _kept(self, name: str, compute: Any) -> Tensor:
         """What compute gives, in eval mode without gradients only once for the same weights."""
         with torch.autocast(self.lower.device.type, enabled=False):
@@ -76,11 +69,9 @@ class InvertibleConv1x1(Bijection):
             plain = untransformed() and not torch.compiler.is_compiling() and not any(t.is_inference() for t in tensors)
             if self.training or torch.is_grad_enabled() or not plain:
                 return compute()
-            key = tuple((t.data_ptr(), version(t), t.dtype, t.device) for t in tensors)
-            if name not in self._cached or self._cached[name][0] != key:
-                held = [t.detach() for t in tensors]  # lest others get their addresses
-                self._cached[name] = (key, held, compute())
-            return self._cached[name][2]
+            if name not in self._cached or not all(map(alike, self._cached[name][0], tensors)):
+                self._cached[name] = ([t.detach().clone() for t in tensors], compute())
+            return self._cached[name][1]
 
     def forward(self, x: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return mix(wide(x), self.weight()), self.ladj(x)

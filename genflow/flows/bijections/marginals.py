@@ -71,9 +71,8 @@ class Marginals(Bijection):
         rows = self._rows(z)
         cell = torch.searchsorted(self.edges.to(rows.dtype), rows.detach().contiguous(), right=True)
         mass, low = self._at(self.mass, cell), rows < 0
-        side = 0.5 * torch.erfc(
-            rows.abs() / math.sqrt(2)
-        )  # the mass below z, or above it; torch's ndtr loses the tails
+        # The mass below z, or above it: torch's ndtr loses the tails, and abs has no slope at 0.
+        side = 0.5 * torch.erfc(torch.where(low, -rows, rows) / math.sqrt(2))
         part = (side - torch.where(low, self._at(self.below, cell), self._at(self.above, cell))) / mass
         part = part.clamp(torch.finfo(part.dtype).tiny, 1)
         x = (cell - 1 + torch.where(low, part, 1 - part)) * (2 / self.cells) - 1

@@ -103,6 +103,10 @@ class Split(Bijection):
         if self.inner is not None:
             self.inner.initialise(x[:, : self.sizes[0]], condition)
 
+    def initialise_inverse(self, z: Tensor, condition: Tensor | None = None) -> None:
+        if self.inner is not None:
+            self.inner.initialise_inverse(z[:, : self.sizes[0]], condition)
+
     def _moments(self, x1: Tensor, condition: Tensor | None) -> tuple[Tensor, Tensor]:
         """mu and log sigma, B x left x ..., in x1's dtype."""
         check_condition(condition, self.condition_dim, len(x1))
