@@ -367,9 +367,11 @@ def trained(tmp_path_factory):
 def bench():
     spec = importlib.util.spec_from_file_location("bench_decoders", ROOT / "scripts" / "bench_decoders.py")
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "scripts"))
+        patch.setitem(sys.modules, spec.name, module)
+        spec.loader.exec_module(module)
+        yield module
 
 
 def drawn(flow, decoder, first, n=800):

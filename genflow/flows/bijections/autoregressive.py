@@ -167,6 +167,7 @@ class InverseAutoregressive(Inverse):
                 reverse=reverse,
             )
         )
+        self.keep_input = False  # its inverse is the quick way
 
     @property
     def inv(self) -> Bijection:
