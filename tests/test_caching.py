@@ -81,7 +81,7 @@ def test_a_prepared_network_is_the_network(options):
     x, context, pooled = torch.randn(2, 3, 8, 8), torch.randn(2, 5, 8), torch.randn(2, 8)
     times, mask = [0.9, 0.5, 0.1], torch.tensor([[True] * 5, [True, True, False, False, False]])
     inner, vector = net.prepare(context, pooled)
-    table = net.modulations(vector, times)
+    table = net.modulations(vector, torch.tensor(times))
     for i, time in enumerate(times):
         t = torch.full((2,), time)
         for m in (None, mask):
@@ -95,7 +95,7 @@ def test_gradients_pass_through_what_was_prepared():
     assert isinstance(net, MMDiT)
     x, context, pooled = torch.randn(2, 3, 8, 8), torch.randn(2, 5, 8), torch.randn(2, 8, requires_grad=True)
     inner, vector = net.prepare(context, pooled)
-    table = net.modulations(vector, [0.9, 0.5])
+    table = net.modulations(vector, torch.tensor([0.9, 0.5]))
     inputs = [pooled, *net.parameters()]
     got = net.denoise(x, torch.full((2,), 0.5), inner, vector, modulation=table[:, 1])
     expected = net(x, torch.full((2,), 0.5), context, pooled)

@@ -165,7 +165,7 @@ class TokenFlow(ConditionedFlow):
 
     def heard(self, batch: Batch, rng: Rng) -> Condition:
         """The embedded conditions of a batch in training, those that are dropped empty: stream "drop" of batch.position."""
-        keep = (rng.uniform("drop", batch.position) >= self.config.drop_condition).to(batch.x.device)
+        keep = (rng.uniform("drop", batch.position) >= self.config.drop_condition).to(batch.x.device, non_blocking=True)
         condition = self.text.drop(batch.condition, rng, batch.position)
         return self.embed(condition.where(keep, self.text.null().to(batch.x.device)))
 

@@ -242,7 +242,7 @@ class GaussianNoise(Dequantizer):
         self.sigma = sigma
 
     def noise(self, k: Tensor, rng: Rng, position: Tensor) -> tuple[Tensor, Tensor]:
-        n = rng.normal("dequantize", position, k.shape[1:]).to(k.device)
+        n = rng.normal("dequantize", position, k.shape[1:], device=k.device)
         return 0.5 + self.levels / 2 * self.sigma * n, k.new_zeros(len(k))
 
 
@@ -258,7 +258,7 @@ class LatentNoise(nn.Module):
 
     def forward(self, x: Tensor, rng: Rng, position: Tensor) -> tuple[Tensor, Tensor]:
         """As `Dequantizer.forward`: the same noise."""
-        return x + self.sigma * rng.normal("dequantize", position, x.shape[1:]).to(x.device), x.new_zeros(len(x))
+        return x + self.sigma * rng.normal("dequantize", position, x.shape[1:], device=x.device), x.new_zeros(len(x))
 
 
 def _log_logistic(v: Tensor) -> Tensor:

@@ -167,7 +167,7 @@ class LatentFlow(Flow):
         """The flow's own, on latents drawn from the posterior: stream "latent" of batch.position, then the flow's."""
         cached = getattr(batch, "spread", None) is not None
         shape = batch.x.shape[1:] if cached else _latent_shape(self.autoencoder, batch.x.shape[1:])
-        noise = rng.normal("latent", batch.position, shape).to(batch.x.device)
+        noise = rng.normal("latent", batch.position, shape, device=batch.x.device)
         return self.flow.loss(_Latents.of(batch, self.latents_of(batch, noise)), rng)
 
     def validate(self, batch: Batch) -> dict[str, Tensor]:

@@ -177,7 +177,7 @@ class NormalizingFlow(ConditionedFlow):
         condition = self.text.drop(batch.condition, rng, batch.position)
         if self.config.drop_condition:
             keep = rng.uniform("drop", batch.position) >= self.config.drop_condition
-            condition = condition.where(keep.to(batch.x.device), self.text.null().to(batch.x.device))
+            condition = condition.where(keep.to(batch.x.device, non_blocking=True), self.text.null().to(batch.x.device))
         with probing(rng, batch.position) as penalties:
             per_sample = self._nll(batch.x, self._pooled(self.embed(condition)), rng, batch.position)
         name = "bits_per_dim" if self.unit == "bits/dim" else "nll"

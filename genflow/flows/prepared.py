@@ -45,6 +45,9 @@ class PreparedVelocity:
             context, self._pooled = self.network.prepare(prepared[0], prepared[2])
             # Rows of the table, not the table, are what guidance repeats and puts side by side.
             prepared = context, rows.mask, self._pooled, torch.arange(len(rows), device=context.device)
+            self._times = torch.tensor(self.times, dtype=torch.float32).to(
+                context.device
+            )  # once: it waits for the device
         return list(zip(*(a.split([len(c) for c in conditions]) for a in prepared), strict=True))
 
     def __call__(self, z: Tensor, t: Tensor, *cond: Tensor) -> Tensor:
@@ -76,7 +79,7 @@ class PreparedVelocity:
             size = max(self.network.hidden // (8 * len(self._pooled)), 1)
             self._first = max(min(step, len(self.times) - size), 0)  # slabs of one size, also at the end
             self._table = torch.empty(0, 0)  # given back before the next one is made
-            self._table = self.network.modulations(self._pooled, self.times[self._first : self._first + size])
+            self._table = self.network.modulations(self._pooled, self._times[self._first : self._first + size])
         return self._table[:, step - self._first]
 
 

@@ -143,8 +143,8 @@ class RectifiedFlow(ConditionedFlow):
         """
         config, position = self.config, batch.position
         x = batch.x.float()
-        s = config.density(rng.uniform("t", position)).float().clamp(min=self.first).to(x.device)
-        keep = (rng.uniform("drop", position) >= config.drop_condition).to(x.device)
+        s = config.density(rng.uniform("t", position)).float().clamp(min=self.first).to(x.device, non_blocking=True)
+        keep = (rng.uniform("drop", position) >= config.drop_condition).to(x.device, non_blocking=True)
         condition = self.text.drop(batch.condition, rng, position).where(keep, self.text.null().to(x.device))
         embedded = self.embed(condition)
         noise = self._coupled(x, self._noise(batch, rng), condition, embedded)
@@ -156,7 +156,7 @@ class RectifiedFlow(ConditionedFlow):
     def _noise(self, batch: Batch, rng: Rng) -> Tensor:
         """The noise of a batch before it is coupled: drawn, or its own. Raises UserError where it has none of its own."""
         if not isinstance(self.config.coupling, Paired):
-            return rng.normal("noise", batch.position, batch.x.shape[1:]).to(batch.x.device)
+            return rng.normal("noise", batch.position, batch.x.shape[1:], device=batch.x.device)
         own = getattr(batch, "noise", None)
         if own is None:
             raise UserError("coupling paired: the data holds no noise; take data pairs, or coupling independent")

@@ -112,7 +112,7 @@ class Gaussian(Continuous):
         """Draws, in training, by position: stream "latent"."""
         mean, std = z, _ = self.moments(h)
         if rng is not None and position is not None:
-            z = mean + std * rng.normal("latent", position, mean.shape[1:]).to(mean.device)
+            z = mean + std * rng.normal("latent", position, mean.shape[1:], device=mean.device)
         if self.training and rng is not None:
             self.note(z)
         kl = gaussian_kl(mean, std)

@@ -161,13 +161,12 @@ class MMDiT(nn.Module):
         """
         return self.context_embed(context), self.pooled_embed(pooled)
 
-    def modulations(self, pooled: Tensor, times: Sequence[float]) -> Tensor:
+    def modulations(self, pooled: Tensor, times: Tensor) -> Tensor:
         """The modulation of every block at each of S times, in one product each: B x S x what all of them take.
 
-        pooled: as `prepare` gives it.
+        pooled: as `prepare` gives it; times: S float32.
         """
-        t = torch.tensor(times, dtype=torch.float32, device=pooled.device)
-        c = F.silu(self.time_embed(sinusoidal(t, 256).to(pooled.dtype)) + pooled[:, None])
+        c = F.silu(self.time_embed(sinusoidal(times, 256).to(pooled.dtype)) + pooled[:, None])
         every = self._modulations()
         ends = list(accumulate(m.out_features for m in every))
         table = c.new_empty(*c.shape[:2], ends[-1])

@@ -23,16 +23,25 @@ class LossByTime:
     """Sums of the per-sample loss in equal bins of t, since the last line of the log."""
 
     def __init__(self, sums: list[list[float]] | None = None) -> None:
-        self.sums = torch.tensor(sums, dtype=torch.float64) if sums else torch.zeros(2, T_BINS, dtype=torch.float64)
+        self._sums = torch.tensor(sums, dtype=torch.float64) if sums else torch.zeros(2, T_BINS, dtype=torch.float64)
+        self._added: list[tuple[Tensor, Tensor]] = []
 
     def add(self, per_sample: Tensor, t: Tensor) -> None:
-        """per_sample, t: B."""
-        bins = (t.double().cpu() * T_BINS).long().clamp(0, T_BINS - 1)
-        self.sums[0].index_add_(0, bins, per_sample.double().cpu())
-        self.sums[1].index_add_(0, bins, torch.ones_like(bins, dtype=torch.float64))
+        """per_sample, t: B. Does not wait for their device."""
+        self._added.append((per_sample, t))
+
+    @property
+    def sums(self) -> Tensor:
+        """2 x T_BINS float64 on the CPU: loss, count."""
+        for per_sample, t in self._added:
+            bins = (t.cpu().double() * T_BINS).long().clamp(0, T_BINS - 1)
+            self._sums[0].index_add_(0, bins, per_sample.cpu().double())
+            self._sums[1].index_add_(0, bins, torch.ones_like(bins, dtype=torch.float64))
+        self._added.clear()
+        return self._sums
 
     def reduced(self, accelerator: Accelerator) -> Tensor:
-        """The sums of all ranks: 2 x T_BINS (loss, count)."""
+        """The sums of all ranks."""
         if accelerator.num_processes == 1:
             return self.sums
         total = accelerator.reduce(self.sums.to(accelerator.device, torch.float32), reduction="sum")

@@ -256,7 +256,7 @@ class Trainer:
 
         The one message of a step beyond its gradients, and the one wait for the device.
         """
-        asked = torch.tensor(float(bool(self.caught)), device=loss.device)
+        asked = loss.new_full((), float(bool(self.caught)))
         flags = torch.stack([(~loss.isfinite()).float(), (~norm.isfinite()).float(), asked])
         return (self.accelerator.reduce(flags) > 0).tolist()  # type: ignore[operator]
 
