@@ -155,7 +155,7 @@ def test_modulations_are_those_of_their_time_in_any_order(flow, order):
     velocity = PreparedVelocity(flow, times)
     ((*_, pooled, _),) = velocity.prepare(flow.embed(flow.text.encode(PROMPTS[:2])))
     for step in order:
-        close(velocity._modulations(step), flow.network.modulations(pooled, times[step : step + 1])[:, 0])
+        close(velocity._modulations(step), flow.network.modulations(pooled, torch.tensor(times[step : step + 1]))[:, 0])
         assert velocity._table.shape[1] == 4
 
 
@@ -312,9 +312,9 @@ def common(flow, tmp_path: Path) -> list[str]:
 
 
 def test_genflow_sample_compiles_the_blocks_it_draws_with(common, tmp_path: Path, monkeypatch):
-    def compiled(block):
+    def compiled(block, **how):
         seen.append(type(block).__name__)
-        block._compiled_call_impl = torch.compile(block._call_impl, backend="aot_eager")
+        block._compiled_call_impl = torch.compile(block._call_impl, backend="aot_eager", **how)
 
     def pictures():
         return {p.name: Image.open(p).tobytes() for p in (tmp_path / "out").glob("*.png")}
