@@ -23,6 +23,9 @@ aten = torch.ops.aten
 MEETS = {aten._to_copy.default, aten.copy_.default}  # what may take tensors of both devices
 INDEXING = {aten.index.Tensor, aten.index_put_.default, aten._index_put_impl_.default}  # by indices of the CPU as well
 ANSWERS = {aten._local_scalar_dense.default, aten.equal.default, aten.nonzero.default, aten.masked_select.default}
+# What autocast takes in short precision, of all that it does.
+SHORT = {aten.linear, aten.matmul, aten.mm, aten.addmm, aten.bmm, aten.baddbmm, aten.conv2d, aten.convolution}
+SHORT |= {aten.scaled_dot_product_attention}
 waits: Counter[str] = Counter()
 """What made the program wait for the device so far: by the name of the operator."""
 
@@ -117,12 +120,31 @@ class _Module:
 def begin() -> Any:
     """Make it the process's accelerator. The result is to be kept."""
     _setup_privateuseone_for_python_backend(NAME, backend_module=_Module())
-    library = torch.library.Library("_", "IMPL")
+    library, short = torch.library.Library("_", "IMPL"), torch.library.Library("aten", "IMPL")
     library.fallback(dispatch, "PrivateUse1")
+    library.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
+    for packet in SHORT:
+        short.impl(packet._qualified_op_name, _in_short(packet.default), "AutocastPrivateUse1")
     mode = _Everywhere()
     mode.__enter__()
     _go_around()
-    return library, mode
+    return library, short, mode
+
+
+def _in_short(operator: Any) -> Any:
+    """As autocast does it."""
+
+    def cast(x: Any) -> Any:
+        floats = isinstance(x, Pretend) and x.is_floating_point() and x.dtype is not torch.float64
+        return x.to(torch.get_autocast_dtype(NAME)) if floats else x
+
+    def kernel(*args: Any, **kwargs: Any) -> Any:
+        args, kwargs = pytree.tree_map(cast, (args, kwargs))
+        without = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastPrivateUse1)
+        with torch._C._ExcludeDispatchKeyGuard(without):
+            return operator(*args, **kwargs)
+
+    return kernel
 
 
 def _go_around() -> None:
@@ -170,6 +192,7 @@ def _go_around() -> None:
     def save_file(tensors: dict[str, Tensor], *args: Any, **how: Any) -> None:
         save({name: each.cpu() for name, each in tensors.items()}, *args, **how)
 
+    torch.__future__.set_overwrite_module_params_on_conversion(True)
     torch.tensor, Tensor.new_tensor = tensor, new_tensor
     Tensor.__getitem__, Tensor.__setitem__ = getitem, setitem
     Tensor.tolist, Tensor.numpy, safetensors.torch.save_file = tolist, numpy, save_file
