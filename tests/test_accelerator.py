@@ -106,7 +106,14 @@ def in_a_process(code: str, *arguments: str, folder: Path) -> str:
 
 
 @pytest.mark.parametrize(
-    "names", [["mmdit"], ["unet", "glow", "tarflow"], ["points", "coder", "latent"], ["codes", "tokens"]], ids="-".join
+    "names",
+    [
+        ["mmdit"],
+        ["codes", "tokens"],
+        pytest.param(["unet", "glow", "tarflow"], marks=pytest.mark.slow),
+        pytest.param(["points", "coder", "latent"], marks=pytest.mark.slow),
+    ],
+    ids="-".join,
 )
 def test_no_tensor_of_an_accelerator_meets_one_of_the_cpu(tmp_path, names):
     for name, text in RUNS.items():
