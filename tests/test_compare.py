@@ -324,6 +324,27 @@ def test_the_best_is_marked_only_where_figures_compare():
     assert other.best("FD") == set() and not other.same_data
 
 
+def test_likelihoods_of_other_splits_and_of_fewer_grey_levels_have_no_best(where, monkeypatch):
+    monkeypatch.chdir(where)
+    validated = {"train": {"validation_split": "train"}}
+    coarse = {"flow": {"name": "normalizing", "dequantization": {"name": "uniform", "levels": 32}}}
+    built({**RUNS["glow"], **validated}, Path("other-split")), built({**RUNS["glow"], **coarse}, Path("coarse"))
+    how = ["-n", "8", "--metrics", "likelihood", "fd", "--features", "pixels", "--out", "held-out"]
+    found = []
+    for runs in (["glow", "other-split"], ["glow", "coarse"], ["glow", "other-split", "--split", "test"]):
+        assert main(["compare", *runs, *how]) == 0
+        found.append(json.loads(Path("held-out/compare.json").read_text()))
+    for each, said in zip(found, ("(glow: test; other-split: train)", "coarse: test of 32 grey levels"), strict=False):
+        assert each["best"]["bits/dim"] == [] and said in each["notices"][0]
+    assert found[1]["best"]["FD"] and not found[2]["notices"]
+
+
+def test_a_plot_says_a_name_as_it_is_whatever_its_colours_are_called():
+    runs = [entry("black cats", TokenLike(), FD=2.0), entry("#000000 of 2", TokenLike(), FD=1.0)]
+    page = to_html(Comparison(runs, Plan(), []), [{}, {}])
+    assert ">black cats</text>" in page and ">#000000 of 2</text>" in page and "fill: var(--ink)" in page
+
+
 def test_names_in_the_page_are_escaped():
     page = to_html(
         Comparison([entry("<b>&", TokenLike(), FD=1.0), entry("b", TokenLike())], Plan(), ["1 < 2"]), [{}, {}]

@@ -175,6 +175,17 @@ def test_a_picture_that_cannot_be_read_is_in_no_mean(metric):
         measure(flow, pictures((1, 8, 8), train=4, test=4, broken=("test", 2)), metric)
 
 
+def test_every_model_of_a_comparison_is_told_of_pictures_that_were_passed_over():
+    data, reals = pictures((1, 8, 8), train=8, test=4, broken=("train", 2)), report.Reals()
+    flow, plan = toys.velocity_flow(shape=(1, 8, 8)).eval(), Plan(("fd", "kid"), n=3, sampling={"steps": 1})
+    about = {"name": "toy", "features": PixelFeatures(), "reals": reals}
+    for _ in range(2):
+        remarks = report.evaluate(flow, data, plan, **about).remarks
+        assert [each for each in remarks if "passed over" in each] == [
+            "1 picture of the train split cannot be read: passed over"
+        ]
+
+
 # ------------------------------------------------------------------------------------------------------ loss, likelihood
 
 

@@ -133,6 +133,13 @@ def test_trajectories_show_how_far_they_bend(channels):
     assert "euler, 2 steps" in words(figure) and "component 1" in words(figure)
 
 
+def test_a_legend_has_every_caption_and_there_is_none_without(recwarn):
+    times, states = path()
+    assert plot_trajectories(times, states, ["", ""]).axes[1].get_legend() is None and not recwarn
+    legend = plot_trajectories(times, states, ["_a", "b" * 40]).axes[1].get_legend()
+    assert [text.get_text().strip("\u200b") for text in legend.get_texts()] == ["_a", "b" * 27 + "…"]
+
+
 def test_errors_are_lines_with_evaluations_and_decibels():
     curves = {"euler": [(4, 0.2), (8, 0.1)], "heun": [(3, 0.3), (7, 0.02)], "euler, equal steps": [(4, 0.4)]}
     figure = plot_errors(curves, tuned=[(8, 0.002)], floor=1e-4)

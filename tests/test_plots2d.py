@@ -105,6 +105,12 @@ def test_samples_have_the_colour_of_their_caption_in_every_panel():
     assert [text.get_text() for text in legend.get_texts()] == ["gaussian 0", "gaussian 1", "gaussian 2"]
 
 
+def test_a_caption_with_an_underscore_or_too_long_has_its_place_in_the_legend():
+    figure = plot_samples_2d({"samples": (torch.randn(4, 2), ["_a", "b" * 40, "", "_a"])})
+    said = [text.get_text().strip("\u200b") for text in figure.legends[0].get_texts()]
+    assert said == ["no caption", "_a", "b" * 27 + "…"]
+
+
 def test_many_captions_have_no_legend_and_none_no_colours():
     many = plot_samples_2d({"samples": (torch.randn(40, 2), [str(i) for i in range(40)])})
     assert not many.legends and len(np.unique(many.axes[0].collections[0].get_facecolors(), axis=0)) == 40

@@ -33,6 +33,7 @@ ORDER = ("bits/dim", "nats", "nats of tokens", "FD", "R@1", "R@10", "KID", "prec
 LOWER = {"FD", "KID", "bits/dim", "nats", "seconds", "parameters", "memory", "NFE"}
 HIGHER = {"precision", "recall", "coverage", "R@1", "R@10"}
 OWN = {"seconds", "parameters", "memory", "NFE"}  # of the model alone, whatever its data
+HELD_OUT = {"bits/dim", "nats", "R@1", "R@10"}
 
 
 @api_export("Contestant")
@@ -126,7 +127,9 @@ class Comparison:
         """The names of the models with the best figure of a column; of none where that would mislead."""
         cells = {entry.who.name: entry.row[column].value for entry in self.entries if column in entry.row}
         ordered = column in LOWER | HIGHER
-        if len(cells) < 2 or not ordered or not (self.same_data or column in OWN) or len(set(cells.values())) == 1:
+        held_out = {_held_out(self.plan, e.who) for e in self.entries if column in HELD_OUT and column in e.row}
+        same = column in OWN or (self.same_data and len(held_out) < 2)
+        if len(cells) < 2 or not ordered or not same or len(set(cells.values())) == 1:
             return set()
         best = (min if column in LOWER else max)(cells.values())
         return {name for name, value in cells.items() if value == best}
@@ -151,7 +154,7 @@ def compare(
         key = json.dumps([each.section, list(each.flow.shape), each.features.digest], default=str)
         named = partial(_of_model, bar, each.name)
         entries.append(_entry(each, plan, prompts, reals.setdefault(key, Reals()), named))
-    notices = _notices(entries)
+    notices = _notices(entries, plan)
     flows: list[Any] = [each.flow for each in contestants]
     if prompts and not any(flow.text.max_tokens for flow in flows):
         notices.append("None of these models hears a condition: the prompts were not drawn.")
@@ -252,7 +255,13 @@ def _identity(who: Contestant, reals: Reals, plan: Plan) -> str:
     return hashlib.blake2b(known.x[:count].contiguous().numpy().tobytes(), digest_size=16).hexdigest()
 
 
-def _notices(entries: Sequence[Entry]) -> list[str]:
+def _held_out(plan: Plan, who: Contestant) -> str:
+    """What a model's likelihood is of: the split, and how many grey levels its pictures are told apart by."""
+    levels = getattr(getattr(who.flow, "dequantize", None), "levels", 256)
+    return plan.held_out(who.flow) + (f" of {levels} grey levels" if levels < 256 else "")
+
+
+def _notices(entries: Sequence[Entry], plan: Plan) -> list[str]:
     kinds: dict[str, list[Entry]] = {}
     for entry in entries:
         kinds.setdefault(entry.identity, []).append(entry)
@@ -266,6 +275,16 @@ def _notices(entries: Sequence[Entry]) -> list[str]:
     elif len({json.dumps(e.found.counts.get("samples")) for e in entries}) > 1:
         notices.append(
             "Not all were measured with as many samples; distances are biased, the more the fewer there are."
+        )
+    asked: dict[str, list[str]] = {}
+    for entry in entries:
+        if HELD_OUT & entry.row.keys():
+            asked.setdefault(_held_out(plan, entry.who), []).append(entry.who.name)
+    if len(kinds) == 1 and len(asked) > 1:
+        told = "; ".join(f"{_and(names)}: {what}" for what, names in asked.items())
+        notices.append(
+            f"Held-out samples are not the same for all ({told}): likelihoods and R@k do not compare, and none of them "
+            "is marked as the best. A split for all is named by --split."
         )
     return notices
 

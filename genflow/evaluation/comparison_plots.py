@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from genflow.evaluation.comparison import Comparison, Entry
-from genflow.evaluation.plots import FAINT, INK, MARKERS, STYLE, _figure, _series, _smooth, _training, styled
+from genflow.evaluation.plots import FAINT, INK, MARKERS, STYLE, _figure, _series, _smooth, _training, labelled, styled
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -20,11 +20,6 @@ if TYPE_CHECKING:
 SERIES = tuple(f"#0{i}0{i}f{i}" for i in range(8))
 GRID = str(STYLE["grid.color"])
 COLOURS = {INK: "--ink", FAINT: "--faint", GRID: "--rule", **{c: f"--series-{i}" for i, c in enumerate(SERIES)}}
-
-
-def shown(name: str) -> str:
-    """A name as a legend takes it: matplotlib leaves out those that begin with an underscore."""
-    return f"\u200b{name}" if name.startswith("_") else name
 
 
 @styled
@@ -39,7 +34,7 @@ def plot_quality(comparison: Comparison) -> Figure | None:
         for number, entry in _numbered(comparison, entries):
             x, y = [getattr(p, what) for p in entry.curve], [p.fd for p in entry.curve]
             look: Any = {"color": SERIES[number % 8], "marker": MARKERS[number % len(MARKERS)]}
-            axes.plot(x, y, label=shown(entry.who.name), **look)
+            axes.plot(x, y, label=labelled(entry.who.name), **look)
         _real_line(axes, comparison)
         axes.set(xscale="log", yscale="log")
         axes.minorticks_off()
@@ -87,7 +82,7 @@ def plot_learning(comparison: Comparison) -> Figure | None:
             steps, loss = _smooth(*_training(entry.who.lines))
             checks, validation = _series(entry.who.lines, "validation_loss")
             colour = SERIES[number % 8]
-            axes.plot(steps * batch, loss, color=colour, linewidth=0.9, label=shown(entry.who.name))
+            axes.plot(steps * batch, loss, color=colour, linewidth=0.9, label=labelled(entry.who.name))
             axes.plot(checks * batch, validation, "o--", color=colour, markersize=3.5)
         axes.set(xlabel="samples seen", ylabel=kind)
         if all(v > 0 for e in entries for v in _training(e.who.lines)[1]):
@@ -123,9 +118,15 @@ def inline_svg(figure: Figure, name: str, label: str) -> str:
     text = re.sub(r'\bid="', f'id="{name}-', text)
     text = re.sub(r"url\(#", f"url(#{name}-", text)
     text = re.sub(r'xlink:href="#', f'href="#{name}-', text)
-    for colour, variable in COLOURS.items():
-        text = text.replace(colour, f"var({variable})")
-    text = re.sub(r"#000000\b|\bblack\b", "var(--ink)", text)
+    text = re.sub(r"<[^>]*>", _recoloured, text)
     opening = rf'<svg role="img" aria-label="{label}" viewBox="\1">'
     text = re.sub(r'<svg [^>]*?viewBox="([^"]*)"[^>]*>', opening, text, count=1)
     return text.strip()
+
+
+def _recoloured(tag: re.Match[str]) -> str:
+    """In elements alone: a run may be called black."""
+    text = tag[0]
+    for colour, variable in COLOURS.items():
+        text = text.replace(colour, f"var({variable})")
+    return re.sub(r"#000000\b|\bblack\b", "var(--ink)", text)

@@ -228,8 +228,8 @@ def _samples(comparison: Comparison) -> str:
             rows.append(tag("tr", tag("th"), *(tag("th", escape(p), scope="col") for p in next(iter(heard)))))
         for entry in drawn:
             captions = entry.prompts if len(heard) > 1 else [""] * len(entry.prompts)
-            if entry.real_pictures and entry.identity not in known:
-                known.add(entry.identity)
+            if entry.real_pictures and (entry.identity, entry.split) not in known:
+                known.add((entry.identity, entry.split))
                 rows.append(_row(tag("th", f"real, {entry.split}", scope="row"), entry.real_pictures, captions))
             name = tag("th", _swatch(comparison.entries.index(entry)), escape(entry.who.name), scope="row")
             if entry.no_pictures:

@@ -101,6 +101,12 @@ def save_plot(figure: Figure, path: Path) -> None:
     write_atomic(path, lambda file: figure.savefig(file, format=kind, metadata=metadata))
 
 
+def labelled(name: str, most: int | None = None) -> str:
+    """A name as a legend takes it, of `most` letters: matplotlib leaves out those that begin with an underscore."""
+    name = name if most is None or len(name) <= most else f"{name[: most - 1]}…"
+    return f"\u200b{name}" if name.startswith("_") else name
+
+
 # ------------------------------------------------------------------------------------------------------------- training
 
 
@@ -255,10 +261,11 @@ def plot_trajectories(
     t = torch.tensor(times, dtype=torch.float32).view(-1, 1, 1)
     bend = (flat - (1 - t) * flat[-1] - t * flat[0]).square().mean(2).sqrt().numpy()
     for i, caption in enumerate(captions):
-        right.plot(times, bend[:, i], color=colours[i], label=caption if len(caption) <= 28 else caption[:27] + "…")
+        right.plot(times, bend[:, i], color=colours[i], label=labelled(caption, 28))
     right.set(title="Distance from the straight line", xlabel="t (1 = noise, 0 = data)", ylabel="RMS per value")
     right.set(xlim=(1, 0), ylim=(0, None))
-    right.legend(fontsize=8)
+    if any(captions):
+        right.legend(fontsize=8)
     return figure
 
 

@@ -32,7 +32,7 @@ from genflow.data.points import (
     shade,
 )
 from genflow.errors import UserError
-from genflow.evaluation.plots import FAINT, INK, styled
+from genflow.evaluation.plots import FAINT, INK, labelled, styled
 from genflow.registry import api_export
 from genflow.samplers import Velocity
 
@@ -138,7 +138,7 @@ def plot_samples_2d(panels: Mapping[str, tuple[Tensor, Sequence[str]]], *, exten
         _frame(axes, extent, name)
     if few and len(names) > 1:
         for name, colour in zip(names, colours, strict=True):
-            row[-1].plot([], [], "o", color=colour, label=name or "no caption")
+            row[-1].plot([], [], "o", color=colour, label=labelled(name, 28) or "no caption")
         figure.legend(loc="outside right center", handletextpad=0.2)
     return figure
 

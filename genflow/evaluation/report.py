@@ -216,11 +216,13 @@ class _Run:
         if before[0] < most or before[1] < hashed:
             asked = most, hashed = max(most, before[0]), max(hashed, before[1])
             with self.bar(f"real samples, {split}", min(max(asked), len(dataset))) as progress:
-                samples = read_real(dataset, self.flow.shape, most=most, hashed=hashed, progress=progress)
-            self.reals.samples[split], self.reals.asked[split] = samples, asked
-            if samples.bad:
-                self.remarks.append(f"{samples.bad} pictures of the {split} split cannot be read and were passed over")
-        return self.reals.samples[split]
+                found = read_real(dataset, self.flow.shape, most=most, hashed=hashed, progress=progress)
+            self.reals.samples[split], self.reals.asked[split] = found, asked
+        samples = self.reals.samples[split]
+        if samples.bad:
+            said = f"{samples.bad} picture{'s' * (samples.bad > 1)} of the {split} split cannot be read: passed over"
+            self.remarks += [said] * (said not in self.remarks)
+        return samples
 
     def _features(self, split: str, count: int) -> Tensor:
         """Of the first `count` real samples of a split."""

@@ -206,7 +206,9 @@ class VQ(Quantizer):
         self.sums.lerp_(now[:, 1:], 1 - self.decay)
         even = self.counts.sum() / self.vocabulary
         dead = self.counts < DEAD * even
-        place = (rng.uniform("revive", torch.arange(self.vocabulary)) * len(rows)).long().to(rows.device, non_blocking=True)
+        place = (
+            (rng.uniform("revive", torch.arange(self.vocabulary)) * len(rows)).long().to(rows.device, non_blocking=True)
+        )
         fresh = of_first_rank(rows[place])
         self.counts.copy_(torch.where(dead, even, self.counts))
         self.sums.copy_(torch.where(dead[:, None], fresh * even, self.sums))
