@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import json
+import os
 import struct
 import warnings
 from pathlib import Path
@@ -12,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageCms
 from PIL.TiffImagePlugin import TiffImageFile
 from test_streaming import write
 
@@ -468,7 +469,8 @@ def icc_profile(name: str) -> bytes:
     ("mode", "colour", "profile", "seen"),
     [
         ("RGB", (255, 0, 0), icc_profile("swapped"), (0, 255, 0)),
-        ("RGB", (255, 0, 0), icc_profile("sRGB in name"), (255, 0, 0)),
+        ("RGB", (255, 0, 0), icc_profile("sRGB in name"), (0, 255, 0)),
+        ("RGB", (12, 123, 231), ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes(), (12, 123, 231)),
         ("RGB", (255, 0, 0), b"broken", (255, 0, 0)),
         ("RGBA", (255, 0, 0, 128), icc_profile("swapped"), (127, 255, 127)),
         ("L", 100, icc_profile("swapped"), 100),
@@ -478,3 +480,31 @@ def test_colours_are_those_that_the_icc_profile_means(mode, colour, profile, see
     out = io.BytesIO()
     Image.new(mode, (16, 16), colour).save(out, "PNG", icc_profile=profile)
     assert decode(out.getvalue()).getpixel((3, 3)) == seen
+
+
+def test_a_transparent_colour_stays_so_whatever_the_profile():
+    out = io.BytesIO()
+    Image.new("RGB", (16, 16), (255, 0, 0)).save(
+        out, "PNG", icc_profile=icc_profile("swapped"), transparency=(255, 0, 0)
+    )
+    assert decode(out.getvalue()).getpixel((3, 3)) == (255, 255, 255)
+
+
+def test_a_link_to_where_none_may_look_hides_no_picture(tmp_path, monkeypatch):
+    folder_of(tmp_path, *(f"train/{i}.png" for i in range(9)))
+    stat = os.stat
+
+    def refuse(path, *args, **how):
+        if str(path).endswith("4.png"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return stat(path, *args, **how)
+
+    monkeypatch.setattr(os, "stat", refuse)
+    with pytest.raises(UserError, match=r"4\.png: Permission denied"):
+        FolderConfig(str(tmp_path)).build()
+
+
+def test_hidden_files_are_no_shards(tmp_path):
+    write(tmp_path / "a.tar", [("1", {"png": encoded(), "txt": b"one"})])
+    (tmp_path / "._a.tar").write_bytes(b"\0\5\x16\7" * 99)  # as a Mac leaves it on other disks
+    assert WebDatasetConfig(str(tmp_path)).build().captions == ["one"]

@@ -240,3 +240,19 @@ def test_extensions_are_found_in_any_case(tmp_path):
     path = write(tmp_path / "x.tar", [("a", {"PNG": png("blue"), "Txt": b"one"})])
     dataset = WebDatasetConfig(str(path)).build()
     assert dataset.image(0).getpixel((0, 0)) == (0, 0, 255) and dataset.captions == ["one"]
+
+
+def test_captions_may_begin_late(tmp_path):
+    bare = [(f"{i:03d}", {"png": png()}) for i in range(120)]
+    path = str(write(tmp_path / "x.tar", [*bare, ("200", {"png": png(), "txt": b"late"})]))
+    for caption in (None, "txt"):
+        assert WebDatasetConfig(path, caption=caption).build().captions == [""] * 120 + ["late"]
+
+
+def test_members_of_a_sample_may_stand_apart(tmp_path):
+    """As in tar cf x.tar *.png *.txt; but what comes twice is of two samples."""
+    names = ("a", "b", "a")
+    pictures = [(key, {"png": png(colour)}) for key, colour in zip(names, ("red", "blue", "lime"), strict=True)]
+    texts = [("b", {"txt": b"blue"}), ("a", {"txt": b"lime"})]
+    dataset = WebDatasetConfig(str(write(tmp_path / "x.tar", [*pictures, *texts]))).build()
+    assert dataset.captions == ["", "blue", "lime"] and dataset.image(1).getpixel((0, 0)) == (0, 0, 255)

@@ -34,6 +34,23 @@ def test_cache_survives_damage(tmp_path):
     assert cache.get(["a"], lambda _: pytest.fail("computed again"))[0]["tokens"][0, 0] == 1
 
 
+def test_a_row_is_of_its_own_caption(tmp_path):
+    cache = EmbeddingCache(tmp_path, "x")
+    cache.get(["a", "bb"], rows)
+    with closing(sqlite3.connect(cache.path)) as base, base:  # as a damaged index answers
+        base.execute("UPDATE rows SET data = (SELECT data FROM rows WHERE rowid = 2)")
+    assert [float(row["tokens"][0, 0]) for row in cache.get(["a", "bb"], rows)] == [1, 2]
+
+
+def test_a_damaged_schema_is_begun_anew(tmp_path):
+    cache = EmbeddingCache(tmp_path, "x")
+    cache.get(["a"], rows)
+    content = cache.path.read_bytes()
+    cache.path.write_bytes(content.replace(b"CREATE TABLE", b"CREATE \xcb\xff\xfe\xcb\xff"))
+    with pytest.warns(UserWarning, match="beginning it anew"):
+        assert len(cache.get(["a"], rows)) == 1
+
+
 def test_cache_that_cannot_be_written_is_done_without(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.warns(UserWarning, match="going on without it"):

@@ -15,7 +15,7 @@ from PIL import Image
 from scipy import stats
 
 from genflow.config import from_dict
-from genflow.data.toy2d import Toy2DConfig
+from genflow.data.toy2d import Pixels, Toy2DConfig
 from genflow.data.vectors import TableConfig, VectorDataset
 from genflow.errors import UserError
 from genflow.training.config import RunConfig
@@ -386,3 +386,12 @@ def test_files_that_are_no_tables_are_refused(tmp_path):
     for options in ({"test": 1.0}, {"validation": -0.1}, {"test": 0.5, "validation": 0.5}):
         with pytest.raises(UserError, match="of the rows|no row to train on"):
             TableConfig("a.csv", **options)
+
+
+def test_rounding_carries_no_point_out_of_a_pixel():
+    weight = (torch.arange(512)[:, None] + torch.arange(512)) % 2
+    density = Pixels(weight, ("picture",), 0.0)
+    edge = torch.tensor([1e-7, 1 - 1e-7], dtype=torch.float64)
+    uniform = torch.cartesian_prod(torch.linspace(0.001, 0.999, 500, dtype=torch.float64), edge, edge)
+    points, _ = density.draw(uniform, torch.zeros(len(uniform), 2))
+    assert density.log_prob(points.float()).isfinite().all()

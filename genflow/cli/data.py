@@ -124,6 +124,6 @@ def data_of(source: str, overrides: list[str]) -> Any:
         raise UserError(f"{overrides[0]}: overrides are for a config, and {source} is none")
     kinds = {".tar": WebDatasetConfig, ".parquet": ParquetConfig}
     for suffix, kind in kinds.items():
-        if path.suffix == suffix or (path.is_dir() and any(path.glob(f"*{suffix}"))):
+        if path.suffix == suffix or (path.is_dir() and any(path.glob(f"[!.]*{suffix}"))):
             return kind(source)
     return FolderConfig(source)

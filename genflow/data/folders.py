@@ -103,12 +103,14 @@ def _below(folder: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
     """What lies in a folder and in those below it, linked ones too, but for links that lead back up."""
     if (here := folder.resolve()) in above:
         return
-    with suppress(PermissionError):
-        for path in folder.iterdir():
-            if path.is_dir():
-                yield from _below(path, (*above, here))
-            else:
-                yield path
+    paths: list[Path] = []
+    with suppress(PermissionError):  # of a folder that may not be read; a link to where none may look is no folder
+        paths += folder.iterdir()
+    for path in paths:
+        if os.path.isdir(path):
+            yield from _below(path, (*above, here))
+        else:
+            yield path
 
 
 def _is_picture(name: Path, folder: Path) -> bool:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageChops, ImageCms, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 TURNS = {
@@ -78,7 +78,7 @@ def _plain(image: Image.Image) -> Image.Image:
 def _in_srgb(image: Image.Image) -> Image.Image:
     """The colours that its ICC profile means; those of a profile that cannot be read stay as they are."""
     profile = image.info.get("icc_profile")
-    if profile and image.mode == "P":
+    if profile and image.mode in ("P", "RGB"):  # a transform would forget which colour is transparent
         image = image.convert("RGBA" if image.has_transparency_data else "RGB")
     if not profile or image.mode not in ("RGB", "RGBA", "CMYK"):
         return image
@@ -91,12 +91,13 @@ def _in_srgb(image: Image.Image) -> Image.Image:
 
 @lru_cache(maxsize=16)
 def _to_srgb(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
-    """None for a profile that is sRGB by its name."""
-    theirs = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-    if "srgb" in ImageCms.getProfileDescription(theirs).lower():
-        return None
-    after = "RGB" if mode == "CMYK" else mode
-    return ImageCms.buildTransform(theirs, ImageCms.createProfile("sRGB"), mode, after)
+    """None for a profile that is sRGB but for rounding, whatever its name: linear light is called sRGB too."""
+    theirs, after = ImageCms.ImageCmsProfile(io.BytesIO(profile)), "RGB" if mode == "CMYK" else mode
+    transform = ImageCms.buildTransform(theirs, ImageCms.createProfile("sRGB"), mode, after)
+    levels = np.linspace(0, 255, 16).astype(np.uint8)
+    colours = Image.fromarray(np.stack(np.meshgrid(levels, levels, levels), -1).reshape(64, 64, 3)).convert(mode)
+    moved = ImageChops.difference(transform.apply(colours).convert("RGB"), colours.convert("RGB"))
+    return transform if np.asarray(moved).max() > 2 else None
 
 
 def _reason(error: Exception) -> str:

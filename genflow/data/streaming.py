@@ -109,7 +109,7 @@ class WebDatasetConfig:
         return bucketed(dataset, self.buckets, self.size)
 
     def _extension(self, what: str, asked: str | None, samples: list[_Sample], usual: Sequence[str]) -> str:
-        known = dict.fromkeys(extension for sample in samples[:100] for extension in sample.members)
+        known = dict.fromkeys(extension for sample in samples for extension in sample.members)
         if asked is not None:
             if asked not in known:
                 raise UserError(f"data webdataset: no sample has a .{asked}.{nearest(asked, known)}")
@@ -153,7 +153,7 @@ def _caption(sample: _Sample, extensions: Sequence[str], opened: Callable[[str],
 def _index(shard: str) -> list[_Sample]:
     """The samples of a shard, by what an earlier reading left. Raises UserError for a file that is none."""
     about = os.stat(shard)
-    name = hashlib.sha256(f"3 {os.path.abspath(shard)} {about.st_size} {about.st_mtime_ns}".encode()).hexdigest()[:24]
+    name = hashlib.sha256(f"4 {os.path.abspath(shard)} {about.st_size} {about.st_mtime_ns}".encode()).hexdigest()[:24]
     kept = cache_folder() / "shards" / f"{name}.json"
     try:
         rows = json.loads(kept.read_text(encoding="utf-8"))
@@ -166,8 +166,12 @@ def _index(shard: str) -> list[_Sample]:
 
 
 def _scan(shard: str) -> list[list[Any]]:
-    """(key, members, texts) of each sample: files of one name, whatever comes after its first dot."""
+    """(key, members, texts) of each sample: files of one name, whatever comes after its first dot, wherever they stand.
+
+    A second file of one name and extension begins another sample.
+    """
     rows: list[list[Any]] = []
+    latest: dict[str, list[Any]] = {}
     try:
         with tarfile.open(shard, "r:") as tar:
             for member in tar:
@@ -176,13 +180,14 @@ def _scan(shard: str) -> list[list[Any]]:
                 if not member.isfile() or not stem or not dot:
                     continue
                 key, extension = f"{folder}/{stem}" if folder else stem, extension.lower()
-                if not rows or rows[-1][0] != key:
+                if key not in latest or extension in latest[key][1]:
                     rows.append([key, {}, {}])
-                rows[-1][1][extension] = (member.offset_data, member.size)
+                    latest[key] = rows[-1]
+                latest[key][1][extension] = (member.offset_data, member.size)
                 if extension in TEXTS and member.size <= LONGEST:
                     content = tar.extractfile(member)
                     assert content is not None
-                    rows[-1][2][extension] = decoded(content.read())
+                    latest[key][2][extension] = decoded(content.read())
             end = max((offset + size for _, members, _ in rows for offset, size in members.values()), default=0)
             if end > (length := os.path.getsize(shard)):
                 raise tarfile.ReadError(f"cut short: {length} bytes of {end}")

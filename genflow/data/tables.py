@@ -73,7 +73,7 @@ def _files(pattern: str, where: str, suffix: str) -> list[str]:
         files = sorted(globbing.glob(os.path.expanduser(pattern), recursive=True))
     else:
         path = existing(pattern, f"data {where}")
-        files = sorted(str(p) for p in path.glob(f"*{suffix}")) if path.is_dir() else [str(path)]
+        files = sorted(str(p) for p in path.glob(f"[!.]*{suffix}")) if path.is_dir() else [str(path)]
     if not files:
         raise UserError(f"data {where}: no {suffix} files in {pattern}")
     return files

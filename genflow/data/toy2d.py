@@ -22,6 +22,7 @@ from genflow.registry import api_export, dataset_export
 Curve = Callable[[Tensor, Tensor], Tensor]  # which of the curves, N, and how far along it, N in 0 .. 1 -> N x 2
 NOISE = (0.01, 0.5)  # what can be asked for: less needs too many nodes, more hides the shape
 SIDE = 512  # pixels of a picture taken as a density, at most
+EDGE = 2**-14  # of a pixel's side, that rounding to float32 must not carry a point over
 ROOM = 2**22  # numbers of a quadrature at a time
 
 
@@ -113,7 +114,8 @@ class Pixels(PlaneDensity):
         row, column = self.filled[place] // self.p.shape[1], self.filled[place] % self.p.shape[1]
         corner = torch.stack([self.x[column], self.y[row + 1]], 1)
         which = place if len(self.classes) > 1 else torch.zeros_like(place)
-        return corner + self.side * uniform[:, 1:] + self.noise * normal, which
+        within = uniform[:, 1:].clamp(EDGE, 1 - EDGE)
+        return corner + self.side * within + self.noise * normal, which
 
     def log_prob(self, x: Tensor) -> Tensor:
         x = x.cpu().double()

@@ -55,8 +55,9 @@ class EmbeddingCache:
                 base.execute("CREATE TABLE IF NOT EXISTS rows (caption TEXT PRIMARY KEY, data BLOB)")
                 entered = True
                 yield base
-        except (sqlite3.Error, OSError) as error:
-            damaged = isinstance(error, sqlite3.DatabaseError) and not isinstance(error, sqlite3.OperationalError)
+        except (sqlite3.Error, OSError, UnicodeDecodeError) as error:  # the last of what a damaged schema is quoted as
+            found = isinstance(error, sqlite3.DatabaseError | UnicodeDecodeError)
+            damaged = found and not isinstance(error, sqlite3.OperationalError)
             self.usable = damaged and self._removed()
             way = "beginning it anew" if self.usable else "going on without it"
             warnings.warn(f"text cache {self.path} cannot be used ({error}); {way}", stacklevel=4)
@@ -73,15 +74,16 @@ class EmbeddingCache:
 
 def _read(base: sqlite3.Connection, captions: Sequence[str]) -> Iterator[tuple[str, Row]]:
     for caption in captions:
-        row = base.execute("SELECT data FROM rows WHERE caption = ?", (_key(caption),)).fetchone()
-        if row is not None and isinstance(row[0], bytes) and _digest(row[0][DIGEST:]) == row[0][:DIGEST]:
+        key = _key(caption)
+        row = base.execute("SELECT data FROM rows WHERE caption = ?", (key,)).fetchone()
+        if row is not None and isinstance(row[0], bytes) and _digest(key, row[0][DIGEST:]) == row[0][:DIGEST]:
             yield caption, load(row[0][DIGEST:])
 
 
 def _write(base: sqlite3.Connection, rows: Mapping[str, Row]) -> None:
     with base:  # row by row, so that there is no second copy of all
         data = ((_key(caption), save(row)) for caption, row in rows.items())
-        sealed = ((key, _digest(each) + each) for key, each in data)
+        sealed = ((key, _digest(key, each) + each) for key, each in data)
         base.executemany("INSERT OR REPLACE INTO rows VALUES (?, ?)", sealed)
 
 
@@ -89,5 +91,6 @@ def _key(caption: str) -> str:
     return hashlib.sha256(caption.encode("utf-8", errors="surrogatepass")).hexdigest()
 
 
-def _digest(data: bytes) -> bytes:
-    return hashlib.blake2b(data, digest_size=DIGEST).digest()
+def _digest(key: str, data: bytes) -> bytes:
+    """Of both: a damaged index leads to another caption's row, which is whole."""
+    return hashlib.blake2b(key.encode() + data, digest_size=DIGEST).digest()
