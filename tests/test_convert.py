@@ -160,6 +160,26 @@ def test_tensors_that_belong_to_no_part_are_told(pipes, tmp_path):
     assert_equal(load_file(tmp_path / "out.safetensors"), state)
 
 
+@pytest.mark.parametrize("name", ["text_encoders.t5xxl.transformer.scaled_fp8", "text_encoders.x.proj.scale_weight"])
+def test_weights_of_8_bits_with_scales_beside_them_are_refused(name, pipes, tmp_path):
+    state = load_file(tiny_sd3.stability_file(pipes[1]["plain"], tmp_path / "whole.safetensors"))
+    save_file({**state, name: torch.ones(2)}, tmp_path / "scaled.safetensors")
+    with pytest.raises(UserError, match=rf"is quantised, with scales of its own \({name}\)"):
+        convert(tmp_path / "scaled.safetensors", tmp_path / "out", like=pipes[0] / "plain")
+
+
+def test_parts_of_a_fused_tensor_of_several_dtypes_become_the_widest(pipes, tmp_path):
+    folder = pipes[0] / "plain" / "transformer"
+    state = load_file(folder / "diffusion_pytorch_model.safetensors")
+    q, k = (f"transformer_blocks.0.attn.to_{letter}.weight" for letter in "qk")
+    changed = {**state, q: state[q].bfloat16(), k: state[k].to(torch.float8_e4m3fn)}
+    save_file(changed, tmp_path / "several.safetensors")
+    convert(tmp_path / "several.safetensors", tmp_path / "ours")
+    convert(tmp_path / "ours", tmp_path / "back")
+    made = load_file(tmp_path / "back" / "diffusion_pytorch_model.safetensors")
+    assert_equal(made, {name: w.float() for name, w in changed.items()})
+
+
 @pytest.mark.parametrize("variant", [None, "fp16"])
 def test_shards_are_read_by_their_index(variant, pipes, tmp_path):
     pipes[1]["dual"].transformer.save_pretrained(tmp_path / "shards", max_shard_size="200KB", variant=variant)
@@ -332,6 +352,8 @@ def test_what_does_not_fit_is_refused(pipes, tmp_path):
         ("has no tensor proj_out.bias", lambda s: s.pop("proj_out.bias")),
         ("what would extra be for", lambda s: s.update(extra=torch.zeros(1))),
         ("block 0 of 2 is missing|no transformer", lambda s: [s.pop(k) for k in list(s) if "blocks.0." in k]),
+        (r"its positions are \(1, 35, 128\)", lambda s: s.update({"pos_embed.pos_embed": torch.zeros(1, 35, 128)})),
+        (r"its positions are \(\)", lambda s: s.update({"pos_embed.pos_embed": torch.zeros(())})),
         (r"proj_out.bias makes \(63,\), not \(64,\)", lambda s: s.update({"proj_out.bias": torch.zeros(63)})),
     ):
         changed = dict(state)

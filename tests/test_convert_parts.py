@@ -135,6 +135,34 @@ def test_an_encoder_that_the_index_leaves_out_is_not_used(tmp_path, pipe):
     assert list(open_pipeline(folder).text.parts) == ["clip_l", "clip_g"] and "t5" in open_pipeline(pipe).text.parts
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "told"), [("scaling_factor", 0.5, "scale"), ("norm_num_groups", 16, "groups")]
+)
+def test_what_a_file_of_stability_s_does_not_tell_of_an_autoencoder_is_not_lost(tmp_path, pipe, key, value, told):
+    shutil.copytree(pipe, tmp_path / "pipe")
+    edited(tmp_path / "pipe", "vae/config.json", **{key: value})
+    with pytest.raises(UserError, match=f"layout has {told} .*as SD3's, and this one has {value}"):
+        convert(tmp_path / "pipe", tmp_path / "one.safetensors")
+    assert not (tmp_path / "one.safetensors").exists()
+
+
+@pytest.mark.parametrize("shape", [None, (3,), (1,)])
+def test_an_autoencoder_without_all_its_tensors_is_not_converted(tmp_path, pipe, shape):
+    shutil.copytree(pipe, tmp_path / "pipe")
+    file, name = tmp_path / "pipe" / "vae" / "diffusion_pytorch_model.safetensors", "decoder.conv_out.bias"
+    tensors = load_file(file)
+    if shape is None:
+        del tensors[name]
+    else:
+        tensors[name if shape == (1,) else "loss.scale"] = torch.zeros(shape)
+    save_file(tensors, file)
+    with pytest.raises(
+        UserError, match=r"not as its config says: (decoder.conv_out.bias is (missing|\(1,\))|loss.scale is)"
+    ):
+        convert(tmp_path / "pipe", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def edited(folder, file, **changes):
     path = folder / file
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))

@@ -186,7 +186,7 @@ def test_a_full_fine_tuning_begins_with_the_weights(config, base, tmp_path):
         (["train.lora={targets: [qkv.liner]}"], "no linear layer is called 'qkv.liner'. Did you mean 'qkv.linear'"),
         (["train.lora={targets: [image_modulation]}"], "no linear layer is called 'image_modulation'"),
         (["init=nowhere"], "nowhere does not exist"),
-        (["model.hidden=64"], "they do not belong together"),
+        (["model.hidden=64"], "but the run's model wants"),
     ],
 )
 def test_mistakes_cost_one_line(config, base, tmp_path, capsys, change, message):

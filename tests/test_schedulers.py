@@ -419,6 +419,7 @@ Flow = diffusers.FlowMatchEulerDiscreteScheduler
         (lambda: from_scheduler(diffusers.FlowMatchHeunDiscreteScheduler())(velocity, NOISE, uniform(3)), "steps, 3"),
         (lambda: from_scheduler(diffusers.DEISMultistepScheduler(**FLOW))(velocity, NOISE, 5), "step 5 goes"),
         (lambda: from_scheduler(Flow(use_karras_sigmas=True))(velocity, NOISE, [1.0, 0.9, 0.1, 0.0]), "bends"),
+        (lambda: from_scheduler(Flow())(velocity, NOISE, -2), "steps = -2 is too few"),
         (lambda: from_scheduler(Flow())(velocity, NOISE, 3, seeds=[1]), "1 seeds for 2 pictures"),
         (
             lambda: from_scheduler(diffusers.UniPCMultistepScheduler(**FLOW))(velocity, NOISE, 3, seeds=[1, 2]),

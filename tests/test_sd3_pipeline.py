@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from genflow.cli import main
 from genflow.conditions import Condition
@@ -119,6 +120,21 @@ def test_parts_of_several_dtypes_become_one_pipeline(tmp_path):
     how = {"height": 16, "width": 16, "latents": noise, "guidance_scale": 4.0, "output_type": "np"}
     theirs = made(PROMPTS, num_inference_steps=3, **how).images
     assert np.abs(theirs - ours(flow, steps=3, guidance=4.0, **DOUBLE)).mean() < 0.02
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float16])
+def test_weights_of_8_bits_or_of_several_dtypes_are_drawn_with(dtype, tmp_path):
+    """Biases stay as they are; diffusers computes in float32, unless it is told otherwise."""
+    tiny_sd3.pipeline().save_pretrained(tmp_path / "pipe")
+    file = tmp_path / "pipe" / "transformer" / "diffusion_pytorch_model.safetensors"
+    save_file({k: v.to(dtype) if v.ndim == 2 else v for k, v in load_file(file).items()}, file)
+    flow = open_pipeline(tmp_path / "pipe")
+    assert {p.dtype for p in flow.network.parameters()} == {torch.float32}
+    assert_same_pictures(ours(flow, steps=3, guidance=4.0, **DOUBLE), theirs(tmp_path / "pipe", 3, 4.0))
+    save_file({k: v.to(torch.float8_e5m2) for k, v in load_file(file).items()}, file)
+    flow = open_pipeline(tmp_path / "pipe")
+    assert {p.dtype for p in flow.network.parameters()} == {torch.bfloat16}
+    assert np.isfinite(ours(flow, steps=1)).all()
 
 
 def test_a_pipeline_of_one_variant_is_drawn_from(folders, tmp_path):

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from genflow.config import from_dict, to_dict
 from genflow.errors import UserError
@@ -182,3 +183,12 @@ def test_configs_come_back_and_mistakes_cost_one_line(pipe, config, tmp_path):
     with pytest.raises(UserError, match="cannot be loaded"):
         text.encode(["never heard before"])
     assert json.loads(text.parts["t5"].identity)[1] == "t5"
+
+
+def test_no_weight_of_an_encoder_is_made_up(pipe, config, tmp_path):
+    shutil.copytree(pipe[1], tmp_path / "pipe")
+    file, lost = tmp_path / "pipe" / "text_encoder_2" / "model.safetensors", "text_projection.weight"
+    save_file({name: w for name, w in load_file(file).items() if name != lost}, file, metadata={"format": "pt"})
+    text = replace(config, folder=str(tmp_path / "pipe")).build()
+    with pytest.raises(UserError, match=rf"text_encoder_2 cannot be loaded \(its files lack {lost}\)"):
+        text.encode(["never heard before"])

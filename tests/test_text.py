@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from genflow.conditions import Condition
 from genflow.data import prepared
@@ -311,6 +312,10 @@ def test_clip_and_t5_encoders_from_folders(tmp_path, cache):
         PretrainedTextConfig(model=str(tmp_path / "clip"), max_tokens=9).build()
     with pytest.raises(UserError, match=r"no such folder\. Did you mean 'clip'"):
         PretrainedTextConfig(model=str(tmp_path / "clp")).build()
+    other = {f"module.{name}": w.clone() for name, w in networks["clip"].state_dict().items()}
+    save_file(other, tmp_path / "clip" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"cannot be loaded \(its files lack .*\d more\)"):
+        PretrainedTextConfig(model=str(tmp_path / "clip"), max_tokens=4).build().encode(["red dog"])
     (tmp_path / "clip" / "model.safetensors").write_bytes(b"junk")
     with pytest.raises(UserError, match="cannot be loaded") as caught:
         PretrainedTextConfig(model=str(tmp_path / "clip"), max_tokens=4).build().encode(["red dog"])

@@ -202,17 +202,18 @@ def load(path: str | Path, *, ema: bool = True, device: str | torch.device = "cp
         raise UserError(f"device {str(device)!r} cannot take the model: {str(error).splitlines()[0]}") from error
 
 
-def fill_from(flow: nn.Module, folder: Path, *, ema: bool) -> None:
+def fill_from(flow: nn.Module, folder: Path, *, ema: bool, model: str = f"the model of {CONFIG}") -> None:
     """Put the weights of a model folder into a flow of the same model; those of a LoRA run are of its `init`, updated.
 
-    ema: the averaged ones where there are any. Raises UserError for what does not belong together.
+    ema: the averaged ones where there are any; model: whose the flow is, for errors. Raises UserError for what does not
+    belong together.
     """
     config, averaged = read_config(folder), folder / EMA
     files = [averaged, folder / MODEL] if ema and averaged.exists() else [folder / MODEL]
     if (scale := lora_scale(config)) is None:
-        _fill(flow, files)
+        _fill(flow, files, model)
     else:
-        fill_from(flow, check_base(folder), ema=True)
+        fill_from(flow, check_base(folder), ema=True, model=model)
         merge(flow, factors_of(_read_tensors(files[0], skip={}), scale, files[0]), files[0])
 
 
@@ -302,7 +303,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _fill(flow: nn.Module, files: list[Path]) -> None:
+def _fill(flow: nn.Module, files: list[Path], model: str) -> None:
     """Load the flow's weights, each from the first of the files that has it."""
     wanted = flow.state_dict()
     found: dict[str, Tensor] = {}
@@ -310,12 +311,10 @@ def _fill(flow: nn.Module, files: list[Path]) -> None:
         for key, value in _read_tensors(file, skip=found).items():
             owner, _, name = key.rpartition(".")
             if key not in wanted and not _has_empty_buffer(flow, owner, name):
-                raise UserError(
-                    f"{file} holds {key!r}, which the model of {CONFIG} does not have; they do not belong together"
-                )
+                raise UserError(f"{file} holds {key!r}, which {model} does not have; they do not belong together")
             if key in wanted and value.shape != wanted[key].shape:
                 raise UserError(
-                    f"{file}: {key} is {list(value.shape)}, but the model of {CONFIG} wants {list(wanted[key].shape)}; "
+                    f"{file}: {key} is {list(value.shape)}, but {model} wants {list(wanted[key].shape)}; "
                     "they do not belong together"
                 )
             if key not in wanted:

@@ -259,15 +259,14 @@ def vae_from_shapes(tensors: Mapping[str, Lazy]) -> KLAutoencoderConfig:
     if config.latent_channels != 16 or config.quant_convs:
         what = f"{config.latent_channels} channels{' and quant convolutions' * config.quant_convs}"
         raise UserError(
-            f"the file's autoencoder is not SD3's but one of {what}, whose scale no file tells; give --like"
+            f"the file's autoencoder is not SD3's but one of {what}, whose scale no file tells; take diffusers' layout"
         )
     return config
 
 
 def vae_from_stability(source: Mapping[str, Lazy], config: KLAutoencoderConfig) -> dict[str, Lazy]:
     """An AutoencoderKL's tensors from those under Stability's names. Raises UserError for one missing or left over."""
-    with torch.device("meta"):
-        shapes = {name: tuple(w.shape) for name, w in config.build().module.state_dict().items()}
+    shapes = _shapes(config)
     theirs = {name: _stability_name(name, len(config.channels)) for name in shapes}
     if missing := {*theirs.values()} - {*source}:
         raise UserError(f"not an autoencoder of this configuration: it has no tensor {min(missing)}")
@@ -277,6 +276,19 @@ def vae_from_stability(source: Mapping[str, Lazy], config: KLAutoencoderConfig) 
         if math.prod(source[there].shape) != math.prod(shapes[name]):
             raise UserError(f"not an autoencoder of this configuration: {there} is {source[there].shape}")
     return {name: _reshaped(source[there], shapes[name]) for name, there in theirs.items()}
+
+
+def check_vae(tensors: Mapping[str, Lazy], config: KLAutoencoderConfig) -> None:
+    """Raises UserError where these are not the tensors, under diffusers' names, of an AutoencoderKL of the configuration."""
+    wanted, there = _shapes(config), {name: tensor.shape for name, tensor in tensors.items()}
+    if odd := sorted(name for name in wanted | there if wanted.get(name) != there.get(name)):
+        what = f"{odd[0]} is {there.get(odd[0], 'missing')}, not {wanted.get(odd[0], 'left out')}"
+        raise UserError(f"the autoencoder is not as its config says: {what}")
+
+
+def _shapes(config: KLAutoencoderConfig) -> dict[str, tuple[int, ...]]:
+    with torch.device("meta"):
+        return {name: tuple(w.shape) for name, w in config.build().module.state_dict().items()}
 
 
 def vae_to_stability(state: Mapping[str, Lazy], config: KLAutoencoderConfig) -> dict[str, Lazy]:

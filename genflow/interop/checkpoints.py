@@ -26,6 +26,7 @@ from genflow.flows.trained import Parts, TrainedAutoencoderConfig
 from genflow.interop.autoencoder import (
     KLAutoencoderConfig,
     KLNetworkConfig,
+    check_vae,
     vae_from_diffusers,
     vae_from_shapes,
     vae_from_stability,
@@ -46,6 +47,7 @@ ENCODERS = {
     "text_encoder_2": "text_encoders.clip_g.transformer.",
     "text_encoder_3": "text_encoders.t5xxl.transformer.",
 }
+SCALES = ("scaled_fp8", ".scale_weight", ".weight_scale")  # of ComfyUI's 8 bits; without them the weights are others
 PROJECTION, FINAL_NORM = "text_projection.weight", "text_model.final_layer_norm.weight"
 
 
@@ -106,6 +108,8 @@ def _open_file(path: Path) -> Checkpoint:
     bare = prefixed or everything
     if f"{STABILITY.blocks}.0.x_block.attn.qkv.weight" in bare:
         network = {k: v for k, v in bare.items() if not k.startswith((VAE, *ENCODERS.values()))}
+        if scales := [name for name in everything if name.endswith(SCALES)]:
+            raise UserError(f"{path} is quantised, with scales of its own ({scales[0]}); take a file without")
         model = config_from_shapes(network, STABILITY)
         known = (NETWORK, VAE, *ENCODERS.values())
         if prefixed and (rest := [name for name in everything if not name.startswith(known)]):
@@ -154,11 +158,12 @@ def _open_pipeline(folder: Path) -> Checkpoint:
     checkpoint = _open_transformer(folder / "transformer")
     autoencoder = vae_from_diffusers(read_json(folder / "vae" / CONFIG))
     _check_channels(checkpoint.model, autoencoder)
+    check_vae(vae := read_folder(folder / "vae"), autoencoder)
     kinds = {name: setting(list[Any] | None, index, name, str(folder / INDEX)) or [None] for name in ENCODERS}
     there = [name for name, kind in kinds.items() if kind[0] is not None]
     return replace(
         checkpoint,
-        vae=read_folder(folder / "vae"),
+        vae=vae,
         autoencoder=autoencoder,
         encoders={name: read_folder(folder / name) for name in there},
         homes=dict.fromkeys(there, folder),

@@ -16,7 +16,7 @@ from genflow.errors import UserError
 from genflow.flows.latent import LatentFlowConfig
 from genflow.flows.rectified import RectifiedFlowConfig
 from genflow.flows.store import CONFIG, MODEL, _write_json
-from genflow.interop.autoencoder import vae_to_diffusers, vae_to_stability
+from genflow.interop.autoencoder import vae_from_shapes, vae_to_diffusers, vae_to_stability
 from genflow.interop.checkpoints import (
     ENCODERS,
     INDEX,
@@ -253,6 +253,11 @@ def _write_stability(checkpoint: Checkpoint, out: Path) -> list[str]:
     tensors = {f"{NETWORK}{name}": tensor for name, tensor in network.items()}
     if checkpoint.autoencoder is not None:
         vae = vae_to_stability(checkpoint.vae, checkpoint.autoencoder)
+        if (told := vae_from_shapes(vae)) != checkpoint.autoencoder:
+            own, theirs = to_dict(checkpoint.autoencoder), to_dict(told)
+            odd = next(name for name in own if own[name] != theirs[name])
+            what = f"{odd} {theirs[odd]}, as SD3's, and this one has {own[odd]}"
+            raise UserError(f"the autoencoder of a file of Stability's layout has {what}; take diffusers'")
         tensors |= {f"{VAE}{name}": tensor for name, tensor in vae.items()}
     for folder, prefix in ENCODERS.items():
         encoder = checkpoint.encoders.get(folder, {})

@@ -9,13 +9,13 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import isqrt
+from math import isqrt, prod
 
 import torch
 from torch import Tensor
 
 from genflow.errors import UserError
-from genflow.interop.tensors import Lazy, numbers
+from genflow.interop.tensors import Lazy, numbers, widest
 from genflow.layers.embeddings import sincos_2d
 from genflow.networks.mmdit import MMDiTConfig
 
@@ -150,6 +150,7 @@ def to_genflow(source: Mapping[str, Lazy], config: MMDiTConfig, layout: Layout) 
     if layout.positions not in source:
         raise UserError(f"not an SD3 transformer: it has no tensor {layout.positions}")
     table = source[layout.positions]
+    _side(table, _sizes(config)[0])
     if not _is_computed(table, config):
         result[TABLE] = table.map(lambda w: w[0], table.shape[1:])
     return result
@@ -200,7 +201,7 @@ def config_from_shapes(tensors: Mapping[str, Lazy], layout: Layout) -> MMDiTConf
         raise UserError(f"not an SD3 transformer: it has no tensor {layout.positions}")
     q_norm = tensors.get(layout.counterpart("blocks.0.image_attention.qkv.q_norm", 0)[0][0])
     dual = [layout.counterpart(f"blocks.{i}.image_attention2.qkv.linear.weight", 0)[0][0] in tensors for i in blocks]
-    side = isqrt(tensors[layout.positions].shape[1])
+    side = _side(tensors[layout.positions], hidden)
     return MMDiTConfig(
         depth=len(blocks),
         hidden=hidden,
@@ -222,7 +223,9 @@ def _cat(parts: list[Lazy]) -> Lazy:
         return parts[0]
     rows = sum(part.shape[0] for part in parts)
     shape = (rows, *parts[0].shape[1:])
-    return Lazy(shape, parts[0].dtype, lambda: torch.cat([part.read() for part in parts]))
+    dtypes = {part.dtype for part in parts}
+    dtype = widest(dtypes) if len(dtypes) > 1 else parts[0].dtype
+    return Lazy(shape, dtype, lambda: torch.cat([part.read().to(dtype) for part in parts]))
 
 
 def _chunks(whole: Lazy, n: int) -> list[Lazy]:
@@ -235,6 +238,14 @@ def _swap_halves(w: Tensor) -> Tensor:
 
 
 # ------------------------------------------------------------------------------------------------------------ positions
+
+
+def _side(table: Lazy, hidden: int) -> int:
+    """P of a table, 1 x P^2 x hidden. Raises UserError for what is none."""
+    side = isqrt(prod(table.shape) // hidden)
+    if table.shape != (1, side**2, hidden):
+        raise UserError(f"not an SD3 transformer: its positions are {table.shape}, not 1 x side^2 x {hidden}")
+    return side
 
 
 def _sizes(config: MMDiTConfig) -> tuple[int, int]:

@@ -17,6 +17,7 @@ from genflow.interop.checkpoints import check_velocity, open_checkpoint
 from genflow.interop.convert import recipe_of, scheduler_of
 from genflow.interop.diffusers import to_diffusers
 from genflow.interop.layouts import TABLE
+from genflow.interop.tensors import widest
 from genflow.registry import api_export
 from genflow.text.sd3 import FOLDERS, SD3Text
 
@@ -25,9 +26,10 @@ from genflow.text.sd3 import FOLDERS, SD3Text
 def open_pipeline(path: str | Path, *, device: str | torch.device = "cpu") -> LatentFlow:
     """A diffusers SD3 pipeline folder as a flow of pictures, in eval mode; its text encoders are loaded at the first prompt.
 
-    The transformer keeps the dtype of its file; the autoencoder computes in float32. `flow.recipe` holds its configuration
-    and how the pipeline samples: its solver, shift and the double-shifted grid of diffusers' scheduler, 28 steps, guidance
-    7. Raises UserError for another pipeline, and for damaged or missing files.
+    The transformer keeps the dtype of its file, of several the widest, and for one of 8 bits takes bfloat16; the
+    autoencoder computes in float32. `flow.recipe` holds its configuration and how the pipeline samples: its solver, shift
+    and the double-shifted grid of diffusers' scheduler, 28 steps, guidance 7. Raises UserError for another pipeline, and
+    for damaged or missing files.
     """
     checkpoint = open_checkpoint(path)
     config = recipe_of(checkpoint)
@@ -36,16 +38,14 @@ def open_pipeline(path: str | Path, *, device: str | torch.device = "cpu") -> La
     )
     with torch.device("meta"):
         flow = recipe.flow.build(recipe.model.build(), recipe.text.build(), shape=config["shape"])
-    network, vae = ({k: v.read().clone() for k, v in part.items()} for part in (checkpoint.transformer, checkpoint.vae))
-    if TABLE in network:
-        flow.flow.network.position_table = network.pop(TABLE)
+    vae = {name: tensor.read().clone() for name, tensor in checkpoint.vae.items()}
+    weights = {name: tensor for name, tensor in checkpoint.transformer.items() if name != TABLE}
+    dtype = widest({tensor.dtype for tensor in weights.values()})
+    network = {name: tensor.read().to(dtype, copy=True) for name, tensor in weights.items()}
+    if (table := checkpoint.transformer.get(TABLE)) is not None:
+        flow.flow.network.position_table = table.read().clone()
     flow.flow.network.load_state_dict(network, strict=False, assign=True)
-    try:
-        flow.autoencoder.module.load_state_dict(vae, assign=True)
-    except RuntimeError as error:
-        raise UserError(
-            f"{path}: its autoencoder is not as its config says: {str(error).splitlines()[1].strip()}"
-        ) from error
+    flow.autoencoder.module.load_state_dict(vae, assign=True)
     flow.autoencoder.float()
     flow.recipe = config
     return flow.to(device).eval()

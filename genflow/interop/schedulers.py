@@ -352,6 +352,8 @@ def _planned(scheduler: Any, grid: Sequence[float] | int) -> Any:
     if isinstance(grid, int | np.integer):
         if config.get("use_dynamic_shifting"):
             raise UserError(f"the shift of this {name} depends on the picture's size; give a grid of times instead")
+        if grid < 1:
+            raise UserError(f"steps = {grid} is too few; the nearest possible number is 1")
         solver = copy(config)
         solver.set_timesteps(grid)
     else:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 
 import torch
@@ -195,6 +196,11 @@ def write_file(path: Path, tensors: Mapping[str, Lazy], metadata: Mapping[str, s
         raise UserError(
             f"cannot write {path}: {error.strerror or error}; free some space or choose another place"
         ) from error
+
+
+def widest(dtypes: Iterable[torch.dtype]) -> torch.dtype:
+    """The least dtype that holds every number of these and is computed in: bfloat16 for those of 8 bits."""
+    return reduce(torch.promote_types, (torch.bfloat16 if dtype.itemsize == 1 else dtype for dtype in dtypes))
 
 
 def strip(tensors: Mapping[str, Lazy], prefix: str) -> dict[str, Lazy]:

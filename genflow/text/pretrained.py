@@ -123,7 +123,7 @@ class PretrainedText(TextEncoder):
             where = self.folder or self.model
             try:
                 tokenizer = AutoTokenizer.from_pretrained(where)
-                network = kind.from_pretrained(where, use_safetensors=True, dtype=torch.float32).eval()
+                network = _load(kind, where, dtype=torch.float32)
             except Exception as error:
                 reason = " ".join(str(error).split())[:200]
                 raise UserError(f"text {self.model}: cannot be loaded ({reason})") from error
@@ -235,3 +235,11 @@ def _quiet() -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     hub_logging.set_verbosity_error()
+
+
+def _load(kind: Any, where: str | Path, **how: Any) -> Any:
+    """A network of transformers in eval mode. Raises ValueError where a weight is not in its files, and would be made up."""
+    network, about = kind.from_pretrained(where, use_safetensors=True, output_loading_info=True, **how)
+    if lost := sorted(key for key in about["missing_keys"] if not key.startswith("pooler.")):  # what nobody asks for
+        raise ValueError(f"its files lack {lost[0]}{f' and {len(lost) - 1} more' * (len(lost) > 1)}")
+    return network.eval()

@@ -19,7 +19,7 @@ from genflow.functional import Rng
 from genflow.registry import text_export
 from genflow.text.base import TextEncoder, warn_cut
 from genflow.text.cache import EmbeddingCache, Row
-from genflow.text.pretrained import BATCH, READ, _print, _quiet, fingerprint
+from genflow.text.pretrained import BATCH, READ, _load, _print, _quiet, fingerprint
 
 # Our name -> the folders of its weights and of its tokenizer in a diffusers pipeline.
 FOLDERS = {
@@ -248,8 +248,7 @@ class Pretrained:
             dtype = "auto" if self.dtype == "auto" else getattr(torch, self.dtype)
             try:
                 tokenizer = AutoTokenizer.from_pretrained(self.tokens)
-                how = {"use_safetensors": True, "variant": _variant(self.folder), "dtype": dtype}
-                network = kind.from_pretrained(self.folder, **how).eval()
+                network = _load(kind, self.folder, variant=_variant(self.folder), dtype=dtype)
             except Exception as error:
                 raise UserError(
                     f"text sd3: {self.folder} cannot be loaded ({' '.join(str(error).split())[:200]})"

@@ -41,7 +41,7 @@ def begin_with(flow: Flow, path: str) -> None:
     """
     if isinstance(flow, LatentFlow):
         _check_scale(flow.config, path)
-    fill_from(flow, find_model(path), ema=True)
+    fill_from(flow, find_model(path), ema=True, model="the run's model")
 
 
 def _check_scale(config: LatentFlowConfig, path: str) -> None:
