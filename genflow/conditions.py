@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from genflow.functional import sent
+
 
 @dataclass(frozen=True)
 class Condition:
@@ -29,7 +31,7 @@ class Condition:
         return Condition(self.tokens[rows], self.mask[rows], self.pooled[rows])
 
     def to(self, device: torch.device | str) -> Condition:
-        return Condition(*(a.to(device, non_blocking=True) for a in (self.tokens, self.mask, self.pooled)))
+        return Condition(*(sent(a, device) for a in (self.tokens, self.mask, self.pooled)))
 
     def expand(self, rows: int) -> Condition:
         """Repeat a single row."""

@@ -24,6 +24,13 @@ from genflow.registry import api_export
 Time = float | Tensor
 T = TypeVar("T", float, Tensor)
 
+
+def sent(x: Tensor, device: torch.device | str) -> Tensor:
+    """x on the device; what comes from the CPU does not wait for it. Of MPS it does, which reads what is freed by then."""
+    within = torch.device(device).type
+    return x.to(device, non_blocking=x.device.type == "cpu" and within != "mps")  # pytorch#189690
+
+
 # ---------------------------------------------------------------------------------------------------- the straight path
 
 
@@ -177,7 +184,7 @@ class Rng:
         """
         if torch.device(device).type != "cpu":
             size = math.prod(shape)
-            words = _splitmix(self.bits(stream, index).to(device, non_blocking=True), -(-size // 2))
+            words = _splitmix(sent(self.bits(stream, index), device), -(-size // 2))
             radius = (-2 * ((_shift_right(words, 32).float() + 0.5) * 2.0**-32).log()).sqrt()
             angle = (words & 0xFFFFFFFF).float() * (math.pi * 2.0**-31)
             return torch.cat([radius * angle.cos(), radius * angle.sin()], 1)[:, :size].view(len(index), *shape)

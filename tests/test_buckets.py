@@ -254,18 +254,24 @@ def test_a_model_of_one_shape_refuses_buckets(tmp_path, capsys):
     config.write_text(
         f"data: {{name: folder, path: {pictures}, size: 16, buckets: {{step: 4}}}}\nmodel: glow\nflow: normalizing\n"
     )
-    assert main(["train", str(config), "train.precision=fp32", f"out={tmp_path / 'run'}"]) == 2
-    assert "takes samples of one shape; leave buckets out" in capsys.readouterr().err
+    for checkpointing in ("false", "true"):
+        how = ["train.precision=fp32", f"train.checkpointing={checkpointing}", f"out={tmp_path / 'run'}"]
+        assert main(["train", str(config), *how]) == 2
+        assert "the model takes samples of one shape; leave buckets out" in capsys.readouterr().err
 
 
-def test_buckets_that_the_network_does_not_divide_are_refused_before_the_first_step(tmp_path, capsys):
+@pytest.mark.parametrize(
+    "model",
+    [
+        "{name: mmdit, depth: 1, hidden: 16, patch_size: 8}\nflow: rectified\ntext: learned\n",
+        "{name: tiny_autoencoder, factor: 8, width: 8, blocks: 1}\nflow: autoencoder\n",
+    ],
+)
+def test_buckets_that_the_network_does_not_divide_are_refused_before_the_first_step(tmp_path, capsys, model):
     from genflow.cli import main
 
     pictures, config = save_pictures(tmp_path / "pictures"), tmp_path / "run.yaml"
-    config.write_text(
-        f"data: {{name: folder, path: {pictures}, size: 16, buckets: {{step: 4}}}}\n"
-        "model: {name: mmdit, depth: 1, hidden: 16, patch_size: 8}\nflow: rectified\ntext: learned\n"
-    )
+    config.write_text(f"data: {{name: folder, path: {pictures}, size: 16, buckets: {{step: 4}}}}\nmodel: {model}")
     assert main(["train", str(config), "train.precision=fp32", f"out={tmp_path / 'run'}"]) == 2
     assert re.search(r"one is \d+ x \d+, but the network takes multiples of 8; make", capsys.readouterr().err)
 

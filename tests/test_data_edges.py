@@ -482,11 +482,11 @@ def test_colours_are_those_that_the_icc_profile_means(mode, colour, profile, see
     assert decode(out.getvalue()).getpixel((3, 3)) == seen
 
 
-def test_a_transparent_colour_stays_so_whatever_the_profile():
+@pytest.mark.parametrize(("mode", "clear"), [("RGB", (255, 0, 0)), ("P", 0)])
+def test_a_transparent_colour_stays_so_under_an_icc_profile(mode, clear):
     out = io.BytesIO()
-    Image.new("RGB", (16, 16), (255, 0, 0)).save(
-        out, "PNG", icc_profile=icc_profile("swapped"), transparency=(255, 0, 0)
-    )
+    picture = Image.new("RGB", (16, 16), (255, 0, 0)).convert(mode, palette=Image.Palette.ADAPTIVE, colors=2)
+    picture.save(out, "PNG", icc_profile=icc_profile("swapped"), transparency=clear)
     assert decode(out.getvalue()).getpixel((3, 3)) == (255, 255, 255)
 
 

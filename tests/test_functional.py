@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -217,3 +218,17 @@ def test_seeds_out_of_range_are_refused(seed, near):
 def test_seeds_that_are_no_list_are_refused(seeds):
     with pytest.raises(UserError, match=rf"such as \[0, 1\], not of type {type(seeds).__name__}$"):
         noise_from_seeds(seeds, (1, 2, 2))
+
+
+def test_what_is_sent_to_mps_is_waited_for():
+    """There torch reads the numbers of the CPU later, when a temporary's are gone."""
+
+    class Spy:
+        device = torch.device("cpu")
+
+        def to(self, device, *, non_blocking):
+            return non_blocking
+
+    assert G.sent(Spy(), "cuda") and not G.sent(Spy(), "mps")
+    files = Path(G.__file__).parent.rglob("*.py")
+    assert [file.name for file in files if "non_blocking" in file.read_text()] == ["functional.py"]

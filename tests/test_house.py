@@ -16,9 +16,9 @@ ROOT = Path(genflow.__file__).parent
 FLOORS = [
     {"errors"},
     {"registry"},
-    {"config", "cachedir", "conditions", "versions"},
+    {"config", "cachedir", "saving", "versions"},
     {"functional", "native"},
-    {"attention"},
+    {"attention", "conditions"},
     {"layers"},
     {"networks", "samplers"},
     {"text"},

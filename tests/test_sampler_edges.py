@@ -194,3 +194,9 @@ def test_a_velocity_that_writes_into_what_it_is_given_is_told_so(sampler, writte
 
     with pytest.raises(UserError, match="the velocity wrote into the x or t that it was given"):
         sampler(velocity, torch.ones(2, 3), [1.0, 0.5, 0.0])
+
+
+def test_a_whole_solve_is_one_graph_to_a_compiler():
+    solve = lambda x: heun(lambda x, t: t[:, None] - x, x, [1.0, 0.5, 0.0]).x
+    x = torch.ones(2, 3)
+    torch.testing.assert_close(torch.compile(solve, backend="eager", fullgraph=True)(x), solve(x))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shutil
 from dataclasses import dataclass
 
@@ -11,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import genflow.config
 from genflow.conditions import Condition
+from genflow.data.pairs import write_pairs
 from genflow.errors import UserError
 from genflow.flows.densities import Mixed, Uniform
 from genflow.flows.rectified import RectifiedFlowConfig
@@ -25,6 +27,7 @@ from genflow.flows.store import (
     save_model,
 )
 from genflow.networks.mmdit import MMDiTConfig
+from genflow.training.checkpoint import save_checkpoint
 
 
 class TinyText(torch.nn.Module):
@@ -338,6 +341,22 @@ def test_a_model_saved_over_another_leaves_no_average_of_the_other(tmp_path):
     save_model(tmp_path, config={}, state=weights, ema=weights)
     save_model(tmp_path, config={}, state=weights)
     assert not (tmp_path / "ema.safetensors").exists()
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_weights_can_be_read_by_whom_their_config_can(tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        weights = {"a": torch.ones(2)}
+        save_model(tmp_path / "model", config={}, state=weights, ema=weights)
+        save_checkpoint(tmp_path, 1, config={}, tensors={"model": weights}, state={}, keep=1)
+        write_pairs(
+            tmp_path / "pairs", lambda rows: (torch.ones(1, 2), torch.zeros(1, 2)), captions=[""], shape=[2], about={}
+        )
+    finally:
+        os.umask(before)
+    modes = {path: path.stat().st_mode & 0o777 for path in tmp_path.rglob("*.*") if path.is_file()}
+    assert len(modes) == 9 and set(modes.values()) == {0o666 & ~umask}, modes
 
 
 def test_files_are_on_the_disk_before_they_are_called_whole(tmp_path, monkeypatch):

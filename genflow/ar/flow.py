@@ -25,7 +25,7 @@ from genflow.flows.base import Batch, Flow, LossOutput, evaluating
 from genflow.flows.conditioned import ConditionedFlow
 from genflow.flows.store import load
 from genflow.flows.tokenizer import Tokenizer
-from genflow.functional import Rng
+from genflow.functional import Rng, sent
 from genflow.networks.identity import identity
 from genflow.networks.token_transformer import TokenTransformer
 from genflow.registry import api_export, flow_export, tag_of
@@ -165,7 +165,7 @@ class TokenFlow(ConditionedFlow):
 
     def heard(self, batch: Batch, rng: Rng) -> Condition:
         """The embedded conditions of a batch in training, those that are dropped empty: stream "drop" of batch.position."""
-        keep = (rng.uniform("drop", batch.position) >= self.config.drop_condition).to(batch.x.device, non_blocking=True)
+        keep = sent(rng.uniform("drop", batch.position) >= self.config.drop_condition, batch.x.device)
         condition = self.text.drop(batch.condition, rng, batch.position)
         return self.embed(condition.where(keep, self.text.null().to(batch.x.device)))
 

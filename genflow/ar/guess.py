@@ -13,6 +13,7 @@ from torch import Tensor
 
 from genflow.ar.law import TokenNoise
 from genflow.errors import UserError
+from genflow.functional import sent
 
 
 class Reader(Protocol):
@@ -130,7 +131,7 @@ class Draft(Protocol):
 
 def symbols_at(symbols: Tensor, first: Tensor, width: int) -> Tensor:
     """symbols[i, first[i] : first[i] + width] of each row, B x width; the last one is repeated beyond the end."""
-    at = first.to(symbols.device, non_blocking=True)[:, None] + torch.arange(width, device=symbols.device)
+    at = sent(first, symbols.device)[:, None] + torch.arange(width, device=symbols.device)
     return symbols.gather(1, at.clamp(max=symbols.shape[1] - 1))
 
 

@@ -172,7 +172,8 @@ def _print_table(
 
 def _save_noise(path: Path, noise: Tensor, about: dict[str, object]) -> None:
     from safetensors import SafetensorError
-    from safetensors.torch import save_file
+
+    from genflow.saving import save_file
 
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:

@@ -15,7 +15,6 @@ from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -27,6 +26,7 @@ from genflow.data.sources import Pictures
 from genflow.errors import UserError
 from genflow.networks.identity import identity
 from genflow.registry import api_export
+from genflow.saving import save_file
 from genflow.text import TextEncoder, cuts_told_at_once
 
 SHARD = 1024  # samples, or captions

@@ -20,7 +20,7 @@ from genflow.data.images import BadImage
 from genflow.data.prepared import PreparedConditions
 from genflow.data.sources import Samples, Source, source_of
 from genflow.errors import UserError
-from genflow.functional import Rng
+from genflow.functional import Rng, sent
 from genflow.registry import api_export
 
 
@@ -47,7 +47,7 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """On a device; position and index, which only count, stay on the CPU."""
-        return self._each(lambda a: a.to(device, non_blocking=True))
+        return self._each(lambda a: sent(a, device))
 
     def pin_memory(self) -> Batch:
         return self._each(Tensor.pin_memory)

@@ -15,12 +15,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from genflow.data.folders import existing
 from genflow.errors import UserError
 from genflow.registry import api_export, dataset_export
+from genflow.saving import save_file
 
 SHARD = 1024
 ABOUT = "pairs.json"

@@ -34,7 +34,7 @@ from genflow.flows.dequantization import (
 from genflow.flows.divergence import probing
 from genflow.flows.models.tarflow import TarFlow, measure_inverse
 from genflow.flows.sampling import InverseConfig
-from genflow.functional import Rng, noise_from_seeds
+from genflow.functional import Rng, noise_from_seeds, sent
 from genflow.registry import api_export, flow_export, tag_of
 from genflow.samplers import Progress, Solution
 
@@ -177,7 +177,7 @@ class NormalizingFlow(ConditionedFlow):
         condition = self.text.drop(batch.condition, rng, batch.position)
         if self.config.drop_condition:
             keep = rng.uniform("drop", batch.position) >= self.config.drop_condition
-            condition = condition.where(keep.to(batch.x.device, non_blocking=True), self.text.null().to(batch.x.device))
+            condition = condition.where(sent(keep, batch.x.device), self.text.null().to(batch.x.device))
         with probing(rng, batch.position) as penalties:
             per_sample = self._nll(batch.x, self._pooled(self.embed(condition)), rng, batch.position)
         name = "bits_per_dim" if self.unit == "bits/dim" else "nll"

@@ -12,6 +12,7 @@ from torch import Tensor, distributed, nn
 
 from genflow.conditions import Condition
 from genflow.errors import UserError
+from genflow.functional import sent
 from genflow.networks.caching import FirstBlockCache
 from genflow.registry import resolve, tag_of
 from genflow.samplers import Solution
@@ -45,9 +46,7 @@ class PreparedVelocity:
             context, self._pooled = self.network.prepare(prepared[0], prepared[2])
             # Rows of the table, not the table, are what guidance repeats and puts side by side.
             prepared = context, rows.mask, self._pooled, torch.arange(len(rows), device=context.device)
-            self._times = torch.tensor(self.times, dtype=torch.float32).to(
-                context.device
-            )  # once: it waits for the device
+            self._times = sent(torch.tensor(self.times, dtype=torch.float32, device="cpu"), context.device)
         return list(zip(*(a.split([len(c) for c in conditions]) for a in prepared), strict=True))
 
     def __call__(self, z: Tensor, t: Tensor, *cond: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ from genflow.flows.paths import LinearPath, PathConfig, rows_like
 from genflow.flows.prepared import CachedSolution, PreparedVelocity, check_cache, check_noise
 from genflow.flows.sampling import SolveConfig, from_noise, into_picture, of_size
 from genflow.flows.velocity_likelihood import velocity_log_prob
-from genflow.functional import Rng, noise_from_seeds, resolution_shift, velocity_from_x
+from genflow.functional import Rng, noise_from_seeds, resolution_shift, sent, velocity_from_x
 from genflow.networks.caching import FirstBlockCache
 from genflow.registry import api_export, flow_export, resolve
 from genflow.samplers import Progress, Solution, Velocity, bound_sampler, cfg, heun, uniform, velocity_from
@@ -143,8 +143,8 @@ class RectifiedFlow(ConditionedFlow):
         """
         config, position = self.config, batch.position
         x = batch.x.float()
-        s = config.density(rng.uniform("t", position)).float().clamp(min=self.first).to(x.device, non_blocking=True)
-        keep = (rng.uniform("drop", position) >= config.drop_condition).to(x.device, non_blocking=True)
+        s = sent(config.density(rng.uniform("t", position)).float().clamp(min=self.first), x.device)
+        keep = sent(rng.uniform("drop", position) >= config.drop_condition, x.device)
         condition = self.text.drop(batch.condition, rng, position).where(keep, self.text.null().to(x.device))
         embedded = self.embed(condition)
         noise = self._coupled(x, self._noise(batch, rng), condition, embedded)

@@ -19,7 +19,6 @@ from typing import Annotated, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from genflow.config import Choice, from_dict
@@ -27,6 +26,7 @@ from genflow.errors import UserError, nearest
 from genflow.flows.base import Flow
 from genflow.flows.lora import factors_of, lora_scale, merge, whole
 from genflow.registry import api_export
+from genflow.saving import save_file
 
 CONFIG, MODEL, EMA, GUARD = "config.json", "model.safetensors", "ema.safetensors", "complete.json"
 _STEP = re.compile(r"step-(\d+)")

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from genflow.attention import Mask
 from genflow.errors import UserError
+from genflow.functional import sent
 
 
 class KeyValueCache:
@@ -49,7 +50,7 @@ class KeyValueCache:
             _, self.mask, related = self._tree(parents)
             return before + related.sum(1)[None] - 1
         device = self.tensor.device
-        self._before = start = self._lengths.to(device, non_blocking=True)[:, None]
+        self._before = start = sent(self._lengths, device)[:, None]
         self._lengths = self._lengths + width
         window = torch.arange(width, device=device)
         self._at = start + window

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from genflow.errors import UserError
-from genflow.functional import Rng
+from genflow.functional import Rng, sent
 from genflow.networks.bottlenecks import Bottleneck, Squeezed, check_channels, of_first_rank, sum_over_ranks
 from genflow.registry import genflow_export
 
@@ -206,9 +206,7 @@ class VQ(Quantizer):
         self.sums.lerp_(now[:, 1:], 1 - self.decay)
         even = self.counts.sum() / self.vocabulary
         dead = self.counts < DEAD * even
-        place = (
-            (rng.uniform("revive", torch.arange(self.vocabulary)) * len(rows)).long().to(rows.device, non_blocking=True)
-        )
+        place = sent((rng.uniform("revive", torch.arange(self.vocabulary)) * len(rows)).long(), rows.device)
         fresh = of_first_rank(rows[place])
         self.counts.copy_(torch.where(dead, even, self.counts))
         self.sums.copy_(torch.where(dead[:, None], fresh * even, self.sums))

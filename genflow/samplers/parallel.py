@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from genflow.errors import UserError
+from genflow.functional import sent
 from genflow.registry import sampler_export
 from genflow.samplers.fixed_point import verified
 from genflow.samplers.solution import Progress, Solution, Trajectory, Velocity, as_state, check_grid, state
@@ -120,9 +121,9 @@ class _Path:
 
 
 def _to(host: Tensor, x: Tensor) -> Tensor:
-    return host.to(x.device, non_blocking=True)
+    return sent(host, x.device)
 
 
 def _over(numbers: Tensor, x: Tensor) -> Tensor:
     """B x n numbers of the host, to broadcast over B x n x ... on x's device."""
-    return numbers.to(x, non_blocking=True).view(*numbers.shape, *[1] * (x.dim() - 1))
+    return sent(numbers.to(x.dtype), x.device).view(*numbers.shape, *[1] * (x.dim() - 1))

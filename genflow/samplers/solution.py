@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from genflow.errors import UserError, nearest
-from genflow.functional import Time, noise_from_seeds
+from genflow.functional import Time, noise_from_seeds, sent
 from genflow.registry import resolve
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
@@ -123,7 +123,9 @@ def answer(velocity: Callable[[Tensor, Any], Tensor], x: Tensor, t: Time) -> Ten
 
 
 def _versions(*given: Time) -> list[int]:
-    """How often each has been written to; those of inference mode do not know."""
+    """How often each has been written to; those of inference mode do not know, and a compiler's graph may not ask."""
+    if torch.compiler.is_compiling():
+        return []
     return [a._version for a in given if isinstance(a, Tensor) and not a.is_inference()]
 
 
@@ -176,7 +178,7 @@ class Solve:
         return answer(self.velocity, x, self._times[time])
 
     def _add_times(self, times: list[float]) -> None:
-        column = torch.tensor(times, dtype=self.x.dtype, device="cpu").unsqueeze(1).to(self.x.device, non_blocking=True)
+        column = sent(torch.tensor(times, dtype=self.x.dtype, device="cpu").unsqueeze(1), self.x.device)
         rows = column.repeat(1, len(self.x))
         self._times.update(zip(times, rows.unbind(), strict=True))
 
@@ -247,7 +249,7 @@ def check_seeds(seeds: Sequence[int], x: Tensor) -> None:
 
 def noise_like(x: Tensor, seeds: Sequence[int], step: int, stream: str) -> Tensor:
     """Standard normal, like x: row i a function of (seeds[i], step, stream) alone."""
-    return noise_from_seeds(seeds, x.shape[1:], step=step, stream=stream).to(x, non_blocking=True)
+    return sent(noise_from_seeds(seeds, x.shape[1:], step=step, stream=stream).to(x.dtype), x.device)
 
 
 def check_grid(grid: Sequence[float]) -> list[float]:

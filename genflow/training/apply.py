@@ -28,9 +28,9 @@ def _blocks(network: nn.Module, what: str) -> Iterable[nn.Module]:
 def check_shapes(dataset: Any, flow: nn.Module, network: nn.Module) -> None:
     """Raises UserError for a data set of several shapes, of which the network does not take each."""
     if isinstance(network, Bijection):
-        raise UserError(f"data.buckets: a {type(network).__name__} takes samples of one shape; leave buckets out")
+        raise UserError("data.buckets: the model takes samples of one shape; leave buckets out")
     factor = getattr(getattr(flow, "autoencoder", None), "factor", 1)
-    least = factor * getattr(network, "patch_size", getattr(network, "multiple", 1))
+    least = factor * max(getattr(network, name, 1) for name in ("patch_size", "multiple", "factor"))
     shapes = dataset.shapes * (factor if isinstance(dataset, LatentDataset) else 1)
     if wrong := [shape for shape in shapes.unique(dim=0).tolist() if any(side % least for side in shape)]:
         raise UserError(

@@ -12,12 +12,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from genflow.data.sources import Samples
 from genflow.errors import UserError
 from genflow.flows.store import checkpoints, finish_checkpoint, flush, normalise_keys
+from genflow.saving import save_file
 from genflow.training.ema import EMA
 from genflow.training.sharding import as_shared, whole
 
