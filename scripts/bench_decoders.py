@@ -158,7 +158,8 @@ def histogram_z(a: Tensor, b: Tensor, vocabulary: int) -> float:
     for _ in range(200):
         order = torch.randperm(len(joined), generator=generator)
         null.append(chi_square(joined[order[: len(a)]], joined[order[len(a) :]]))
-    return (chi_square(a, b) - statistics.mean(null)) / statistics.stdev(null)
+    spread = statistics.stdev(null)
+    return (chi_square(a, b) - statistics.mean(null)) / spread if spread else math.nan  # all pictures are alike
 
 
 def check(flow: TokenFlow, every: list[Contender], prompts: list[str], n: int, batch: int) -> None:
@@ -198,6 +199,10 @@ def main() -> None:
     parser.add_argument("--check", type=int, default=0, metavar="N", help="pictures for the two-sample tests")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
+    if args.rounds < 1:
+        parser.error(f"--rounds {args.rounds}: the least is 1")
+    if args.check == 1 or args.check < 0:
+        parser.error(f"--check {args.check}: the least is 2 pictures; 0 checks nothing")
     flow = load(args.run, device=args.device)
     if not isinstance(flow, TokenFlow):
         parser.error(f"{args.run} is no model of tokens")

@@ -187,6 +187,21 @@ def test_a_fixed_step_never_waits_for_the_device(tmp_path):
     assert len(found) > 8 and not any(found.values()), found
 
 
+DRAFTS = """
+sys.path.append(sys.argv[1])
+from toy_tokens import model
+
+flow = model()
+flow._drafts["run"] = model(1).float()  # as `draft="run"` leaves it
+flow.float().to(pretend.NAME)
+flow.sample(["dark"], seeds=[0], decoder="speculative", draft="run")
+"""
+
+
+def test_a_draft_of_a_run_follows_the_model_to_another_device(tmp_path):
+    in_a_process(DRAFTS, str(Path(__file__).parent), folder=tmp_path)
+
+
 NORMALS = """
 from genflow.functional import Rng
 

@@ -45,6 +45,13 @@ def test_greedy_is_one_token_and_the_limit_of_cold():
     torch.testing.assert_close(TokenLaw(top_p=1e-9)(logits()), p)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("temperature", [1e-30, 1e-38, 1e-46, 5e-324])
+def test_the_coldest_law_is_greedy_and_finite(temperature, dtype):
+    a = (100 * logits()).to(dtype)
+    assert torch.equal(TokenLaw(temperature=temperature)(a), TokenLaw(temperature=0)(a))
+
+
 def test_more_than_all_tokens_are_all():
     torch.testing.assert_close(TokenLaw(top_k=99)(logits()), logits().softmax(-1))
 

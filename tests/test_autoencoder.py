@@ -37,6 +37,7 @@ from genflow.networks.autoencoders import TinyAutoencoderConfig
 from genflow.networks.bottlenecks import GaussianConfig, PlainConfig, gaussian_kl
 from genflow.networks.discriminator import PatchDiscriminator, adaptive_weight, hinge
 from genflow.networks.feature_graph import FeatureGraph, PerceptualDistance
+from genflow.networks.quantizers import FSQConfig
 from genflow.networks.unet import UNetConfig
 from genflow.samplers import psnr
 from genflow.text.none import NoTextConfig
@@ -218,6 +219,14 @@ def test_the_perceptual_distance_is_of_unit_features_at_every_stage(graph):
     torch.testing.assert_close(PerceptualDistance(network, 16)(x, y), (each[0] + each[1]) / 2)
 
 
+@pytest.mark.parametrize("sides", [(64, 64), (16, 64), (40, 24)])
+def test_the_perceptual_distance_sees_every_pixel_of_larger_pictures(graph, sides):
+    x, y = torch.rand(2, 1, 3, *sides, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    far = PerceptualDistance(FeatureGraph(graph), 16)
+    (grad,) = torch.autograd.grad(far(x, y.requires_grad_()).sum(), y)
+    assert (grad != 0).any(1).all()
+
+
 def test_a_model_trained_with_perceptual_features_needs_no_file_of_them(graph, tmp_path):
     asked = PerceptualConfig(0.5, str(graph))
     run = train(run_config(tmp_path / "run", perceptual=asked))
@@ -272,6 +281,17 @@ def test_encode_and_decode_are_latents_and_pictures(run):
     assert torch.equal(flow.decode(z), flow.reconstruct(x)) and flow.decode(z).abs().max() <= 1
     told = flow.validate(batch())
     assert next(iter(told)) == "validation_loss" and {"validation_psnr", "validation_ssim", "validation_kl"} < set(told)
+
+
+def test_pictures_that_would_come_back_in_another_size_are_refused():
+    flow = flow_of(FSQConfig((4, 4)))
+    assert flow.reconstruct(torch.zeros(2, 3, 8, 20)).shape == (2, 3, 8, 20)
+    for go in (flow.encode, flow.reconstruct, flow.codes):
+        with pytest.raises(UserError, match="15 x 18 is no multiple of the model's factor 4; try 16 x 16"):
+            go(torch.zeros(2, 3, 15, 18))
+        for shape in ((2, 1, 16, 16), (3, 16, 16)):
+            with pytest.raises(UserError, match="the model is of pictures of 3 channels, not of"):
+                go(torch.zeros(shape))
 
 
 def test_an_autoencoder_draws_nothing_and_has_no_likelihood(run):

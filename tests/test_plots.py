@@ -84,6 +84,13 @@ def test_training_shows_the_loss_its_validation_and_its_parts():
         assert word in words(figure)
 
 
+def test_a_loss_of_one_step_is_a_point():
+    """It makes no line, and the plot of a short run would be empty."""
+    one, many = (plot_training(metrics()[:n]).axes for n in (1, 2))
+    assert {line.get_marker() for axes in one for line in axes.get_lines()[-1:]} == {"o"}
+    assert {line.get_marker() for axes in many for line in axes.get_lines()[-1:]} <= {"", "None"}
+
+
 def test_the_running_median_takes_no_notice_of_one_spike():
     lines = metrics(400)
     lines[200]["loss"] = 1e6

@@ -311,6 +311,18 @@ def test_a_sequence_longer_than_the_model_is_refused():
         flow.network(torch.zeros(1, 13, dtype=torch.int64), c.tokens, c.mask)
 
 
+def test_what_are_no_tokens_of_the_model_is_refused():
+    flow, tokens = model(), torch.zeros(2, 12, dtype=torch.int64)
+    assert flow.log_prob_of(tokens[:, :3]).shape == (2,) and flow.to_pictures(tokens).shape == (2, *flow.shape)
+    for go in (flow.log_prob_of, flow.to_pictures):
+        for bad in (tokens.view(2, 3, 4), tokens.int(), tokens.float(), tokens[0], tokens.repeat(1, 2)):
+            with pytest.raises(UserError, match="tokens must be B x "):
+                go(bad)
+        for bad in (tokens - 1, tokens + 6):
+            with pytest.raises(UserError, match=r"tokens are 0 \.\. 5, and these"):
+                go(bad)
+
+
 def test_what_does_not_fit_the_tokenizer_is_refused():
     config, text = TokenFlowConfig(GreyConfig()), LabelsConfig(CLASSES, dim=5).build()
     sizes = {"width": 32, "layers": 1, "context_dim": 5}
@@ -401,6 +413,19 @@ def test_the_table_of_decoders_has_every_figure_and_the_marks(trained, bench, ca
     for words in ("batch 1: ancestral", "speculative 2 mtp", "speculative-tree (3,2,1) small", "relaxed", "LOSSY"):
         assert words in out
     assert out.count("the mark is") == 2 and "z of the mean log-probability" in out
+
+
+@pytest.mark.parametrize("options", [("--rounds", "0"), ("--check", "1")])
+def test_too_few_rounds_or_pictures_for_a_table_are_refused(bench, capsys, monkeypatch, options):
+    monkeypatch.setattr(sys, "argv", ["bench", "run", *options])
+    with pytest.raises(SystemExit):
+        bench.main()
+    assert "the least is" in capsys.readouterr().err
+
+
+def test_histograms_of_pictures_that_are_all_alike_tell_nothing(bench):
+    same = torch.ones(8, 4, dtype=torch.int64)
+    assert bench.histogram_z(same, same, 3) != bench.histogram_z(same, same, 3)  # NaN
 
 
 # ------------------------------------------------------------------------------------------------------------ commands

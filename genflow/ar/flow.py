@@ -155,9 +155,18 @@ class TokenFlow(ConditionedFlow):
 
     @torch.no_grad()
     def to_pictures(self, tokens: Tensor) -> Tensor:
-        """Tokens, B x n, to pictures, B x C x H x W float32 in [-1, 1]."""
+        """Tokens, B x n int64, to pictures, B x C x H x W float32 in [-1, 1]. Raises UserError for what is no such."""
+        self._check(tokens, self.network.tokens)
         with torch.autocast(tokens.device.type, enabled=False):
             return self.tokenizer.decode(tokens.unflatten(1, self.grid)).float().clamp(-1, 1)
+
+    def _check(self, tokens: Tensor, n: int) -> None:
+        if tokens.dim() != 2 or tokens.shape[1] != n or tokens.dtype != torch.int64:
+            kind = f"{' x '.join(map(str, tokens.shape))} {str(tokens.dtype).removeprefix('torch.')}"
+            raise UserError(f"tokens must be B x {n} int64, as to_tokens gives them, and these are {kind}")
+        if tokens.numel() and not 0 <= tokens.min() <= tokens.max() < self.network.vocabulary:
+            most = self.network.vocabulary - 1
+            raise UserError(f"tokens are 0 .. {most}, and these {int(tokens.min())} .. {int(tokens.max())}")
 
     def reconstruct(self, x: Tensor) -> Tensor:
         """Pictures there and back through the tokenizer: no sample can be truer."""
@@ -204,7 +213,11 @@ class TokenFlow(ConditionedFlow):
 
     @torch.no_grad()
     def log_prob_of(self, tokens: Tensor, condition: Condition | None = None) -> Tensor:
-        """log P of tokens, B x n, nats, B. condition: prepared; none is the empty one."""
+        """log P of tokens, B x n int64 or the first of them, nats, B. condition: prepared; none is the empty one.
+
+        Raises UserError for what is no such.
+        """
+        self._check(tokens, min(tokens.shape[-1], self.network.tokens))
         with evaluating(self):
             return -self._nats(tokens, self.embed_rows(condition, len(tokens)))["nll"].double().sum(1)
 
@@ -273,7 +286,7 @@ class TokenFlow(ConditionedFlow):
             return None if draft is None else MTPDraft(reader)
         if isinstance(draft, str) and draft not in self._drafts:
             self._drafts[draft] = load(draft, device=self.device)
-        other: Any = self._drafts[draft] if isinstance(draft, str) else draft
+        other: Any = self._drafts[draft].to(self.device) if isinstance(draft, str) else draft
         if not hasattr(other, "guesses_for"):
             raise UserError(f"draft: a {type(other).__name__} guesses no tokens; take a model of the same tokenizer")
         return other.guesses_for(self, reader, prompts)

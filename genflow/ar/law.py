@@ -54,7 +54,8 @@ class TokenLaw:
         if self.temperature == 0:
             most, at = logits.max(-1, keepdim=True)
             return torch.zeros_like(logits).scatter_(-1, at, 1 + 0 * most)  # NaN stays NaN
-        logits = logits / self.temperature
+        coldest = torch.finfo(logits.dtype).tiny
+        logits = (logits - logits.amax(-1, keepdim=True)) / max(self.temperature, coldest)  # the likeliest stays finite
         if self.top_k is not None and self.top_k < logits.shape[-1]:
             kept, at = logits.topk(self.top_k)
             logits = torch.full_like(logits, -math.inf).scatter_(-1, at, kept)

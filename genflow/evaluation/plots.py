@@ -125,9 +125,9 @@ def plot_training(lines: Sequence[Mapping[str, Any]], title: str = "") -> Figure
     bins = sorted({key for line in lines for key in line if key.startswith("loss_t")})
     figure = _figure(9 if bins else 5.5, 3.4)
     panels = figure.subplots(1, 2 if bins else 1, squeeze=False)[0]
-    left = panels[0]
+    left, dot = panels[0], "o" if len(steps) == 1 else ""  # one point makes no line
     left.plot(steps, loss, color=FAINT, linewidth=0.5, alpha=0.6)
-    left.plot(*_smooth(steps, loss), color=INK, label="training, running median")
+    left.plot(*_smooth(steps, loss), color=INK, marker=dot, label="training, running median")
     checks, validation = _series(lines, "validation_loss")
     if len(checks):
         left.plot(checks, validation, "o-", color=ACCENT, label="validation")
@@ -142,7 +142,7 @@ def plot_training(lines: Sequence[Mapping[str, Any]], title: str = "") -> Figure
     colours = matplotlib.colormaps["viridis"](np.linspace(0, 0.92, len(bins)))
     for key, colour in zip(bins, colours, strict=False):
         begin = float(key.removeprefix("loss_t"))
-        right.plot(*_smooth(*_series(lines, key)), color=colour, label=f"{begin:.3g} – {begin + 1 / 8:.3g}")
+        right.plot(*_smooth(*_series(lines, key)), color=colour, marker=dot, label=f"{begin:.3g} – {begin + 1 / 8:.3g}")
     right.set(title="By time, running medians", xlabel="optimiser step")
     for axes in panels:
         axes.set_yscale("log")

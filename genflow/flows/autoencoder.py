@@ -108,6 +108,18 @@ def check_parts(network: nn.Module, bottleneck: Bottleneck) -> EncoderDecoder:
     return network
 
 
+def check_pictures(network: EncoderDecoder, shape: Sequence[int]) -> None:
+    """Raises UserError for pictures, C, H, W, that the network would not give back in their size."""
+    factor, channels = network.factor, network.in_channels
+    if len(shape) != 3 or shape[0] != channels:
+        raise UserError(f"flow autoencoder: the model is of pictures of {channels} channels, not of {tuple(shape)}")
+    if shape[1] % factor or shape[2] % factor:
+        near = " x ".join(str(max(round(side / factor), 1) * factor) for side in shape[1:])
+        raise UserError(
+            f"flow autoencoder: {shape[1]} x {shape[2]} is no multiple of the model's factor {factor}; try {near}"
+        )
+
+
 @api_export("AutoencoderFlow")
 class AutoencoderFlow(Flow):
     """A network and a bottleneck under the verbs of a flow. encode: latents, without noise; decode: pictures of them."""
@@ -123,16 +135,12 @@ class AutoencoderFlow(Flow):
         self.config, self.text, self.shape = config, text, tuple(shape)
         self.bottleneck: Bottleneck = config.bottleneck.build()
         self.network = check_parts(network, self.bottleneck)
-        factor, channels = self.network.factor, self.network.in_channels
-        if len(shape) != 3 or shape[0] != channels:
-            raise UserError(f"flow autoencoder: the model is of pictures of {channels} channels, not of {tuple(shape)}")
-        if shape[1] % factor or shape[2] % factor:
-            raise UserError(f"flow autoencoder: {shape[1]} x {shape[2]} is no multiple of the model's factor {factor}")
+        check_pictures(self.network, shape)
         self.discriminator: PatchDiscriminator | None = None
         if (asked := config.discriminator) is not None:
             if min(shape[1:]) < (least := 2 ** (asked.layers + 2)):
                 raise UserError(f"discriminator: {asked.layers} layers need pictures of {least} pixels; give fewer")
-            self.discriminator = PatchDiscriminator(channels, width=asked.width, layers=asked.layers)
+            self.discriminator = PatchDiscriminator(shape[0], width=asked.width, layers=asked.layers)
         # In training only: a trained model needs no such file. No submodule: DDP would send its weights at every step.
         self.perceptual: Callable[[Tensor, Tensor], Tensor] | None = None
 
@@ -218,7 +226,11 @@ class AutoencoderFlow(Flow):
 
     @torch.no_grad()
     def encode(self, x: Tensor, condition: Condition | None = None) -> Tensor:
-        """Pictures to latents (a normal posterior's mean, a quantiser's embeddings), B x channels x h x w."""
+        """Pictures to latents (a normal posterior's mean, a quantiser's embeddings), B x channels x h x w.
+
+        Any size that the factor divides. Raises UserError for pictures of other sizes or channels.
+        """
+        check_pictures(self.network, x.shape[1:])
         with evaluating(self), torch.autocast(self.device.type, enabled=False):
             return self._squeezed(x.float().to(self.device)).z
 
@@ -234,7 +246,8 @@ class AutoencoderFlow(Flow):
 
     @torch.no_grad()
     def codes(self, x: Tensor) -> Tensor:
-        """The codes of pictures, B x h x w int64. Raises UserError where the bottleneck has none."""
+        """The codes of pictures, B x h x w int64. Raises UserError where there are none, and as `encode` does."""
+        check_pictures(self.network, x.shape[1:])
         if not isinstance(self.bottleneck, Quantizer):
             raise UserError(f"codes: a {type(self.bottleneck).__name__} has none; take bottleneck fsq or vq")
         with evaluating(self), torch.autocast(self.device.type, enabled=False):

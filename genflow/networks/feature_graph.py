@@ -113,6 +113,9 @@ class PerceptualDistance(nn.Module):
         """a, b: B x C x H x W in [-1, 1], grey ones repeated to the channels of the graph. Returns B."""
         if a.shape[1] == 1:
             a, b = (x.expand(-1, self.graph.channels, -1, -1) for x in (a, b))
+        if max(a.shape[-2:]) > self.size:  # the plain resize leaves pixels unseen
+            size = (self.size, self.size)
+            a, b = (F.interpolate(x, size=size, mode="bilinear", antialias=True) for x in (a, b))
         mine, theirs = self.graph(a, self.size), self.graph(b, self.size)
         each = [
             (F.normalize(mine[name].float()) - F.normalize(theirs[name].float())).square().sum(1).mean((1, 2))
