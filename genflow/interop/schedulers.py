@@ -315,7 +315,7 @@ def from_scheduler(scheduler: ConfigMixin) -> Sampler:
     every solve and computes in float32 at best.
 
     Raises UserError for a scheduler that is not for flows, for a grid that it does not take, and for seeds of one that
-    draws no noise.
+    never draws noise.
     """
     _check_flow(_config_of(scheduler), ["invert_sigmas"])
 
