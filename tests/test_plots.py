@@ -116,6 +116,21 @@ def test_a_strip_has_the_states_and_what_they_foretell():
     assert "an otter" in text and "t = 0.9" in text and "z − t v" in text and "…" in text
 
 
+def test_a_caption_of_three_lines_leaves_the_words_beneath_it_alone():
+    times, states = path()
+    figure = plot_strip(times, states[:, :1], states[:, :1], ["a very long caption " * 9])
+    figure.draw_without_rendering()
+    axes = figure.axes[0]
+    caption = axes.texts[0].get_window_extent()
+    assert axes.texts[0].get_text().count("\n") == 2 and not caption.overlaps(axes.yaxis.label.get_window_extent())
+
+
+def test_the_name_of_a_long_run_stays_above_its_panel():
+    left, right = plot_training(metrics(), title="of " + "a_long_name" * 9).axes
+    left.figure.draw_without_rendering()
+    assert not left._left_title.get_window_extent().overlaps(right._left_title.get_window_extent())
+
+
 def test_a_strip_may_be_grey_but_not_of_latents():
     for channels in (1, 3):
         times, states = path(channels=channels)
@@ -165,6 +180,7 @@ def test_grids_are_rows_of_dots():
     assert left.get_lines()[1].get_xdata().tolist() == [1.0, 0.5, 0.0]
     assert right.get_lines()[1].get_xdata().tolist() == [0.0]  # log-SNR, without its infinite ends
     assert left.get_lines()[0].get_color() != left.get_lines()[1].get_color()
+    assert "Mine" in words(figure)
 
 
 def test_nobody_elses_plots_are_touched(tmp_path):

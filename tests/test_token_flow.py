@@ -502,6 +502,14 @@ def test_a_strip_outlines_guesses_and_own_draws_apart():
         plot_passes(torch.zeros(1, 4, 4, 6), passes, (2, 3), ["an otter"])
 
 
+@pytest.mark.parametrize("passes", [1, 3])
+def test_the_words_beside_a_strip_are_all_within_it(passes):
+    when = torch.arange(256)[None] % passes + 1
+    figure = plot_passes(torch.zeros(1, 3, 16, 16), when, (16, 16), ["a caption of some length"])
+    figure.draw_without_rendering()
+    assert figure.axes[0].texts[0].get_window_extent().x0 >= 0
+
+
 def test_genflow_eval_reports_nats_of_tokens_and_distances(trained, capsys, tmp_path):
     out = command(
         capsys, "eval", trained, "--metrics", "likelihood", "fd", "--features", "pixels", "-n", 8, "--out", tmp_path

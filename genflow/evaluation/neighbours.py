@@ -33,7 +33,8 @@ def nearest_neighbours(a: Tensor, b: Tensor, k: int) -> tuple[Tensor, Tensor]:
     if not 1 <= k <= len(b):
         raise UserError(f"k = {k} neighbours out of {len(b)}: take 1 to {len(b)}")
     near = [distances(part, b).topk(k, largest=False) for part in a.split(ROWS)]
-    return torch.cat([each.values for each in near]), torch.cat([each.indices for each in near])
+    far = torch.cat([each.values for each in near])
+    return far.where(far.square() > _slack(b), 0.0), torch.cat([each.indices for each in near])
 
 
 def _radii(x: Tensor, k: int) -> Tensor:
@@ -47,9 +48,13 @@ def _radii(x: Tensor, k: int) -> Tensor:
 
 def _within(far: Tensor, radii: Tensor, others: Tensor) -> Tensor:
     """Whether distances of points to the others are no longer than radii, but for rounding."""
-    others = others.double()
-    slack = ROUNDING * (others - others.mean(0)).square().sum(1).amax()
-    return far.square() <= radii.square() * (1 + ROUNDING) + slack
+    return far.square() <= radii.square() * (1 + ROUNDING) + _slack(others)
+
+
+def _slack(x: Tensor) -> Tensor:
+    """By how much squared distances to x may be wrong."""
+    x = x.double()
+    return ROUNDING * (x - x.mean(0)).square().sum(1).amax()
 
 
 @api_export("PrecisionRecall")

@@ -31,6 +31,7 @@ INK, FAINT, ACCENT = "#222222", "#9a9a9a", "#c8102e"
 HUES = {"runge_kutta": "Blues", "adams": "Oranges", "exponential": "Greens"}  # of the modules that hold the samplers
 MARKERS = "osD^vP"
 COLUMNS = 11  # of a strip, at most
+TITLE = 40  # letters that a panel has room for
 STYLE: Any = {
     "figure.dpi": 150,
     "text.parse_math": False,  # captions and names are a person's own
@@ -134,7 +135,7 @@ def plot_training(lines: Sequence[Mapping[str, Any]], title: str = "") -> Figure
     what = "mean squared error of the prediction" if bins else "negative log-likelihood (bits/dim, or nats)"
     if any("l1" in line for line in lines):  # an autoencoder's
         what = "error there and back, and penalties"
-    left.set(title=f"Loss {title}".strip(), xlabel="optimiser step", ylabel=what)
+    left.set(title=labelled(f"Loss {title}".strip(), TITLE), xlabel="optimiser step", ylabel=what)
     left.legend()
     if not bins:
         return figure
@@ -194,7 +195,7 @@ def plot_strip(times: Sequence[float], states: Tensor, predictions: Tensor, capt
             axes.imshow(_pixels(shown[column, row // 2]), interpolation="nearest")
             axes.set(xticks=[], yticks=[])
             axes.spines[:].set_visible(False)
-        cells[row, 0].set_ylabel(label, fontsize=8, rotation=0, ha="right", va="center")
+        cells[row, 0].set_ylabel(label, fontsize=8, rotation=0, ha="right", va="top")  # beneath the caption
     for axes, column in zip(cells[0], columns, strict=True):
         axes.set_title(f"t = {times[column]:.3g}", fontsize=8, fontweight="normal", loc="center")
     for caption, axes in zip(captions, cells[::2, 0], strict=True):
@@ -344,6 +345,7 @@ def _looks(samplers: Sequence[str]) -> list[tuple[Any, str]]:
 def plot_grids(grids: Mapping[str, Sequence[float]], *, marked: Sequence[str] = (), title: str = "") -> Figure:
     """Time grids as rows of dots, over t and over log-SNR, in which the ends 1 and 0 are infinitely far. marked: in red."""
     figure = _figure(9, 0.28 * len(grids) + 1.1)
+    figure.suptitle(title)
     left, right = figure.subplots(1, 2, sharey=True)
     rows = list(grids)[::-1]
     for y, name in enumerate(rows):

@@ -50,7 +50,7 @@ def plot_passes(pictures: Tensor, passes: Tensor, grid: tuple[int, int], caption
                 ink = INK if drawn[token] else ACCENT
                 corner = (x * cell[1] - 0.5, y * cell[0] - 0.5)
                 axes.add_patch(Rectangle(corner, cell[1], cell[0], fill=False, edgecolor=ink, linewidth=0.7))
-            axes.set(xticks=[], yticks=[])
+            axes.set(xticks=[], yticks=[], anchor="W")  # where the layout takes the words beside it to be
             axes.spines[:].set_visible(False)
             if row == 0:
                 axes.set_title(f"pass {column}", fontsize=8, fontweight="normal", loc="center")
