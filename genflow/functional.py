@@ -150,7 +150,7 @@ def _splitmix(state: Tensor, count: int) -> Tensor:
 @api_export("Rng")
 @dataclass(frozen=True)
 class Rng:
-    """Counter-based randomness: row i is a function of (seed, step, stream, index[i]) and of nothing else.
+    """Counter-based randomness: row i is a function of (seed, step, stream, index[i]) alone, on one kind of device.
 
     So a sample does not depend on its batch mates, on the number of workers or of ranks, nor on what was drawn before.
     seed: 0 .. 2^63 - 1; step: any counter; stream: the name of what is drawn ("t", "noise", ...).

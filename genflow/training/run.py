@@ -43,6 +43,7 @@ FREE = {
     "train.compile",
     "train.graphs",
     "train.checkpointing",
+    "train.log_every",
     "train.save_every",
     "train.keep",
     "train.preview_every",

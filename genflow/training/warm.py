@@ -10,7 +10,7 @@ from genflow.config import to_dict
 from genflow.errors import UserError
 from genflow.flows.base import Flow
 from genflow.flows.latent import Autoencoder, LatentFlow, LatentFlowConfig
-from genflow.flows.store import MODEL, _read_tensors, fill_from, find_model, newest_checkpoint, read_config
+from genflow.flows.store import CONFIG, MODEL, _read_tensors, fill_from, find_model, newest_checkpoint, read_config
 from genflow.training.checkpoint import checkpoint_tensors, save_checkpoint
 from genflow.training.config import RunConfig
 from genflow.training.ema import EMA
@@ -66,13 +66,17 @@ def autoencoder_of(config: RunConfig) -> Autoencoder:
     if config.init is not None:
         _check_scale(config.flow, config.init)
         autoencoder = config.flow.autoencoder.build()
-        state, prefix = _read_tensors(find_model(config.init) / MODEL, skip={}), "autoencoder."
+        folder = find_model(config.init)
+        state, prefix = _read_tensors(folder / MODEL, skip={}), "autoencoder."
         held = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
         try:
             autoencoder.load_state_dict(held)
         except RuntimeError as error:
-            reason = str(error).splitlines()[1].strip()
-            raise UserError(f"init {config.init}: it has not the autoencoder of the config: {reason}") from error
+            reason = str(error).splitlines()[1].strip()[:100]  # of all its tensors, it may be
+            raise UserError(
+                f"init {config.init}: it has not the autoencoder of the config: {reason} ...; what it has is "
+                f"flow.autoencoder in {folder / CONFIG}"
+            ) from error
         return autoencoder
     torch.manual_seed(0)
     first, second = config.flow.autoencoder.build(), config.flow.autoencoder.build()

@@ -408,7 +408,7 @@ def test_a_run_goes_on_in_its_own_precision_where_auto_is_asked(tiny, monkeypatc
 def test_what_may_change_when_a_run_goes_on_and_what_may_not(tiny, capsys):
     train(tiny("train.steps=1"))
     free = ["clip=2", "accumulation=2", "optimizer.lr=1e-4", "parallel=fsdp", "checkpointing=true", "save_every=1"]
-    free += ["keep=1", "preview_every=9", "preview_prompts=[owl]", "validate_every=9", "max_bad=0.5"]
+    free += ["log_every=1", "keep=1", "preview_every=9", "preview_prompts=[owl]", "validate_every=9", "max_bad=0.5"]
     run = train(tiny("train.steps=2", "sample.steps=3", *(f"train.{each}" for each in free)))
     assert newest_checkpoint(run).name == "step-00000002" and "resuming at step 1 of 2" in capsys.readouterr().err
     assert load(run / "config.yaml", schema=RunConfig).train.keep == 1
