@@ -204,20 +204,20 @@ def test_the_probe_is_ridge_regression_with_the_penalty_of_the_least_left_out_er
     assert found.penalty == min(penalties, key=left_out) == 10.0
 
 
-def test_ranks_are_by_cosine_and_ties_stand_in_the_middle():
+def test_ranks_are_by_cosine_and_level_captions_share_their_places():
     vectors = torch.eye(4)
     ranks = caption_ranks(torch.tensor([[5.0, 1, 0, 0], [1, 5, 0, 0], [0, 0, 0, 1]]), vectors, torch.tensor([0, 0, 1]))
-    assert ranks.tolist() == [0, 1, 2]  # the last: behind one, level with two others
-    assert (recall_at(ranks, 1), recall_at(ranks, 2)) == (pytest.approx(1 / 3), pytest.approx(2 / 3))
+    assert [each.tolist() for each in ranks] == [[0, 1, 1], [0, 0, 2]]
+    assert [recall_at(*ranks, k) for k in (1, 2, 3, 4)] == pytest.approx([1 / 3, 7 / 9, 8 / 9, 1])
 
 
 def test_a_probe_finds_the_captions_that_its_features_tell():
     vectors, turn = draw(200, 6), draw(6, 8, seed=1)
     probe = fit_caption_probe(vectors[:150] @ turn, vectors[:150])
     held = vectors[150:] - probe.centre
-    assert recall_at(caption_ranks(probe(vectors[150:] @ turn), held, torch.arange(50)), 1) == 1
+    assert recall_at(*caption_ranks(probe(vectors[150:] @ turn), held, torch.arange(50)), 1) == 1
     blind = caption_ranks(probe(draw(50, 8, seed=3)), held, torch.arange(50))
-    assert recall_at(blind, 1) < 0.2
+    assert recall_at(*blind, 1) < 0.2
 
 
 # ------------------------------------------------------------------------------------------------------------------ reals
@@ -303,10 +303,12 @@ def test_real_ones_that_are_alike_share_a_sample_whatever_the_rounding():
 
 
 def test_captions_that_cannot_be_told_apart_are_found_no_more_often_than_by_chance():
-    vectors = torch.eye(3).repeat_interleave(2, 0)
-    assert recall_at(caption_ranks(vectors, vectors, torch.arange(6)), 1) == 0.5
+    for size in (2, 3):
+        vectors = torch.eye(3).repeat_interleave(size, 0)
+        own = torch.arange(len(vectors))
+        assert recall_at(*caption_ranks(vectors, vectors, own), 1) == pytest.approx(1 / size)
     alike = draw(1, 7).expand(129, 7)
-    assert caption_ranks(draw(100, 7, seed=1), alike, torch.arange(100)).tolist() == [64.0] * 100
+    assert recall_at(*caption_ranks(draw(100, 7, seed=1), alike, torch.arange(100)), 1) == pytest.approx(1 / 129)
 
 
 def test_a_feature_that_never_varies_says_nothing():

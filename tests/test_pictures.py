@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -19,6 +21,16 @@ def test_a_picture_keeps_its_pixels_and_settings(tmp_path):
         assert np.asarray(image)[0, :, 0].tolist() == [0, 128, 255, 255]
     assert read_settings(tmp_path / "new" / "a.png") == settings
     assert [p.name for p in (tmp_path / "new").iterdir()] == ["a.png"]
+
+
+def test_a_picture_is_open_to_whom_other_new_files_are(tmp_path):
+    before = os.umask(0o027)
+    try:
+        to_picture(torch.zeros(1, 2, 2)).save_atomic(tmp_path / f"{'name' * 60}.png")
+    finally:
+        os.umask(before)
+    (picture,) = tmp_path.iterdir()
+    assert picture.stat().st_mode & 0o777 == 0o640
 
 
 def test_every_grey_level_survives(tmp_path):

@@ -360,15 +360,17 @@ def test_weights_can_be_read_by_whom_their_config_can(tmp_path, umask):
 
 
 def test_files_are_on_the_disk_before_they_are_called_whole(tmp_path, monkeypatch):
+    from genflow import saving
     from genflow.flows import store
 
-    flush, flushed = store.flush, []
+    flush, flushed = saving.flush, []
 
     def spied(path):
         flushed.append((path.name, (tmp_path / "complete.json").exists()))
         flush(path)
 
-    monkeypatch.setattr(store, "flush", spied)
+    for module in (store, saving):
+        monkeypatch.setattr(module, "flush", spied)
     for name in ("a.safetensors", "b.json"):
         (tmp_path / name).write_text("x")
     finish_checkpoint(tmp_path)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -173,12 +172,10 @@ def _print_table(
 def _save_noise(path: Path, noise: Tensor, about: dict[str, object]) -> None:
     from safetensors import SafetensorError
 
-    from genflow.saving import save_file
+    from genflow.saving import replacing, save_file
 
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        save_file({"noise": noise.contiguous()}, temporary, metadata={"genflow": json.dumps(about)})
-        os.replace(temporary, path)
+        with replacing(path) as temporary:
+            save_file({"noise": noise.contiguous()}, temporary, metadata={"genflow": json.dumps(about)})
     except (OSError, SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
         raise UserError(f"could not write {path}: {getattr(error, 'strerror', None) or error}") from error

@@ -26,7 +26,7 @@ from genflow.data.sources import Pictures
 from genflow.errors import UserError
 from genflow.networks.identity import identity
 from genflow.registry import api_export
-from genflow.saving import save_file
+from genflow.saving import replacing, save_file
 from genflow.text import TextEncoder, cuts_told_at_once
 
 SHARD = 1024  # samples, or captions
@@ -244,25 +244,15 @@ def _write_head(folder: Path, head: dict[str, Any]) -> None:
             was, now = (str(h.get(key))[:60] for h in (there, head))
             raise UserError(f"{folder} holds a cache with {key} {was}, not {now}; choose another folder, or remove it")
         return
-    _replace(folder / HEAD, lambda temporary: temporary.write_text(json.dumps(head, indent=1)))
+    with replacing(folder / HEAD) as temporary:
+        temporary.write_text(json.dumps(head, indent=1))
 
 
 def _write(path: Path, tensors: Mapping[str, Tensor], **told: Any) -> None:
     whole = {key: tensor.contiguous() for key, tensor in tensors.items()}
     metadata = {"about": json.dumps(told)}  # one entry: of several, safetensors shuffles the order
-    _replace(path, lambda temporary: save_file(whole, temporary, metadata=metadata))
-
-
-def _replace(path: Path, write: Any) -> None:
-    """Write beside path, flush to the disk, and move into place."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        write(temporary)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as temporary:
+        save_file(whole, temporary, metadata=metadata)
 
 
 @contextlib.contextmanager

@@ -7,7 +7,6 @@ themselves in shards of so many, shard-00000.safetensors and so on, each with `n
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ from torch import Tensor
 from genflow.data.folders import existing
 from genflow.errors import UserError
 from genflow.registry import api_export, dataset_export
-from genflow.saving import save_file
+from genflow.saving import replacing, save_file
 
 SHARD = 1024
 ABOUT = "pairs.json"
@@ -126,7 +125,8 @@ def write_pairs(
         )
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _replace(folder / ABOUT, lambda temporary: temporary.write_text(json.dumps(head, indent=1)))
+        with replacing(folder / ABOUT) as temporary:
+            temporary.write_text(json.dumps(head, indent=1))
         for i, file in enumerate(shard_files(folder, n, SHARD)):
             if file.is_file():
                 continue
@@ -136,7 +136,8 @@ def write_pairs(
                 raise UserError(
                     f"a sample of pairs {numbers.start} to {numbers[-1]} is not finite; take other settings"
                 )
-            _replace(file, lambda temporary, pair={"noise": noise, "x": x}: save_file(pair, temporary))  # type: ignore[misc]
+            with replacing(file) as temporary:
+                save_file({"noise": noise, "x": x}, temporary)
     except (OSError, SafetensorError) as error:
         raise UserError(f"cannot write pairs to {folder}: {error}; free some space or choose another place") from error
 
@@ -152,13 +153,3 @@ def _about(folder: Path) -> dict[str, Any]:
         raise UserError(f"data pairs: {folder} has no {ABOUT}; draw pairs with genflow reflow") from None
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"data pairs: {folder / ABOUT} is damaged ({error}); draw the pairs again") from error
-
-
-def _replace(path: Path, write: Callable[[Path], object]) -> None:
-    """Write beside path, and move into place."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +16,7 @@ from torch import Tensor
 
 from genflow.errors import UserError
 from genflow.registry import api_export
+from genflow.saving import replacing
 
 METADATA = "genflow"  # the PNG text field
 
@@ -39,19 +38,12 @@ class Picture:
 
 def write_atomic(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     """A file, whole or not at all. Raises UserError where the disk refuses."""
-    temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".partial", delete=False) as file:
-            temporary = Path(file.name)
+        with replacing(path, flushed=False) as temporary, temporary.open("wb") as file:
             write(file)
-        temporary.chmod(0o644)
-        os.replace(temporary, path)
     except OSError as error:
         raise UserError(f"could not write {path}: {error.strerror or error}") from error
-    finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
 
 
 @api_export("to_picture")

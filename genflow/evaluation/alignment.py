@@ -64,18 +64,17 @@ def fit_caption_probe(features: Tensor, vectors: Tensor, penalties: Sequence[flo
 
 @api_export("caption_ranks")
 @torch.no_grad()
-def caption_ranks(predicted: Tensor, vectors: Tensor, own: Tensor) -> Tensor:
-    """The place of each picture's own caption among all, 0 the nearest by cosine, ties in the middle: B.
+def caption_ranks(predicted: Tensor, vectors: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
+    """How many captions are nearer than each picture's own by cosine, and how many of the others are level with it: B each.
 
     predicted: B x E, of the pictures; vectors: G x E, of distinct captions, with the same origin (less the probe's centre);
     own: B, the number of each picture's.
     """
     similarity = normalize(predicted.double(), dim=1) @ normalize(vectors.double(), dim=1).T
     mine = similarity.gather(1, own[:, None])
-    ahead, level = (similarity > mine + LEVEL).sum(1), ((similarity - mine).abs() <= LEVEL).sum(1) - 1
-    return ahead + level.double() / 2
+    return (similarity > mine + LEVEL).sum(1), ((similarity - mine).abs() <= LEVEL).sum(1) - 1
 
 
-def recall_at(ranks: Tensor, k: int) -> float:
-    """R@k: part of the pictures whose own caption is among the k nearest, half of one that is level across the border."""
-    return float((k - ranks.double()).clamp(0, 1).mean())
+def recall_at(nearer: Tensor, level: Tensor, k: int) -> float:
+    """R@k: part of the pictures whose own caption is among the k nearest, in expectation over the order of level ones."""
+    return float(((k - nearer) / (level + 1.0)).clamp(0, 1).mean())

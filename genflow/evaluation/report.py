@@ -340,7 +340,7 @@ class _Run:
         which = f"{count} pictures, {len(gallery)} captions of {self.name} {self.held_out}"
         on = f"{which}; ridge from features to all-MiniLM-L6-v2"
         return [
-            Figure(f"R@{k}", recall_at(ranks, k), on if k == 1 else "", real=recall_at(real, k))
+            Figure(f"R@{k}", recall_at(*ranks, k), on if k == 1 else "", real=recall_at(*real, k))
             for k in (1, 10)
             if k < len(gallery)
         ]

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import warnings
 from collections.abc import Mapping
@@ -26,7 +25,7 @@ from genflow.errors import UserError, nearest
 from genflow.flows.base import Flow
 from genflow.flows.lora import factors_of, lora_scale, merge, whole
 from genflow.registry import api_export
-from genflow.saving import save_file
+from genflow.saving import flush, replacing, save_file
 
 CONFIG, MODEL, EMA, GUARD = "config.json", "model.safetensors", "ema.safetensors", "complete.json"
 _STEP = re.compile(r"step-(\d+)")
@@ -151,32 +150,13 @@ def _write_tensors(path: Path, state: Mapping[str, Tensor]) -> None:
             value = value.clone()  # safetensors takes no two names for one memory
         seen.add(value.data_ptr())
         tensors[key] = value
-    _replace(path, lambda temporary: save_file(tensors, temporary))
+    with replacing(path) as temporary:
+        save_file(tensors, temporary)
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    _replace(path, lambda temporary: temporary.write_text(json.dumps(content, indent=2) + "\n"))
-
-
-def _replace(path: Path, write: Any) -> None:
-    """Write a temporary file beside path, flush it to the disk, and move it into place."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        write(temporary)
-        flush(temporary)
-        os.replace(temporary, path)
-        flush(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def flush(path: Path) -> None:
-    """Have a file's contents, or a folder's names, on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2) + "\n")
 
 
 # -------------------------------------------------------------------------------------------------------------- loading

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from genflow.errors import UserError
-from genflow.flows.store import _replace
+from genflow.saving import replacing
 
 DTYPES = {
     "F64": torch.float64,
@@ -180,18 +180,14 @@ def write_file(path: Path, tensors: Mapping[str, Lazy], metadata: Mapping[str, s
         header[key] = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-
-    def write(temporary: Path) -> None:
-        with temporary.open("wb") as file:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as temporary, temporary.open("wb") as file:
             file.write(len(text).to_bytes(8, "little") + text)
             for key in order:
                 value = tensors[key].read().detach().cpu()
                 assert (tuple(value.shape), value.dtype) == (tensors[key].shape, tensors[key].dtype), key
                 file.write(value.contiguous().reshape(-1).view(torch.uint8).numpy().data)
-
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _replace(path, write)
     except OSError as error:
         raise UserError(
             f"cannot write {path}: {error.strerror or error}; free some space or choose another place"

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from genflow.data.sources import Samples
 from genflow.errors import UserError
-from genflow.flows.store import checkpoints, finish_checkpoint, flush, normalise_keys
-from genflow.saving import save_file
+from genflow.flows.store import checkpoints, finish_checkpoint, normalise_keys
+from genflow.saving import flush, save_file
 from genflow.training.ema import EMA
 from genflow.training.sharding import as_shared, whole
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from genflow.errors import UserError
+from genflow.saving import replacing
 
 T_BINS = 8
 SAY_EVERY = 10  # seconds between lines where there is no terminal for a bar
@@ -68,7 +69,10 @@ class Log:
         self.mark = (time.monotonic(), start)
         self.said, self.tracking = 0.0, False
         if self.main:
-            for left in (run / "previews").glob("*.partial"):  # by a process that was killed
+            for left in (
+                *run.glob(".*.partial"),
+                *(run / "previews").glob(".*.partial"),
+            ):  # by a process that was killed
                 left.unlink()
             self._cut_after(start)
 
@@ -83,9 +87,8 @@ class Log:
                     kept.append(line)
             except (ValueError, KeyError):  # the last line of a run that was killed while writing
                 continue
-        temporary = self.path.with_suffix(".partial")
-        temporary.write_text("".join(line + "\n" for line in kept))
-        temporary.replace(self.path)
+        with replacing(self.path) as temporary:
+            temporary.write_text("".join(line + "\n" for line in kept))
 
     def tells(self, step: int, name: str) -> bool:
         """Whether metrics.jsonl has a number of that name for a step: the main process's word, which keeps the file."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
 import warnings
 from collections.abc import Iterator, Sequence
@@ -23,6 +22,7 @@ from genflow.errors import UserError, nearest
 from genflow.flows.store import newest_checkpoint, read_config
 from genflow.flows.trained import resolved
 from genflow.registry import api_export
+from genflow.saving import replacing
 from genflow.training.config import FITTED, RunConfig
 from genflow.training.loop import Trainer
 from genflow.training.precision import float32_products, resolve_precision
@@ -227,9 +227,8 @@ def _leaves(tree: dict, prefix: str = "") -> dict[str, object]:
 def _save_config(config: RunConfig, run: Path) -> None:
     from genflow.config import dump
 
-    temporary = run / "config.yaml.partial"
-    dump(config, temporary)
-    os.replace(temporary, run / "config.yaml")
+    with replacing(run / "config.yaml") as temporary:
+        dump(config, temporary)
 
 
 def _summary(trainer: Trainer, why: str) -> str:

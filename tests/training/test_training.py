@@ -308,7 +308,7 @@ def test_a_log_that_cannot_be_written_is_named(tmp_path):
 
 def test_what_a_killed_preview_left_goes_with_the_next(tiny):
     run = train(tiny("train.preview_every=4"))
-    (run / "previews" / "tmpa1.partial").touch()
+    (run / "previews" / ".step-00000002.png.7-7.partial").touch()
     train(tiny("train.preview_every=4", "train.steps=8"))
     assert sorted(p.name for p in (run / "previews").iterdir()) == ["step-00000004.png", "step-00000008.png"]
 
