@@ -441,8 +441,8 @@ def test_captions_are_encoded_as_many_at_a_time_as_memory_takes(monkeypatch):
     assert max(calls) == 3 and torch.equal(table.tokens, encode(captions).tokens)
 
 
-def icc_profile(name: str) -> bytes:
-    """Of a display whose red and green are sRGB's green and red, at a gamma of 2.2."""
+def icc_profile(name: str, *, grey: bool = False) -> bytes:
+    """Of a display whose red and green are sRGB's green and red, at a gamma of 2.2; or of grey whose light is linear."""
     fixed = lambda *values: b"".join(struct.pack(">i", round(v * 65536)) for v in values)
     xyz = lambda *values: b"XYZ \0\0\0\0" + fixed(*values)
     curve = b"curv\0\0\0\0" + struct.pack(">IH", 1, 563) + b"\0\0"
@@ -455,13 +455,16 @@ def icc_profile(name: str) -> bytes:
         b"gXYZ": xyz(0.4360, 0.2225, 0.0139),
         b"bXYZ": xyz(0.1431, 0.0606, 0.7141),
         **dict.fromkeys((b"rTRC", b"gTRC", b"bTRC"), curve),
+        b"kTRC": b"curv\0\0\0\0" + struct.pack(">I", 0),
     }
     table, data = struct.pack(">I", len(tags)), b""
     for tag, content in tags.items():
         table += tag + struct.pack(">II", 132 + 12 * len(tags) + len(data), len(content))
         data += content + b"\0" * (-len(content) % 4)
     size = 132 + 12 * len(tags) + len(data)
-    head = struct.pack(">I4xI12s12x4s28x", size, 0x02400000, b"mntrRGB XYZ ", b"acsp") + fixed(*white)
+    head = struct.pack(
+        ">I4xI12s12x4s28x", size, 0x02400000, b"mntr" + (b"GRAY" if grey else b"RGB ") + b"XYZ ", b"acsp"
+    ) + fixed(*white)
     return head.ljust(128, b"\0") + table + data
 
 
@@ -474,6 +477,7 @@ def icc_profile(name: str) -> bytes:
         ("RGB", (255, 0, 0), b"broken", (255, 0, 0)),
         ("RGBA", (255, 0, 0, 128), icc_profile("swapped"), (127, 255, 127)),
         ("L", 100, icc_profile("swapped"), 100),
+        ("L", 100, icc_profile("linear", grey=True), 168),
     ],
 )
 def test_colours_are_those_that_the_icc_profile_means(mode, colour, profile, seen):

@@ -76,15 +76,16 @@ def _plain(image: Image.Image) -> Image.Image:
 
 
 def _in_srgb(image: Image.Image) -> Image.Image:
-    """The colours that its ICC profile means; those of a profile that cannot be read stay as they are."""
+    """The colours, or the greys, that its ICC profile means; those of a profile that cannot be read stay as they are."""
     profile = image.info.get("icc_profile")
     if profile and image.mode in ("P", "RGB"):  # a transform would forget which colour is transparent
         image = image.convert("RGBA" if image.has_transparency_data else "RGB")
-    if not profile or image.mode not in ("RGB", "RGBA", "CMYK"):
+    if not profile or image.mode not in ("L", "RGB", "RGBA", "CMYK"):
         return image
     try:
         transform = _to_srgb(profile, image.mode)
-        return image if transform is None else ImageCms.applyTransform(image, transform) or image
+        moved = None if transform is None else ImageCms.applyTransform(image, transform)
+        return moved.convert("L") if moved and image.mode == "L" else moved or image
     except (OSError, ImageCms.PyCMSError):
         return image
 
@@ -92,7 +93,7 @@ def _in_srgb(image: Image.Image) -> Image.Image:
 @lru_cache(maxsize=16)
 def _to_srgb(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
     """None for a profile that is sRGB but for rounding, whatever its name: linear light is called sRGB too."""
-    theirs, after = ImageCms.ImageCmsProfile(io.BytesIO(profile)), "RGB" if mode == "CMYK" else mode
+    theirs, after = ImageCms.ImageCmsProfile(io.BytesIO(profile)), "RGB" if mode in ("L", "CMYK") else mode
     transform = ImageCms.buildTransform(theirs, ImageCms.createProfile("sRGB"), mode, after)
     levels = np.linspace(0, 255, 16).astype(np.uint8)
     colours = Image.fromarray(np.stack(np.meshgrid(levels, levels, levels), -1).reshape(64, 64, 3)).convert(mode)
