@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from contextlib import nullcontext
+from dataclasses import replace
 from html.parser import HTMLParser
 from itertools import product
 from pathlib import Path
@@ -22,6 +23,7 @@ from genflow.config import from_dict, to_dict
 from genflow.errors import UserError
 from genflow.evaluation import comparison as room
 from genflow.evaluation.comparison import Cell, Comparison, Contestant, Point, as_json, compare
+from genflow.evaluation.comparison_plots import plot_learning
 from genflow.evaluation.features import PixelFeatures
 from genflow.evaluation.page import tag, to_html, to_markdown
 from genflow.evaluation.plan import Evaluation, Plan
@@ -345,6 +347,40 @@ def test_a_plot_says_a_name_as_it_is_whatever_its_colours_are_called():
     assert ">black cats</text>" in page and ">#000000 of 2</text>" in page and "fill: var(--ink)" in page
 
 
+def learning(lines, flow, *, names=("a", "b"), **more):
+    """The plot of the losses of runs that tell the same."""
+    runs = [entry(name, flow) for name in names]
+    runs = [replace(each, who=replace(each.who, lines=lines)) for each in runs]
+    figure = plot_learning(Comparison(runs, Plan(), []))
+    figure.draw_without_rendering()
+    return figure
+
+
+def test_a_loss_is_called_what_it_is():
+    told = [{"step": i, "loss": 1.0 / i, "l1": 1.0} for i in (1, 2)]
+    assert learning(told, TokenLike()).axes[0].get_ylabel() == "error there and back, and penalties"
+    told, flow = [{"step": i, "loss": 1.0 / i, "loss_t0.000": 1.0} for i in (1, 2)], TokenLike()
+    flow.guided = None
+    for prediction, what in {"eps": "noise", "x": "velocity"}.items():
+        flow.config = SimpleNamespace(prediction=prediction)
+        assert learning(told, flow).axes[0].get_ylabel() == f"squared error of the {what}"
+
+
+def test_a_loss_that_hardly_moves_has_a_scale():
+    axis = learning([{"step": i, "loss": 0.9 + 0.02 * i} for i in range(9)], TokenLike()).axes[0].yaxis
+    low, high = axis.get_view_interval()
+    assert sum(low <= tick <= high for tick in axis.get_majorticklocs()) > 2
+
+
+@pytest.mark.parametrize("names", [[f"{'a-long-name/' * 8}{i}" for i in range(3)], [f"run {i}" for i in range(24)]])
+def test_a_legend_lies_in_its_panel_with_every_name_whole(names):
+    (axes,) = (figure := learning([{"step": i, "loss": 1.0 / i} for i in (1, 2)], TokenLike(), names=names)).axes
+    box, legend = axes.get_window_extent(), axes.get_legend()
+    within = legend.get_window_extent()
+    assert box.x0 <= within.x0 and within.x1 <= box.x1 and box.y0 <= within.y0 and within.y1 <= box.y1
+    assert [text.get_text().replace("\n", "") for text in legend.get_texts()] == names and figure.get_figheight() >= 3.6
+
+
 def test_names_in_the_page_are_escaped():
     page = to_html(
         Comparison([entry("<b>&", TokenLike(), FD=1.0), entry("b", TokenLike())], Plan(), ["1 < 2"]), [{}, {}]
@@ -359,6 +395,7 @@ def test_the_markdown_is_a_table_with_the_best_in_bold():
         Comparison([entry("a", TokenLike(), FD=2.0), entry("b", TokenLike(), FD=1.0)], Plan(), ["Read."])
     ).splitlines()
     assert lines[0] == "> Read." and "| FD | 2.0000 | **1.0000** |" in lines
+    assert "standard error" in lines[-1]
 
 
 def test_runs_are_named_by_the_shortest_ends_that_tell_them_apart():

@@ -155,6 +155,15 @@ def test_trajectories_show_how_far_they_bend(channels):
     assert "euler, 2 steps" in words(figure) and "component 1" in words(figure)
 
 
+def test_a_straight_way_that_begins_below_one_is_straight():
+    """A flow that predicts the noise begins at 1 - t_min."""
+    times = [0.95, 0.6, 0.3, 0.0]
+    data, noise = torch.randn(2, 1, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    states = torch.stack([(1 - t) * data + t * noise for t in times])
+    (line,) = plot_trajectories(times, states, ["a"]).axes[1].get_lines()
+    assert max(line.get_ydata()) < 1e-6
+
+
 def test_a_legend_has_every_caption_and_there_is_none_without(recwarn):
     times, states = path()
     assert plot_trajectories(times, states, ["", ""]).axes[1].get_legend() is None and not recwarn
@@ -280,6 +289,21 @@ def test_errors_are_those_of_the_pictures_that_the_model_draws(model, tmp_path, 
     assert error < 1e-2
 
 
+def test_errors_of_every_sampler_are_those_of_the_picture_that_is_predicted(model, tmp_path, monkeypatch):
+    """Below t_min the velocity of x-prediction does not lead to it, and some samplers would ask there."""
+    from genflow.cli import plot
+    from genflow.evaluation import plots
+
+    seen = {}
+    monkeypatch.setattr(plots, "plot_errors", lambda curves, **more: seen.update(curves))
+    monkeypatch.setattr(plots, "save_plot", lambda *_: None)
+    monkeypatch.setattr(plot, "BUDGETS", (80,))
+    asked = ["plot", str(model), "--images", "1", "--prompt", "a", "--what", "error", "--out", str(tmp_path)]
+    assert main(asked) == 0
+    errors = {sampler: error for sampler, ((_, error),) in seen.items()}
+    assert max(errors["midpoint"], errors["rk4"]) < 2 * errors["heun"]
+
+
 def test_errors_are_on_the_models_own_grid_when_one_was_tuned_for_its_steps(model, tmp_path, monkeypatch):
     from genflow.cli import plot
     from genflow.evaluation import plots
@@ -359,3 +383,12 @@ def test_numbers_on_logarithmic_axes_are_plain():
     ticks = [axis.get_ticklabels(which=which) for axis in (axes.xaxis, axes.yaxis) for which in ("major", "minor")]
     labels = [text.get_text() for every in ticks for text in every]
     assert {"0.01", "1", "100"} <= {*labels} and not any("$" in label for label in labels)
+
+
+def test_numbers_on_a_short_logarithmic_axis_are_told_apart():
+    lines = [{"step": i, "loss": 0.9 + 0.01 * i, "loss_t0.000": 1.0} for i in range(1, 12)]
+    figure = plot_training(lines)
+    figure.draw_without_rendering()
+    axis = figure.axes[0].yaxis
+    told = [label.get_text() for label in axis.get_ticklabels(which="minor") if label.get_text()]
+    assert len(told) > 2 and len({*told}) == len(told) and not any("e" in text for text in told)

@@ -13,9 +13,11 @@ from PIL import Image
 
 import genflow.config
 from genflow.cli import main
+from genflow.data.loading import epoch_order
 from genflow.data.pairs import PairsConfig, write_pairs
 from genflow.data.points import RAMP
 from genflow.data.toy2d import Toy2DConfig
+from genflow.data.vectors import TableConfig, VectorDataset
 from genflow.errors import UserError
 from genflow.evaluation import plots2d
 from genflow.evaluation.plots import plot_training, save_plot
@@ -245,16 +247,22 @@ def test_titles_and_ticks_are_whole(count):
 SPLINES = NSFConfig(steps=2, hidden=8, blocks=1, shape=(2,), condition_dim=0)
 
 
-def saved(folder, model, flow, text, *, data=DATA, sample=None):
+def saved(folder, model, flow, text, *, data=DATA, kind="toy2d", sample=None):
     """A folder with a small model that has learned nothing. model, flow, text: registered names and configs."""
     shape = list(model[1].shape)
     built = flow[1].build(model[1].build(), text[1].build(), shape=shape)
     for p in built.parameters():
         p.data += 0.1 * torch.randn_like(p)
-    sections = {"model": model, "flow": flow, "text": text, "data": ("toy2d", data)}
+    sections = {"model": model, "flow": flow, "text": text, "data": (kind, data)}
     config = {key: {"name": name, **genflow.config.to_dict(each)} for key, (name, each) in sections.items()}
     save_model(folder, config={**config, "sample": sample or {}, "shape": shape}, state=built.state_dict())
     return folder
+
+
+def shuffled():
+    """The data as they are drawn."""
+    data, order = DATA.build(), epoch_order(500, 0, 0)
+    return VectorDataset(data.rows[order], [data.captions[i] for i in order.tolist()], data.identifiers)
 
 
 @pytest.fixture(scope="module")
@@ -300,7 +308,7 @@ def test_plot_writes_every_plot_of_a_velocity(velocity_model, small, drawn, tmp_
     (times, states), options = drawn["plot_trajectories_2d"]
     assert times == [1.0, 0.75, 0.5, 0.25, 0.0] and states.shape == (5, 20, 2) and len(options["data"]) == 60
     panels = drawn["plot_samples_2d"][0][0]
-    assert list(panels) == ["data", "samples"] and panels["samples"][1] == DATA.build().captions[:60]
+    assert list(panels) == ["data", "samples"] and panels["samples"][1] == shuffled().captions[:60]
     assert next(iter(drawn["plot_field_2d"][1]["points"])).shape == (60, 2)
 
 
@@ -308,7 +316,7 @@ def test_samples_are_the_models_own_unguided_and_where_its_solve_ends(velocity_m
     what = ["--what", "density", "animation", "--seed", "7"]
     assert main(["plot", str(velocity_model), "--out", str(tmp_path), *what]) == 0
     flow = load(velocity_model)
-    captions = [DATA.build().captions[i % 500] for i in range(240)]
+    captions = shuffled().captions[:240]
     x = flow.sample(captions, seeds=range(7, 247), sampler="euler", steps=4, guidance=1.0).x
     torch.testing.assert_close(drawn["plot_density_2d"][0][0]["samples"], x)
     torch.testing.assert_close(drawn["point_animation"][0][1][-1], x)
@@ -328,10 +336,33 @@ def test_other_samples_than_the_density_is_of_stand_without_it(which, how, reque
 
 def test_a_field_has_the_points_of_its_own_caption_and_says_of_which(velocity_model, small, drawn, tmp_path):
     asked = ["plot", str(velocity_model), "--out", str(tmp_path), "--what", "field", "--format", "svg", "--seed", "3"]
-    assert main([*asked, "--prompt", "moon 1", "--prompt", "moon 0"]) == 0
-    x = load(velocity_model).sample(["moon 1"], seeds=range(3, 63), sampler="euler", steps=4, guidance=1.0).x
-    torch.testing.assert_close(drawn["plot_field_2d"][1]["points"][-1], x)
+    assert main([*asked, "--prompt", "moon 1", "--prompt", "moon 0", "--steps", "1"]) == 0
+    x = load(velocity_model).sample(["moon 1"], seeds=range(3, 63), sampler="euler", steps=1, guidance=1.0).x
+    (_, times), noise = drawn["plot_field_2d"][0], noise_from_seeds(range(3, 63), (2,))
+    for t, points in zip(times, drawn["plot_field_2d"][1]["points"], strict=True):
+        torch.testing.assert_close(points, torch.lerp(x, noise, t))
     assert "of moon 1" in (tmp_path / "field.svg").read_text()
+
+
+def test_a_field_is_asked_where_samples_go(tmp_path, small, drawn):
+    flow = RectifiedFlowConfig(prediction="eps")
+    folder = saved(tmp_path / "eps", ("mlp", VELOCITY), ("rectified", flow), ("labels", LABELS))
+    assert main(["plot", str(folder), "--out", str(tmp_path), "--what", "field"]) == 0
+    assert drawn["plot_field_2d"][0][1] == [0.95, 0.75, 0.5, 0.25, 0.05]
+
+
+def test_a_sorted_table_is_drawn_with_all_its_captions(tmp_path, small, drawn):
+    rows = [f"{10 * k + 0.01 * i},{i % 7},moon {k}" for k in range(2) for i in range(150)]
+    (tmp_path / "sorted.csv").write_text("\n".join(["x,y,which", *rows]))
+    data, flow = TableConfig(str(tmp_path / "sorted.csv"), label="which"), ("rectified", RectifiedFlowConfig())
+    folder = saved(tmp_path / "model", ("mlp", VELOCITY), flow, ("labels", LABELS), data=data, kind="table")
+    assert main(["plot", str(folder), "--out", str(tmp_path), "--what", "samples", "trajectories"]) == 0
+    for points, captions in drawn["plot_samples_2d"][0][0].values():
+        assert {*captions} == {"moon 0", "moon 1"} and len(points) == len(captions)
+    points, captions = drawn["plot_samples_2d"][0][0]["data"]
+    which = torch.tensor([caption == "moon 1" for caption in captions])
+    assert points[which, 0].min() > points[~which, 0].max()
+    assert drawn["plot_trajectories_2d"][1]["data"][:, 0].max() > 0.5
 
 
 def test_prompts_choose_what_is_drawn(velocity_model, small, drawn, tmp_path):
@@ -391,7 +422,7 @@ def test_beside_a_reflowed_model_lie_the_data_it_began_with(tmp_path, small, dra
     model = saved(tmp_path / "model", ("mlp", VELOCITY), flow, ("labels", LABELS), data=pairs)
     asked = ["plot", str(model), "--what", "samples", "trajectories", "--steps", "2", "--out", str(tmp_path)]
     assert main(asked) == 0
-    assert torch.equal(drawn["plot_samples_2d"][0][0]["data"][0], DATA.build().rows[:60])
+    assert torch.equal(drawn["plot_samples_2d"][0][0]["data"][0], shuffled().rows[:60])
 
 
 def test_plots_of_another_kind_of_model_are_refused(velocity_model, map_model, tmp_path, capsys):

@@ -256,6 +256,14 @@ def test_the_next_flow_learns_on_the_pairs_and_drops_nothing():
             reflow_config(RectifiedFlowConfig(**wrong), distill=True)
 
 
+def test_distances_within_a_decade_have_a_scale():
+    found = FewSteps(0.5, {1: 800.0, 2: 400.0}, {1: torch.zeros(3, 2), 2: torch.zeros(3, 2)})
+    figure = plot_few_steps({"before": found}, floor=200.0, features="pixels")
+    figure.draw_without_rendering()
+    told = {text.get_text() for text in figure.axes[1].yaxis.get_ticklabels(which="minor")}
+    assert {"200", "400", "600"} <= told
+
+
 def test_the_plot_shows_the_same_seeds_of_every_flow_and_says_what_is_measured():
     def found(by):
         examples = {k: torch.linspace(-1, 1, 3 * 8 * 8 * 3).view(3, 3, 8, 8) for k in (1, 2, 4)}

@@ -236,17 +236,18 @@ class _Plotter:
             own = {"grid": recipe.get("grid", "shifted"), "shift": recipe.get("shift", 1.0)}
         reference, floor = fine_solve(velocity, noise, last=last_time(self.flow), first=self.flow.t_max)
 
-        def point(sampler: str, grid: Sequence[float]) -> tuple[int, float]:
-            solution = resolve("sampler", sampler)(velocity, noise, grid)
+        def point(solve: Any, grid: Sequence[float]) -> tuple[int, float]:
+            solution = solve(velocity, noise, grid)
             return solution.nfe, (solution.x - reference).square().mean().sqrt().item()
 
         with torch.no_grad():
             curves = {}
             for sampler in tqdm(fixed_step(), unit="sampler", disable=None):
                 steps = dict.fromkeys(steps_within(sampler, budget) for budget in BUDGETS)
-                curves[sampler] = [point(sampler, time_grid(self.flow, own, n)) for n in steps if n]
+                solve = solver(self.flow, {"sampler": sampler})
+                curves[sampler] = [point(solve, time_grid(self.flow, own, n)) for n in steps if n]
             learnt = [found for n in range(1, max(BUDGETS) + 1) if (found := tuned(self.args.run, n))]
-            stars = [point(found["sampler"], found["grid"]) for found in learnt]
+            stars = [point(resolve("sampler", found["sampler"]), found["grid"]) for found in learnt]
         return plot_errors(
             curves, tuned=stars, floor=floor, title=f"Error against evaluations, on the grid {grid_name(own)}"
         )

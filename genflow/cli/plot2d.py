@@ -15,6 +15,7 @@ from torch import Tensor
 from genflow.cli.options import embed, first_state, guided, real_data, solver, time_grid
 from genflow.cli.plot import PLANE
 from genflow.config import Choice, from_dict
+from genflow.data.loading import epoch_order
 from genflow.data.points import Extent, extent_of
 from genflow.data.vectors import VectorDataset
 from genflow.errors import UserError
@@ -44,14 +45,17 @@ class PlanePlotter:
 
     @cached_property
     def data(self) -> VectorDataset | None:
-        """The training data, where they are to be had."""
+        """The training data, where they are to be had, shuffled: in a table, rows of one caption may stand together."""
         try:
             if not (section := (self.flow.recipe or {}).get("data")):
                 return None
-            return from_dict(Annotated[Any, Choice("dataset")], real_data(section), where="data").build("train")
+            data = from_dict(Annotated[Any, Choice("dataset")], real_data(section), where="data").build("train")
         except UserError as error:
             _say(f"without the data: {error}")
             return None
+        order = epoch_order(len(data), 0, 0)
+        captions, identifiers = ([names[i] for i in order.tolist()] for names in (data.captions, data.identifiers))
+        return VectorDataset(data.rows[order], captions, identifiers, log_prob=data.log_prob)
 
     @cached_property
     def captions(self) -> list[str]:
@@ -132,13 +136,12 @@ class PlanePlotter:
     def _field(self) -> Figure:
         caption = self.captions[:1]
         places, states, _ = self.way(caption * DOTS)
-        nearest = [min(range(len(places)), key=lambda i, t=t: abs(places[i] - t)) for t in TIMES]  # type: ignore[misc]
+        times = [min(t, places[0]) for t in TIMES]
+        points = [_between(places, states, t) for t in times]
         with torch.no_grad():
             velocity = guided(self.flow, embed(self.flow, caption).expand(plots2d.ARROWS**2), self.settings)
         extent = extent_of(torch.cat([states[0], states[-1]]), margin=0)
-        figure = plots2d.plot_field_2d(
-            velocity, TIMES, extent=extent, points=[states[i] for i in nearest], device=self.flow.device
-        )
+        figure = plots2d.plot_field_2d(velocity, times, extent=extent, points=points, device=self.flow.device)
         return self._of_one_caption(figure)
 
     def _warp(self) -> Figure:
@@ -170,6 +173,12 @@ class PlanePlotter:
         for part in reversed(list(_parts(self.flow.network))):
             states.append(part.decode(states[-1], pooled))
         return [float(i) for i in reversed(range(len(states)))], torch.stack(states).cpu(), "depth {:.1f}"
+
+
+def _between(places: list[float], states: Tensor, t: float) -> Tensor:
+    """The points at a time of a solve, straight from one step to the next."""
+    i = max(k for k, place in enumerate(places[:-1]) if place >= t)
+    return torch.lerp(states[i], states[i + 1], (places[i] - t) / (places[i] - places[i + 1]))
 
 
 def _parts(bijection: Any) -> Any:

@@ -4,13 +4,27 @@ from __future__ import annotations
 
 import io
 import re
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from genflow.evaluation.comparison import Comparison, Entry
-from genflow.evaluation.plots import FAINT, INK, MARKERS, STYLE, _figure, _series, _smooth, _training, labelled, styled
+from genflow.evaluation.plots import (
+    FAINT,
+    INK,
+    MARKERS,
+    STYLE,
+    THERE_AND_BACK,
+    _figure,
+    _series,
+    _smooth,
+    _training,
+    labelled,
+    styled,
+)
+from genflow.flows.latent import velocity_flow
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -28,13 +42,13 @@ def plot_quality(comparison: Comparison) -> Figure | None:
     entries = [entry for entry in comparison.entries if entry.curve]
     if not entries:
         return None
-    figure = _figure(9.6, 3.8)
+    figure = _figure(9.6, _height(3.8, entries))
     left, right = figure.subplots(1, 2, sharey=True)
     for axes, what in ((left, "nfe"), (right, "seconds")):
         for number, entry in _numbered(comparison, entries):
             x, y = [getattr(p, what) for p in entry.curve], [p.fd for p in entry.curve]
             look: Any = {"color": SERIES[number % 8], "marker": MARKERS[number % len(MARKERS)]}
-            axes.plot(x, y, label=labelled(entry.who.name), **look)
+            axes.plot(x, y, label=_named(entry), **look)
         _real_line(axes, comparison)
         axes.set(xscale="log", yscale="log")
         axes.minorticks_off()
@@ -46,14 +60,27 @@ def plot_quality(comparison: Comparison) -> Figure | None:
     return figure
 
 
+def _named(entry: Entry) -> str:
+    """Its name for a legend, whole, in short lines."""
+    return labelled("\n".join(textwrap.wrap(entry.who.name, 28)))
+
+
+def _height(least: float, entries: Sequence[Entry]) -> float:
+    """In inches, so that a legend has room beside or in a panel."""
+    return max(least, 1 + 0.22 * sum(_named(entry).count("\n") + 1 for entry in entries))
+
+
 def _plain_ticks(axis: Any) -> None:
-    """1, 2 and 5 of each decade, written out."""
-    from matplotlib.ticker import FuncFormatter, LogLocator
+    """1, 2 and 5 of each decade, written out; where these are too few, equal steps."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 
     low, high = axis.get_view_interval()
     decades = np.log10(max(high / low, 1.0001))
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades < 2.5 else (1,)))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
+    few = decades < 0.7
+    axis.set_major_locator(
+        MaxNLocator(5, steps=[1, 2, 5, 10]) if few else LogLocator(subs=(1, 2, 5) if decades < 2.5 else (1,))
+    )
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
 def _real_line(axes: Axes, comparison: Comparison) -> None:
@@ -75,14 +102,14 @@ def plot_learning(comparison: Comparison) -> Figure | None:
             kinds.setdefault(_loss_of(entry), []).append(entry)
     if not kinds:
         return None
-    figure = _figure(max(4.8 * len(kinds), 5.6), 3.6)
+    figure = _figure(max(4.8 * len(kinds), 5.6), max(_height(3.6, entries) for entries in kinds.values()))
     for axes, (kind, entries) in zip(figure.subplots(1, len(kinds), squeeze=False)[0], kinds.items(), strict=True):
         for number, entry in _numbered(comparison, entries):
             batch = (entry.who.flow.recipe or {}).get("train", {}).get("batch_size", 1)
             steps, loss = _smooth(*_training(entry.who.lines))
             checks, validation = _series(entry.who.lines, "validation_loss")
             colour = SERIES[number % 8]
-            axes.plot(steps * batch, loss, color=colour, linewidth=0.9, label=labelled(entry.who.name))
+            axes.plot(steps * batch, loss, color=colour, linewidth=0.9, label=_named(entry))
             axes.plot(checks * batch, validation, "o--", color=colour, markersize=3.5)
         axes.set(xlabel="samples seen", ylabel=kind)
         if all(v > 0 for e in entries for v in _training(e.who.lines)[1]):
@@ -95,10 +122,14 @@ def plot_learning(comparison: Comparison) -> Figure | None:
 
 def _loss_of(entry: Entry) -> str:
     """What a run's loss is of, in words."""
-    if any(key.startswith("loss_t") for line in entry.who.lines for key in line):
-        prediction = (entry.who.flow.recipe or {}).get("flow", {}).get("prediction", "v")
-        return f"squared error of {'the noise' if prediction == 'eps' else 'the velocity'}"
-    unit = entry.who.flow.unit
+    flow, keys = entry.who.flow, {key for line in entry.who.lines for key in line}
+    if any(key.startswith("loss_t") for key in keys):
+        inner: Any = velocity_flow(flow)
+        what = "noise" if inner.config.prediction == "eps" else "velocity"
+        return f"squared error of the {what}{'' if inner is flow else ' of latents'}"
+    if "l1" in keys:
+        return THERE_AND_BACK
+    unit = flow.unit
     return "nats a token" if unit == "nats of tokens" else f"-log p, {unit}"
 
 

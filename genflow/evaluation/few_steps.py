@@ -92,6 +92,8 @@ def plot_few_steps(rows: Mapping[str, FewSteps], *, floor: float, features: str)
 
     floor: the distance of real samples to real ones; features: what the distance is of.
     """
+    from matplotlib.ticker import NullLocator
+
     colours = [INK if len(rows) < 3 else FAINT] * (len(rows) - 1) + [ACCENT]
     counts = list(next(iter(rows.values())).distance)
     pictures = all(each.dim() == 4 for row in rows.values() for each in row.examples.values())
@@ -111,7 +113,7 @@ def plot_few_steps(rows: Mapping[str, FewSteps], *, floor: float, features: str)
     far.axhline(floor, color=FAINT, linestyle="--", linewidth=1, label="real to real")
     far.set(xscale="log", yscale="log", title=f"Fréchet distance by {features}", xlabel="steps of Euler's method")
     far.set_xticks(counts, map(str, counts))
-    far.minorticks_off()
+    far.xaxis.set_minor_locator(NullLocator())
     far.legend()
     if below is not None:
         for axes, (name, row) in zip(below.subplots(1, len(rows), squeeze=False)[0], rows.items(), strict=True):

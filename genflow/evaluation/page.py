@@ -21,6 +21,7 @@ METRIC_OF = {
     **dict.fromkeys(("precision", "recall"), "precision-recall"),
     **dict.fromkeys(("density", "coverage"), "density-coverage"),
 }
+SPREAD = "After ± stands the standard error of a mean, of KID the standard deviation over its subsets."
 CELL = 96  # pixels of a picture on the page, at least
 STYLE = """
 :root { color-scheme: light dark; --paper: #ffffff; --ink: #1d2129; --soft: #59616e; --faint: #8b93a1; --rule: #dfe3ea;
@@ -187,7 +188,7 @@ def _legend(comparison: Comparison) -> str:
     return tag(
         "p",
         f"↓ lower is better, ↑ higher; the best is shaded, but where figures do not compare. Distances are of features "
-        f"{escape(features)}. A dash: the model cannot honestly have it (below).",
+        f"{escape(features)}. {SPREAD} A dash: the model cannot honestly have it (below).",
         class_="small",
     )
 
@@ -309,7 +310,7 @@ def to_markdown(comparison: Comparison) -> str:
         cells += [_short(column, common[column]) if column in common else ""] * bool(common)
         lines.append(f"| {column} | {' | '.join(cells)} |")
     lines += ["", *(f"- {', '.join(map(_plain, names))}: {remark}" for remark, names in _remarks(comparison).items())]
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, "", SPREAD]) + "\n"
 
 
 def _plain(text: str) -> str:

@@ -32,6 +32,7 @@ HUES = {"runge_kutta": "Blues", "adams": "Oranges", "exponential": "Greens"}  # 
 MARKERS = "osD^vP"
 COLUMNS = 11  # of a strip, at most
 TITLE = 40  # letters that a panel has room for
+THERE_AND_BACK = "error there and back, and penalties"
 STYLE: Any = {
     "figure.dpi": 150,
     "text.parse_math": False,  # captions and names are a person's own
@@ -78,11 +79,17 @@ def _plain_ticks(figure: Figure) -> None:
     """Numbers on logarithmic axes as plain text: matplotlib writes them as formulas, which the style does not read."""
     from matplotlib.ticker import LogFormatter, LogFormatterMathtext, StrMethodFormatter
 
+    class Plain(LogFormatter):
+        """Labels the same ticks."""
+
+        def __call__(self, x: float, pos: int | None = None) -> str:
+            return super().__call__(x, pos) and f"{x:g}"
+
     for axis in (axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)):
         if isinstance(axis.get_major_formatter(), LogFormatterMathtext):
             axis.set_major_formatter(StrMethodFormatter("{x:g}"))
         if isinstance(axis.get_minor_formatter(), LogFormatterMathtext):
-            axis.set_minor_formatter(LogFormatter())
+            axis.set_minor_formatter(Plain())
 
 
 def _figure(width: float, height: float) -> Figure:
@@ -134,7 +141,7 @@ def plot_training(lines: Sequence[Mapping[str, Any]], title: str = "") -> Figure
         left.plot(checks, validation, "o-", color=ACCENT, label="validation")
     what = "mean squared error of the prediction" if bins else "negative log-likelihood (bits/dim, or nats)"
     if any("l1" in line for line in lines):  # an autoencoder's
-        what = "error there and back, and penalties"
+        what = THERE_AND_BACK
     left.set(title=labelled(f"Loss {title}".strip(), TITLE), xlabel="optimiser step", ylabel=what)
     left.legend()
     if not bins:
@@ -260,7 +267,8 @@ def plot_trajectories(
     left.margins(0.12)
     left.autoscale_view()
     t = torch.tensor(times, dtype=torch.float32).view(-1, 1, 1)
-    bend = (flat - (1 - t) * flat[-1] - t * flat[0]).square().mean(2).sqrt().numpy()
+    way = (t - t[-1]) / (t[0] - t[-1])  # some flows begin below t = 1
+    bend = (flat - (1 - way) * flat[-1] - way * flat[0]).square().mean(2).sqrt().numpy()
     for i, caption in enumerate(captions):
         right.plot(times, bend[:, i], color=colours[i], label=labelled(caption, 28))
     right.set(title="Distance from the straight line", xlabel="t (1 = noise, 0 = data)", ylabel="RMS per value")
