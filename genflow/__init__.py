@@ -19,15 +19,16 @@ def _public() -> dict[str, str]:
 
 
 def __getattr__(name: str) -> Any:
-    import importlib
     from importlib.util import find_spec
 
     if not name.startswith("_"):
+        from genflow.registry import imported
+
         if (module := _public().get(name)) is not None:
-            value = globals()[name] = getattr(importlib.import_module(module), name)
+            value = globals()[name] = getattr(imported(module), name)
             return value
         if find_spec(f"genflow.{name}") is not None:
-            return importlib.import_module(f"genflow.{name}")
+            return imported(f"genflow.{name}")
     raise AttributeError(f"module 'genflow' has no attribute {name!r}")
 
 

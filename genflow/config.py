@@ -211,6 +211,8 @@ def _build(kind: Any, node: _Node, path: str) -> Any:
         raise UserError(f"{node.where}: {path} is {node.describe()}.{nearest(str(node.value), map(str, args))}")
     if origin in (tuple, list):
         return _build_sequence(kind, node, path)
+    if origin is dict and isinstance(node.value, dict):
+        return {key: _build(args[1], child, f"{path}.{key}") for key, child in node.value.items()}
     return _build_scalar(kind, node, path)
 
 
@@ -226,7 +228,7 @@ def _build_scalar(kind: Any, node: _Node, path: str) -> Any:
     if kind is Path and isinstance(value, str):
         return Path(value)
     if isinstance(kind, type) and isinstance(value, kind) and not (kind is not bool and isinstance(value, bool)):
-        return value
+        return node.plain()
     raise UserError(f"{node.where}: {path} must be {_type_name(kind)}, not {node.describe()}")
 
 
@@ -330,6 +332,8 @@ def to_dict(config: Any) -> Any:
         return head | {f.name: to_dict(getattr(config, f.name)) for f in fields(config) if f.init}
     if isinstance(config, list | tuple):
         return [to_dict(v) for v in config]
+    if isinstance(config, dict):
+        return {key: to_dict(value) for key, value in config.items()}
     return str(config) if isinstance(config, Path) else config
 
 

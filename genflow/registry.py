@@ -17,6 +17,7 @@ from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from functools import cache, partial
 from importlib.metadata import entry_points
 from pathlib import Path
+from threading import RLock
 from typing import Any, TypeVar
 
 from genflow.errors import UserError, nearest
@@ -37,6 +38,7 @@ class Tag:
 
 
 _live: dict[tuple[str, str], Any] = {}
+_importing = RLock()
 
 
 def tag_of(obj: Any) -> Tag | None:
@@ -100,6 +102,12 @@ def index() -> dict[str, dict[str, dict[str, Any]]]:
     return json.loads(INDEX.read_text(encoding="utf-8"))
 
 
+def imported(module: str) -> Any:
+    """A module, for one thread at a time: two that enter a room by two of its files find each other's half imported."""
+    with _importing:
+        return importlib.import_module(module)
+
+
 @cache
 def _load_plugins() -> None:
     for entry in entry_points(group=PLUGINS):
@@ -119,7 +127,7 @@ def resolve(kind: str, name: str) -> Any:
     """The object of that kind and name. Raises UserError with the nearest name where there is none."""
     if (kind, name) not in _live:
         if entry := index().get(kind, {}).get(name):
-            importlib.import_module(entry["module"])
+            imported(entry["module"])
         else:
             _load_plugins()
     if (kind, name) not in _live:

@@ -18,11 +18,9 @@ WORKER = """
 import json, os, signal, sys
 import torch
 from accelerate import Accelerator
-from accelerate.state import PartialState
 from genflow.cli import main
 torch.set_num_threads(1)
 rank = int(os.environ["RANK"])
-PartialState.destroy_process_group = lambda *_: None  # the next training needs it
 {before}
 code = 0
 for arguments in json.loads(sys.argv[1]):

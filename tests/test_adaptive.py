@@ -407,6 +407,23 @@ def test_no_step_leaves_the_grid_for_an_edge(solver):
         torch.testing.assert_close(solution.x, x * math.exp(growth), rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("grid", [[0.3, 0.0], [0.3, 1.0]])
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_a_solve_that_begins_at_an_edge_sees_its_own_side_alone(solver, grid, dtype):
+    class Jump:
+        edges = (0.3,)
+
+        def __call__(self, x, t):  # at the edge itself, what is on the other side of it
+            edge = t.new_tensor(0.3)
+            return torch.where((t < edge if grid[1] == 0 else t > edge).view(-1, 1), -x, 100.0)
+
+    solution = solver(Jump(), torch.ones(2, 1, dtype=dtype), grid, rtol=1e-5, atol=1e-5)
+    expected = torch.full((2, 1), math.exp(grid[0] - grid[1]), dtype=dtype)
+    assert solution.ok
+    torch.testing.assert_close(solution.x, expected, rtol=3e-5, atol=0)
+
+
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_a_slow_velocity_is_not_asked_beyond_the_grid(solver):
     velocity = Counted(lambda x, t: -1e-6 * x)

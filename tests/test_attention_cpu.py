@@ -61,6 +61,18 @@ def test_weights_may_be_of_any_size():
     assert worst(low, v[:, :1].double().mean(2, keepdim=True)) < 2**-7
 
 
+@pytest.mark.parametrize("size", [1e3, 1e7, 1e12])
+def test_scores_may_be_of_any_size(size):
+    """The largest is at 0 from itself, in the backward too, however coarse float32 is there."""
+    q, k, v = inputs(33, 33, batch=1)
+    q = (q.detach() * size).requires_grad_()
+    cotangent = torch.randn(v.shape, generator=torch.Generator().manual_seed(1)).bfloat16()
+    exact, (_, _, dv) = gradients(*(x.detach().double().requires_grad_() for x in (q, k, v)), cotangent)
+    out = attention(q, k, v)
+    for a, b in ((out, exact), (torch.autograd.grad(out, v, cotangent)[0], dv)):
+        assert worst(a, b) <= 2**-7 * float(b.abs().max())
+
+
 def test_not_a_number_stays_one():
     q, k, v = inputs(20, 20, batch=2)
     broken = k.detach().clone()

@@ -26,6 +26,8 @@ class Inner:
     level: Literal[1, 3] = 1
     place: Path = Path("here")
     anything: Any = None
+    table: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    loose: dict | list | None = None
 
     def __post_init__(self) -> None:
         if self.rate < 0:
@@ -56,6 +58,15 @@ def test_values_arrive_typed(tmp_path):
     assert isinstance(got.density.scale, float)
     assert read(tmp_path, "steps: 5\ndensity: mode\n").density == Mode()
     assert read(tmp_path, "steps: 5\ninner:\n").inner == Inner()
+
+
+def test_a_dict_holds_values_and_no_parts_of_a_file(tmp_path):
+    got = read(tmp_path, "steps: 5\ninner: {table: {a: [1]}, loose: {b: [c, {d: 2}]}}\n")
+    assert got.inner.table == {"a": (1.0,)} and got.inner.loose == {"b": ["c", {"d": 2}]}
+    assert read(tmp_path, "steps: 5\ninner: {loose: [1, [2]]}\n").inner.loose == [1, [2]]
+    assert from_dict(Outer, to_dict(got)) == got and to_dict(got)["inner"]["table"] == {"a": [1.0]}
+    with pytest.raises(UserError, match=r"inner\.table\.a\[0\] must be a number, not 'x'"):
+        read(tmp_path, "steps: 5\ninner: {table: {a: [x]}}\n")
 
 
 def test_text_is_what_is_written(tmp_path):

@@ -345,6 +345,16 @@ def test_a_caption_with_commas_is_not_cut_at_the_first(tmp_path):
     assert FolderConfig(str(tmp_path)).build().captions == ["a cat"]
 
 
+@pytest.mark.parametrize("cell", ['"a cat', '"a cat\na.png,"a dog"'])
+def test_a_quote_left_open_does_not_swallow_the_rows_behind_it(tmp_path, cell):
+    (tmp_path / "a.png").write_bytes(png())
+    (tmp_path / "metadata.csv").write_text(f"file_name,caption\na.png,{cell}\na.png,a pig\n")
+    with pytest.raises(UserError, match=r"metadata\.csv:[34]: not comma-separated"):
+        FolderConfig(str(tmp_path)).build()
+    (tmp_path / "metadata.csv").write_text('file_name,caption\na.png,"a ""cat"""\na.png,12" disc\n')
+    assert FolderConfig(str(tmp_path)).build().captions == ['a "cat"', '12" disc']
+
+
 def test_linked_folders_are_looked_into_and_not_in_circles(tmp_path):
     (folder := tmp_path / "set").mkdir()
     for place in (folder / "dogs", tmp_path / "elsewhere"):

@@ -36,6 +36,13 @@ data: {name: emoji, size: 16, limit: 31}
 model: {name: tiny_autoencoder, factor: 4, width: 8, blocks: 1}
 flow: {name: autoencoder, bottleneck: {name: gaussian, channels: 2}}
 """
+TOKENS = """
+data: {name: emoji, size: 8, limit: 31}
+text: {name: learned, dim: 16, heads: 2, layers: 1, max_tokens: 8}
+model: {name: token_transformer, width: 32, layers: 2, heads: 2, mtp: 1}
+flow: {name: tokens, tokenizer: toy_grey}
+sample: {decoder: {name: speculative, window: 2}, guidance: 2.0}
+"""
 # eps: Adam would make steps of full size of gradients that are nothing but rounding.
 TRAIN = """
 train: {steps: 6, batch_size: 12, precision: fp32, optimizer: {name: adamw, lr: 3e-3, eps: 1e-3}, warmup: 3, log_every: 1,
@@ -166,3 +173,12 @@ def test_one_process_takes_any_batch(configs, tmp_path):
         UserError, match=r"train.batch_size=7 does not divide among 1 processes x 2 micro-batches; try 8"
     ):
         go_on_alone(configs["mmdit"], f"out={tmp_path / 'run'}", "train.batch_size=7", "train.accumulation=2")
+
+
+@pytest.mark.slow
+def test_tokens_are_drawn_where_blocks_are_shared_out_in_short_products(tmp_path):
+    """Their sampling is outside of any autocast, and blocks are gathered in the run's dtype."""
+    (tmp_path / "tokens.yaml").write_text(TOKENS + TRAIN)
+    how = ["train.parallel=fsdp", "train.precision=bf16", "train.steps=1", "train.preview_every=1"]
+    succeed(2, [tmp_path / "tokens.yaml", *how, f"out={tmp_path / 'run'}"], before="import tests.toy_tokens")
+    assert (tmp_path / "run" / "previews" / "step-00000001.png").is_file()

@@ -90,3 +90,14 @@ def test_an_invertible_checkpoint_refuses_a_cnf():
     for act in (lambda: checkpointed(ffjord), lambda: Reversible(Chain([CNF((3,)).inv]))):
         with pytest.raises(UserError, match="is not for a CNF"):
             act()
+
+
+@pytest.mark.parametrize("kind", ["exact", "hutchinson", "hutchinson_gaussian", "hutch++"])
+def test_samples_of_one_number_have_the_likelihood_of_rows_of_one(kind):
+    def swing(x, t):
+        return torch.sin(2 * x) + (t if x.dim() == 1 else t.view(-1, 1))
+
+    x, how = rows()[:, 0], {"divergence": kind, "draws": 1 if kind == "exact" else 3}
+    found, expected = (velocity_log_prob(swing, each, **how) for each in (x, x[:, None]))
+    torch.testing.assert_close(found.log_prob, expected.log_prob)
+    torch.testing.assert_close(found.z, expected.z[:, 0])

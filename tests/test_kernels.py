@@ -318,6 +318,42 @@ def test_without_a_compiler_the_plain_formula_serves(monkeypatch, tmp_path):
         kernels.library.cache_clear()
 
 
+@pytest.mark.parametrize(
+    ("script", "told"),
+    [
+        ("echo a remark >&2; exec sleep 60", "timed out after"),
+        ("printf 'erreur \\351t\\351 de cc1\\n' >&2; exit 1", "de cc1"),
+        ("exit 3", "non-zero exit status 3"),
+    ],
+)
+def test_why_a_compiler_failed_is_said(script, told, monkeypatch, tmp_path):
+    """One that took too long after a remark, one that speaks Latin-1, and one that says nothing."""
+    compiler = tmp_path / "compiler"
+    compiler.write_text(f"#!/bin/sh\n{script}\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setenv("GENFLOW_CACHE", str(tmp_path))
+    run = kernels.subprocess.run
+    monkeypatch.setattr(kernels.subprocess, "run", lambda *a, **options: run(*a, **{**options, "timeout": 1}))
+    kernels.library.cache_clear()
+    try:
+        with pytest.warns(UserWarning, match=told):
+            assert kernels.library() is None
+    finally:
+        kernels.library.cache_clear()
+
+
+def test_linear_maps_without_a_bias_take_the_plain_formula():
+    x, gate, bare = torch.randn(2, 3, H), torch.randn(2, 1, H), Linear(H, H, bias=False)
+    assert torch.equal(gelu(bare, x), torch.nn.functional.gelu(bare(x), approximate="tanh"))
+    assert torch.equal(gated_residual(x, gate, bare, x), torch.addcmul(x, gate, bare(x)))
+    qkv = QKV(H, 2, qk_norm=True)
+    torch.nn.init.zeros_(qkv.linear.bias)
+    expected = joint_attention([(qkv, x)])[0]
+    qkv.linear.bias = None
+    torch.testing.assert_close(joint_attention([(qkv, x)])[0], expected)
+
+
 @pytest.mark.skipif(not kernels.matrix_units(), reason="this processor does not multiply bf16")
 @pytest.mark.parametrize(("inputs", "outputs", "served"), [(64, 96, True), (48, 64, False), (64, 48, False)])
 def test_only_weights_of_whole_tiles_train_by_the_kernel_of_products(inputs, outputs, served):

@@ -20,6 +20,7 @@ from genflow.flows.rectified import RectifiedFlowConfig
 from genflow.flows.reflow import draw_pairs
 from genflow.flows.sampling import InverseConfig
 from genflow.functional import Rng
+from genflow.text.base import TextEncoder
 from genflow.text.none import NoTextConfig
 from genflow.text.sd3 import SD3TextConfig
 from genflow.text.trained import LabelsConfig, LearnedTextConfig
@@ -286,3 +287,43 @@ def test_a_bijection_is_not_guided_the_other_way():
     with pytest.raises(UserError, match="guidance = -0.5"):
         InverseConfig(guidance=-0.5)
     assert InverseConfig(guidance=0.0).guidance == 0
+
+
+@pytest.mark.parametrize("prediction", ["v", "x", "eps"])
+@pytest.mark.parametrize("answer", [lambda out: out[:, 0], lambda out: (out,)])
+def test_a_network_that_answers_in_another_shape_is_not_trained(prediction, answer):
+    """What broadcasts against the target would train, towards something else."""
+
+    class Odd(Exact):
+        def forward(self, *args, **how):
+            return answer(super().forward(*args, **how))
+
+    flow = make(Odd(prediction=prediction), shape=(1,), prediction=prediction)
+    batch = SimpleNamespace(x=torch.randn(4, 1), condition=NONE.encode([""] * 4), position=torch.arange(4))
+    with pytest.raises(UserError, match=r"returned (\(4,\)|a tuple)"):
+        flow.loss(batch, Rng(0))
+
+
+class Letters(TextEncoder):
+    """Frozen by its word alone: it is a plain module with parameters."""
+
+    context_dim = pooled_dim = 2
+    max_tokens, trainable = 1, False
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(256, 2)
+
+    def encode(self, prompts):
+        pooled = self.table(torch.tensor([ord(f"{p} "[0]) for p in prompts]))
+        return Condition(pooled[:, None], torch.ones(len(prompts), 1, dtype=torch.bool), pooled)
+
+    def forward(self, condition):
+        return condition
+
+
+def test_a_frozen_text_encoder_is_not_trained_whatever_its_parameters_say():
+    """Else they are averaged, and a checkpoint's average holds what its model does not."""
+    flow = make(text=Letters())
+    assert [name for name, p in flow.named_parameters() if p.requires_grad] == ["network.bias"]
+    assert not flow.text.encode(["a"]).pooled.requires_grad

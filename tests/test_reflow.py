@@ -103,7 +103,8 @@ def test_straightness_of_known_paths():
     line = [torch.tensor([[0.0, 2.0]]) * t for t in times]
     assert straightness(Trajectory(times, line)) == 0
     bent = [torch.tensor([[0.0]]), torch.tensor([[1.0]]), torch.tensor([[1.0]])]  # speed 2, then 0; 1 on average
-    torch.testing.assert_close(straightness(Trajectory([1.0, 0.5, 0.0], bent)), torch.tensor([1.0]))
+    for states in (bent, [x[:, 0] for x in bent]):
+        torch.testing.assert_close(straightness(Trajectory([1.0, 0.5, 0.0], states)), torch.tensor([1.0]))
     angle = [t * math.pi / 2 for t in torch.linspace(1, 0, 1001).tolist()]
     arc = [torch.tensor([[math.cos(a), math.sin(a)]], dtype=torch.float64) for a in angle]
     expected = (math.pi**2 / 4 - 2) / 2  # |v|^2 - |chord|^2, over two coordinates

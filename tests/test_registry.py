@@ -149,6 +149,22 @@ def test_the_package_serves_its_rooms():
     assert told.stdout == "heun genflow.functional\n", told.stderr
 
 
+def test_two_threads_may_begin_in_one_room():
+    code = """
+import genflow, threading
+start, got = threading.Barrier(2), []
+def take(name):
+    start.wait()
+    got.append(getattr(genflow, name).__name__)
+threads = [threading.Thread(target=take, args=(name,)) for name in ("cfg", "flowedit")]
+for each in threads: each.start()
+for each in threads: each.join()
+print(*sorted(got))
+"""
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert told.stdout == "cfg flowedit\n", told.stderr
+
+
 def test_every_export_is_described():
     for kind, group in registry.index().items():
         for name, entry in group.items():

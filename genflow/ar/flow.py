@@ -6,6 +6,7 @@ The recipe of LlamaGen (Sun et al. 2024, arXiv 2406.06525), with multi-token pre
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar
 
@@ -23,6 +24,7 @@ from genflow.config import Choice, from_dict
 from genflow.errors import UserError
 from genflow.flows.base import Batch, Flow, LossOutput, evaluating
 from genflow.flows.conditioned import ConditionedFlow
+from genflow.flows.prepared import shared_out
 from genflow.flows.store import load
 from genflow.flows.tokenizer import Tokenizer
 from genflow.functional import Rng, sent
@@ -255,8 +257,9 @@ class TokenFlow(ConditionedFlow):
         """
         how = from_dict(_Decoding, {"decoder": decoder}, where="sample").decoder
         law = TokenLaw(guidance, temperature, top_k, top_p)
-        # In the network's own dtype: what a pass says must not hang on who asks.
-        with evaluating(self), torch.autocast(self.device.type, enabled=False):
+        # In the network's own dtype: what a pass says must not hang on who asks. Blocks that are shared out have the run's.
+        own = nullcontext() if shared_out(self.network) else torch.autocast(self.device.type, enabled=False)
+        with evaluating(self), own:
             reader = self.reader(prompts, len(seeds), law)
             guesses = self._guesses(how, draft, reader, prompts)
             decoded = how(reader, seeds, draft=guesses, progress=progress)

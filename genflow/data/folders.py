@@ -155,9 +155,13 @@ def _from_table(table: Path, taken: Callable[[Path], bool]) -> ImageDataset | No
 def _read_csv(table: Path) -> list[dict[str, Any]]:
     try:
         with table.open(encoding="utf-8-sig", newline="") as file:
-            rows = list(csv.DictReader(file))
-    except (UnicodeDecodeError, csv.Error) as error:
+            reader = csv.DictReader(file, strict=True)  # else a quote left open takes in the rows behind it
+            rows = list(reader)
+    except UnicodeDecodeError as error:
         raise UserError(f"{table}: not a table of comma-separated UTF-8 text: {error}") from error
+    except csv.Error as error:
+        doubled = "put a caption with quotes in quotes, each of its own written twice"
+        raise UserError(f"{table}:{reader.reader.line_num}: not comma-separated: {error}; {doubled}") from error
     if long := [i for i, row in enumerate(rows, 1) if any(row.get(None, ()))]:  # type: ignore[call-overload]
         raise UserError(f"{table}: row {long[0]} has more cells than the header; put a caption with commas in quotes")
     return rows

@@ -33,6 +33,7 @@ class ConditionedFlow(Flow):
         self.shape = tuple(shape)
         self.whitening = None if whiten is None else Whitening(self.text.pooled_dim, whiten)
         if not text.trainable:
+            text.requires_grad_(False)
             self.register_state_dict_post_hook(_without_text)
             self.register_load_state_dict_post_hook(_text_not_missing)
 

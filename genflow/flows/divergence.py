@@ -138,9 +138,14 @@ class _Products:
             )
 
 
+def _flat(a: Tensor) -> Tensor:
+    """K x B x (sample) as K x B x D; also where a sample is one number."""
+    return a.unsqueeze(-1).flatten(2)
+
+
 def _dot(a: Tensor, b: Tensor) -> Tensor:
     """The inner products of vectors, ... x B x (sample) -> ... x B, in float32 or wider."""
-    return (a * b).flatten(2).sum(2)
+    return _flat(a * b).sum(2)
 
 
 def _exact(products: _Products, probes: Tensor | None) -> Evaluated:
@@ -174,12 +179,12 @@ def _hutchpp(products: _Products, probes: Tensor | None) -> Evaluated:
     sketch, g = probes.chunk(2)
     range_of = products(sketch)
     shape = sketch.shape
-    q, _ = torch.linalg.qr(range_of.detach().flatten(2).permute(1, 2, 0))  # B x D x K, or x D where D < K
-    flat = g.flatten(2).permute(1, 2, 0)
+    q, _ = torch.linalg.qr(_flat(range_of.detach()).permute(1, 2, 0))  # B x D x K, or x D where D < K
+    flat = _flat(g).permute(1, 2, 0)
     with torch.autocast(flat.device.type, enabled=False):
         rest = flat - q @ (q.mT @ flat)
     both = torch.cat([q, rest], 2).permute(2, 0, 1)
-    dots = _dot(products(both.reshape(len(both), *shape[1:])).flatten(2), both)
+    dots = _dot(_flat(products(both.reshape(len(both), *shape[1:]))), both)
     columns = q.shape[2]
     return Evaluated(products.v, dots[:columns].sum(0) + dots[columns:], _dot(range_of, range_of).mean(0))
 
@@ -208,7 +213,7 @@ def _gaussian(rng: Rng, stream: str, index: Tensor, shape: torch.Size) -> Tensor
 
 def fingerprint(x: Tensor) -> Tensor:
     """A counter for each row from its own numbers, B int64: the same alone and in any batch."""
-    bits = x.detach().float().flatten(1).contiguous().view(torch.int32).to(torch.int64)
+    bits = x.detach().float().unsqueeze(-1).flatten(1).contiguous().view(torch.int32).to(torch.int64)
     odd = (2 * torch.arange(bits.shape[1], device=x.device) + 1) * 0x1E3779B97F4A7C15
     return ((bits ^ (bits << 29)) * odd).sum(1)
 

@@ -33,7 +33,7 @@ class PreparedVelocity:
     def __init__(self, flow: RectifiedFlow, times: Sequence[float] = (), cache: FirstBlockCache | None = None) -> None:
         self.flow, self.cache = flow, cache
         self.network: Any = flow.network
-        self.times = list(times) if flow.straight and not _shared_out(self.network) else []
+        self.times = list(times) if flow.straight and not shared_out(self.network) else []
         self._step = {time: i for i, time in enumerate(self.times)}
         self._first, self._table = 0, torch.empty(0, 0)  # modulation by row and step, from the first step on
 
@@ -82,7 +82,7 @@ class PreparedVelocity:
         return self._table[:, step - self._first]
 
 
-def _shared_out(network: nn.Module) -> bool:
+def shared_out(network: nn.Module) -> bool:
     """Whether blocks are shared out among processes, which are whole only while they run."""
     if not (distributed.is_available() and distributed.is_initialized()):
         return False

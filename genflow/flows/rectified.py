@@ -32,6 +32,7 @@ from genflow.registry import api_export, flow_export, resolve
 from genflow.samplers import Progress, Solution, Velocity, bound_sampler, cfg, heun, uniform, velocity_from
 from genflow.samplers.guidance import Conditioned, autoguidance
 from genflow.samplers.guides import Guide
+from genflow.samplers.solution import as_state
 
 
 @flow_export("rectified")
@@ -128,10 +129,10 @@ class RectifiedFlow(ConditionedFlow):
         return velocity_from(predict, replace(self.path, t_max=self.t_max), "eps")(z, t)
 
     def predict(self, x: Tensor, s: Tensor, condition: Condition) -> Tensor:
-        """What the network answers at (x_s, s) under an embedded condition, in x's dtype."""
+        """What the network answers at (x_s, s) under an embedded condition, in x's dtype; UserError for another shape."""
         dtype, context_mask = self.dtype, condition.mask if self.config.text_mask else None
         tokens, pooled = condition.tokens.to(dtype), condition.pooled.to(dtype)
-        return self.network(x.to(dtype), s, tokens, pooled, context_mask=context_mask).to(x.dtype)
+        return as_state(self.network(x.to(dtype), s, tokens, pooled, context_mask=context_mask), x)
 
     def loss(self, batch: Batch, rng: Rng) -> LossOutput:
         """The mean square error of what the network predicts, over each picture, then over the batch.
@@ -383,10 +384,8 @@ class RectifiedFlow(ConditionedFlow):
     def _check(self, x: Tensor) -> None:
         """Raises UserError for samples of another kind; pictures of other sizes are welcome."""
         if x.dim() != len(self.shape) + 1 or x.shape[1] != self.shape[0]:
-            wanted = ("B", self.shape[0], *("H", "W")[: len(self.shape) - 1])
-            raise UserError(
-                f"the flow is of samples {' x '.join(map(str, wanted))}, not {' x '.join(map(str, x.shape))}"
-            )
+            wanted = " x ".join(map(str, ("B", self.shape[0], *("H", "W")[: len(self.shape) - 1])))
+            raise UserError(f"the flow is of samples {wanted}, not {' x '.join(map(str, x.shape))}")
 
     def _solve(self, x: Tensor, condition: Condition | None, times: Sequence[float]) -> Tensor:
         self._check(x)

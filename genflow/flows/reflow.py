@@ -87,7 +87,7 @@ def straightness(trajectory: Trajectory) -> Tensor:
     total = torch.zeros(len(chord), dtype=chord.dtype, device=chord.device)
     for (t, t_next), (z, z_next) in zip(pairwise(times), pairwise(states), strict=True):
         error = (z_next - z) / (t_next - t) - chord
-        total += (t_next - t) / whole * error.flatten(1).square().mean(1)
+        total += (t_next - t) / whole * error.unsqueeze(-1).flatten(1).square().mean(1)
     return total
 
 

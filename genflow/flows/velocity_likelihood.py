@@ -87,7 +87,7 @@ def velocity_log_prob(
         standard_error = torch.zeros_like(ladj)
     else:
         standard_error = each.std(0) / math.sqrt(len(each)) if len(each) > 1 else torch.full_like(ladj, math.nan)
-    base = -0.5 * (z.square() + math.log(2 * math.pi)).flatten(1).sum(1)
+    base = -0.5 * (z.square() + math.log(2 * math.pi)).unsqueeze(-1).flatten(1).sum(1)
     return Likelihood(base + ladj, standard_error, ladj, z, error, nfe, divergences, rtol, atol)
 
 

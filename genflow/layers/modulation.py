@@ -63,7 +63,8 @@ class Linear(nn.Linear):
 
 def gated_residual(x: Tensor, gate: Tensor, linear: Linear, y: Tensor) -> Tensor:
     """x + gate linear(y). x: B x L x hidden; gate: B x 1 x hidden; y: B x L x the linear's input."""
-    if native.usable(x, gate, y) and _fit(x, gate) and x.shape == (*y.shape[:-1], linear.out_features):
+    fit = _fit(x, gate) and x.shape == (*y.shape[:-1], linear.out_features)
+    if fit and linear.bias is not None and native.usable(x, gate, y):
         product = linear(y, bias=False).contiguous()
         return native.run(kernels.GatedResidual, x.contiguous(), gate, product, linear.bias, _gated_residual)
     return torch.addcmul(x, gate, linear(y))
@@ -75,7 +76,7 @@ def _gated_residual(x: Tensor, gate: Tensor, y: Tensor, bias: Tensor) -> Tensor:
 
 def gelu(linear: Linear, x: Tensor) -> Tensor:
     """a Phi(a) of a = linear(x) in its tanh form (Hendrycks & Gimpel 2016, arXiv 1606.08415). x: B x L x the input."""
-    if native.usable(x) and x.dim() == 3:
+    if native.usable(x) and x.dim() == 3 and linear.bias is not None:
         product = linear(x, bias=False).contiguous()
         # Which may have kept what the kernel writes over.
         if linear._forward_hooks or nn.modules.module._global_forward_hooks:
@@ -144,7 +145,8 @@ def _products(streams: Sequence[tuple[QKV, Tensor]]) -> tuple[list[Tensor], list
     Also whether kernels are to take them; if not, no bias is left to add.
     """
     tokens = [x for _, x in streams]
-    fused = native.usable(*tokens) and all(x.dim() == 3 and x.shape[::2] == tokens[0].shape[::2] for x in tokens)
+    fit = all(x.dim() == 3 and x.shape[::2] == tokens[0].shape[::2] for x in tokens)
+    fused = fit and all(qkv.linear.bias is not None for qkv, _ in streams) and native.usable(*tokens)
     products = [qkv.linear(x, bias=not fused) for qkv, x in streams]
     none = products[0].new_empty(0)
     weights = [

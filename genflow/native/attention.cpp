@@ -105,19 +105,24 @@ void transposed(const u16* pairs, long L, long D, u16* y, long wide) {
     }
 }
 
+// Scores times their scale, rounded: fused with what is taken away after, the largest would not be at 0 from itself.
+inline __m512 scaled(__m512 by, const float* s) {
+    return _mm512_mul_round_ps(by, _mm512_loadu_ps(s), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+
 // Of one row of scores, the first n alive: weights 2^(s scale - max) in bf16, zeros up to `wide`; 1 / their sum, and its logarithm
 // with the maximum added, to the base of 2.
 void softmax_row(const float* s, long n, float scale, u16* p, long wide, float* inverse, float* lse) {
     const __m512 by = _mm512_set1_ps(scale), least = _mm512_set1_ps(-INFINITY);
     __m512 top = least, sum = _mm512_setzero_ps();
     for (long j = 0; j < n; j += 16)
-        top = _mm512_max_ps(top, _mm512_mask_mul_ps(least, first(n - j), by, _mm512_loadu_ps(s + j)));
+        top = _mm512_max_ps(top, _mm512_mask_mov_ps(least, first(n - j), scaled(by, s + j)));
     const float most = _mm512_reduce_max_ps(top);
     for (long j = 0; j < wide; j += 16) {
         const __mmask16 alive = first(n - j);
         __m512 e = _mm512_setzero_ps();
         if (alive) {
-            e = power_of_two_below(_mm512_fmsub_ps(by, _mm512_loadu_ps(s + j), _mm512_set1_ps(most)));
+            e = power_of_two_below(_mm512_sub_ps(scaled(by, s + j), _mm512_set1_ps(most)));
             e = _mm512_maskz_mov_ps(alive, e);
             sum = _mm512_add_ps(sum, e);
         }
@@ -221,7 +226,7 @@ void backward_head(Arena arena, const Head& x, long Lq, long Lk, float scale, bo
                         const float *sr = s + (r + h) * queries + i, *dr = dp + (r + h) * queries + i;
                         const long key = j + r + h;
                         const __mmask16 alive = key >= Lk ? __mmask16(0) : causal ? __mmask16(~first(key - i)) : __mmask16(0xffff);
-                        w[h] = _mm512_maskz_mov_ps(alive, power_of_two_below(_mm512_fmsub_ps(by2, _mm512_loadu_ps(sr), l)));
+                        w[h] = _mm512_maskz_mov_ps(alive, power_of_two_below(_mm512_sub_ps(scaled(by2, sr), l)));
                         e[h] = _mm512_mul_ps(w[h], _mm512_fmsub_ps(by, _mm512_loadu_ps(dr), d));
                     }
                     const __m512i ww = (__m512i)_mm512_cvtne2ps_pbh(w[1], w[0]), ee = (__m512i)_mm512_cvtne2ps_pbh(e[1], e[0]);

@@ -66,7 +66,10 @@ def library() -> ctypes.CDLL | None:
         _build(compiler, path)
         return _load(path)
     except (OSError, ValueError, subprocess.SubprocessError) as error:  # ValueError: of CXX's quotes, of no home
-        reason = " ".join((getattr(error, "stderr", None) or str(error)).split())[:200]
+        if isinstance(error, subprocess.SubprocessError):
+            error.cmd = compiler[0]  # type: ignore[attr-defined]  # whose flags would fill the line
+        told = isinstance(error, subprocess.CalledProcessError) and error.stderr.decode(errors="replace")
+        reason = " ".join((told or str(error)).split())[:200]
         warnings.warn(f"the fused CPU kernels cannot be built, going on slower without them: {reason}", stacklevel=2)
         return None
 
@@ -92,7 +95,7 @@ def _build(compiler: list[str], path: Path) -> None:
         built = Path(folder) / path.name
         sources = [str(path) for path in SOURCES if path.suffix == ".cpp"]
         command = [*compiler, *FLAGS.split(), *sources, "-o", str(built)]
-        subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
+        subprocess.run(command, check=True, capture_output=True, timeout=300)
         with built.open("ab") as file:
             file.write(END)
             file.flush()

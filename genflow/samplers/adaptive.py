@@ -185,6 +185,10 @@ class _Solve:
         lo, hi = sorted((self.begin, self.end))
         # Stages keep away from an edge by what rounding moves a time: so every one sees the velocity of its own side.
         self.gap = math.copysign(4 * torch.finfo(self.x.dtype).eps * max(-lo, hi), self.end - self.begin)
+        # From an edge itself a solve begins beyond it: an error estimate hardly sees its first stage.
+        for edge in edges_of(velocity):
+            if -1 < (edge - self.begin) / self.gap <= 2:
+                self.begin = self.x.new_tensor(edge + self.gap, device="cpu").item()
         edges = (t for t in edges_of(velocity) if lo + 2 * abs(self.gap) < t < hi - 2 * abs(self.gap))
         self.edges = sorted(edges, reverse=self.end < self.begin)
         for edge in self.edges:

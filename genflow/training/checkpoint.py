@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -27,10 +28,10 @@ def named_optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module) ->
     """The optimiser's tensors under the names of the parameters they belong to: "<parameter>/<key>"."""
     names = {id(p): name for name, p in model.named_parameters()}
     return {
-        f"{names[id(p)]}/{key}": torch.tensor(value) if isinstance(value, int) else value
+        f"{names[id(p)]}/{key}": value if isinstance(value, Tensor) else torch.from_numpy(np.asarray(value))
         for p, state in optimizer.state.items()
         for key, value in state.items()
-        if isinstance(value, Tensor | int)
+        if isinstance(value, Tensor | int | float)
     }
 
 

@@ -78,12 +78,13 @@ def step_with_average(optimizer: torch.optim.Optimizer, averages: Mapping[nn.Par
     """torch's step of AdamW, and average += weight (p - average) of each parameter: one pass over memory.
 
     averages: of every parameter of the optimiser, this process's own part. Returns False, with nothing done, where the CPU's
-    kernels do not serve: other devices, dtypes and optimisers; the first step; parameters without a gradient.
+    kernels do not serve: other devices, dtypes and optimisers; hooks; the first step; parameters without a gradient.
     """
     groups = optimizer.param_groups
     every = [p for group in groups for p in group["params"]]
     plain = type(optimizer) is torch.optim.AdamW and not any(g["amsgrad"] or g["maximize"] for g in groups)
-    if not plain or not all(p.is_cpu and p.grad is not None and p in optimizer.state for p in every):
+    hooked = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
+    if not plain or hooked or not all(p.is_cpu and p.grad is not None and p in optimizer.state for p in every):
         return False
     states = [optimizer.state[p] for p in every]
     steps = [state["step"] for state in states]

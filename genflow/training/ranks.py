@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import re
@@ -56,7 +57,13 @@ def _meet() -> dict[str, Any]:
         return {}
     store, rank, world = next(dist.rendezvous("env://", timeout=MEETING))
     store.set_timeout(dist.distributed_c10d.default_pg_timeout)
+    atexit.register(_part)
     return {"store": store, "rank": rank, "world_size": world}
+
+
+def _part() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 @contextlib.contextmanager

@@ -139,7 +139,9 @@ def _train(asked: RunConfig, run: Path, device: torch.device, why: str) -> None:
             trainer.run()
     finally:
         trainer.log.close()
-        accelerator.end_training()
+        # accelerate's end_training would part the processes too, and another run may follow
+        for tracker in accelerator.trackers:
+            tracker.finish()
 
 
 def _finish(trainer: Trainer) -> None:

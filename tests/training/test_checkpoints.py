@@ -93,7 +93,7 @@ def test_what_a_module_says_of_its_checkpoint_is_told_as_it_is(tiny, monkeypatch
 
 
 def test_weights_that_are_shared_and_counts_in_python_come_back(tmp_path):
-    """bitsandbytes counts its steps in Python."""
+    """bitsandbytes counts its steps in Python; so do others, in numbers that are not whole."""
 
     def made():
         model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
@@ -102,7 +102,7 @@ def test_weights_that_are_shared_and_counts_in_python_come_back(tmp_path):
 
     (model, optimizer), (again, other) = made(), made()
     for p in model.parameters():
-        optimizer.state[p] = {"step": 3, "state1": torch.randn(p.shape)}
+        optimizer.state[p] = {"step": 3, "scale": 0.9, "state1": torch.randn(p.shape)}
     tensors = checkpoint_tensors(model, optimizer, None)
     folder = save_checkpoint(tmp_path, 3, config={}, tensors=tensors, state={}, keep=1)
     assert load_checkpoint(folder, model=again, optimizer=other, ema=None) == {"step": 3}
@@ -110,6 +110,7 @@ def test_weights_that_are_shared_and_counts_in_python_come_back(tmp_path):
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in model.state_dict().items())
     for p, q in zip(model.parameters(), again.parameters(), strict=True):
         assert type(other.state[q]["step"]) is int and other.state[q]["step"] == 3
+        assert other.state[q]["scale"] == 0.9
         assert torch.equal(other.state[q]["state1"], optimizer.state[p]["state1"])
 
 

@@ -136,6 +136,7 @@ def test_an_eps_that_is_none_in_float32_is_refused(eps):
         "a scaler",
         "no kernels",
         "strides",
+        "a hook",
     ],
 )
 def test_two_passes_where_one_cannot_serve(small, monkeypatch, why):
@@ -151,6 +152,8 @@ def test_two_passes_where_one_cannot_serve(small, monkeypatch, why):
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     if why == "no kernels":
         monkeypatch.setattr(optimizers, "library", lambda: None)
+    if why == "a hook":
+        optimizer.register_step_post_hook(lambda *_: model[0].weight.data.clamp_(-0.1, 0.1))
     for group in optimizer.param_groups:
         group |= {why: True} if why in group else {}
     given = SimpleNamespace(optimizer=optimizer, step=optimizer.step, scaler="one") if why == "a scaler" else optimizer

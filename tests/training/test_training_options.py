@@ -436,12 +436,12 @@ def test_where_a_run_goes(tiny, config, tmp_path, monkeypatch):
 
 
 def test_a_tracker_that_is_not_there_is_refused_and_one_that_is_gets_its_end(tiny, tmp_path, monkeypatch):
-    import accelerate
+    from accelerate.tracking import TensorBoardTracker
 
     from genflow.training import run
 
-    ended, end = [], accelerate.Accelerator.end_training
-    monkeypatch.setattr(accelerate.Accelerator, "end_training", lambda self: ended.append(1) or end(self))
+    ended, end = [], TensorBoardTracker.finish
+    monkeypatch.setattr(TensorBoardTracker, "finish", lambda self: ended.append(1) or end(self))
     train(tiny("train.steps=1", "train.trackers=[tensorboard]"))
     assert ended == [1]
     monkeypatch.setattr(run, "get_available_trackers", lambda: [])
