@@ -47,6 +47,13 @@ def test_a_closed_pipe_is_no_error():
     assert process.stderr.read() == "" and process.wait() == 0
 
 
+def test_a_stream_that_is_closed_from_the_start_is_no_error():
+    for streams in ("1>&-", "2>&-", "1>&- 2>&-"):
+        code = "import sys; from genflow.cli import main; sys.stderr.write('x') if sys.stderr else 0; sys.exit(main())"
+        closed = ["sh", "-c", f'"$0" -c "$1" info sampler {streams}', sys.executable, code]
+        assert subprocess.run(closed, capture_output=True).returncode == 0, streams
+
+
 def test_version_and_interruption(capsys, monkeypatch):
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"genflow {__version__}\n"

@@ -275,6 +275,11 @@ def test_settings_reach_the_velocity_the_sampler_and_the_grid(monkeypatch):
     torch.testing.assert_close(options.first_state(flow, [3, 4]), 0.9 * noise_from_seeds([3, 4], (2,)))
 
 
+def test_a_device_that_computes_nothing_is_refused(runs, tmp_path, capsys):
+    assert main(["sample", str(runs / "deaf"), "--device", "meta", "--out", str(tmp_path)]) == 2
+    assert "--device meta computes nothing" in capsys.readouterr().err
+
+
 def test_a_device_that_is_asked_for_is_taken(monkeypatch):
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: torch.device("mps"))
     monkeypatch.setattr(options, "_load", lambda run, *, ema, device: (device, ema))
@@ -387,6 +392,13 @@ def test_what_a_killed_process_left_goes_with_the_next_checkpoint(runs, tmp_path
     assert [path.name for path in left.iterdir()] == ["step-00000002"]
 
 
+def test_what_a_person_laid_beside_the_checkpoints_stays(runs, tmp_path):
+    mine = tmp_path / "run" / "checkpoints" / "step-00000001-reflow"
+    mine.mkdir(parents=True)
+    train(config_of(runs, "glow", tmp_path))
+    assert mine.is_dir()
+
+
 def test_a_run_can_be_trained_in_a_thread(runs, tmp_path):
     from concurrent.futures import ThreadPoolExecutor
 
@@ -407,9 +419,9 @@ def test_steps_of_a_sampler_that_chooses_its_own_are_refused(runs, tmp_path, cap
 
 def test_how_to_draw_is_refused_where_nothing_is_drawn(runs, tmp_path, capsys):
     measure = ["eval", str(runs / "deaf"), "--out", str(tmp_path), "--metrics", "loss"]
-    for given in (["--guidance", "3"], ["--steps", "4"], ["--top-k", "2"]):
-        assert main([*measure, *given]) == 2
-        assert f"{given[0]} does nothing for loss: nothing is drawn" in capsys.readouterr().err
+    for given in ("--guidance 3", "--steps 4", "--top-k 2", "--dtype bf16", "--seed 5", "--features pixels"):
+        assert main([*measure, *given.split()]) == 2
+        assert f"{given.split()[0]} does nothing for loss: nothing is drawn" in capsys.readouterr().err
     assert main([*measure, "--batch", "2", "--no-ema"]) == 0
 
 

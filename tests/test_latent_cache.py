@@ -328,6 +328,14 @@ def test_a_folder_takes_one_cache(tmp_path, pictures, change, message):
         cached(tmp_path, pictures, flow, **change)
 
 
+def test_of_a_section_the_key_that_differs_is_told(tmp_path, pictures):
+    flow = flow_of()
+    section = {"name": "folder", "path": "p" * 60, "limit": 8}
+    cached(tmp_path, pictures, flow, about={"data": section})
+    with pytest.raises(UserError, match=r"holds a cache with data\.limit 8, not 7;"):
+        cached(tmp_path, pictures, flow, about={"data": {**section, "limit": 7}})
+
+
 def test_another_text_encoder_is_refused_and_one_that_is_trained_needs_no_cache(tmp_path, pictures):
     flow, other = flow_of(), text()
     dataset = cached(tmp_path, pictures, flow)

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from toy_tokens import CLASSES, GreyConfig, model, run_config
 
 from genflow.ar.decoders import GumbelCoupled, MedusaTypical, Speculative, SpeculativeTree
@@ -173,6 +174,9 @@ def test_genflow_sample_of_a_run_of_heads_guesses_with_them(tmp_path, capsys):
         assert "of the tested guesses held; lossless" in capsys.readouterr().out
     assert main(["sample", str(run), "--prompt", "sun", "--decoder", "sjd", "--draft", "medusa"]) == 2
     assert "decoder sjd takes no draft" in capsys.readouterr().err
+    Image.new("RGB", (8, 8)).save(tmp_path / "p.png")
+    assert main(["edit", str(run), str(tmp_path / "p.png"), "--prompt", "sun", "--out", str(tmp_path / "out")]) == 2
+    assert "a MedusaFlow, which draws pictures and edits none" in capsys.readouterr().err
 
 
 def test_heads_of_a_base_that_has_changed_are_refused(tmp_path):

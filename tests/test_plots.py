@@ -330,6 +330,13 @@ def test_a_solve_of_few_steps_is_called_what_it_is(model, short, tmp_path):
         assert f"<!-- {told} -->" in (tmp_path / "trajectories.svg").read_text()
 
 
+def test_steps_of_a_sampler_that_chooses_its_own_are_refused(model, short, tmp_path, capsys):
+    asked = ["plot", str(model), "--out", str(tmp_path), "--sampler", "dopri5", "--steps", "3", "--prompt", "a"]
+    assert main([*asked, "--what", "strip"]) == 2
+    assert "--steps does nothing for sampler 'dopri5'" in capsys.readouterr().err
+    assert main([*asked, "--what", "strip", "grid"]) == 0  # the grids are of so many steps
+
+
 @pytest.mark.parametrize("sampler", ["euler_maruyama", "dopri5", "ab2"])
 def test_a_strip_of_any_kind_of_sampler(model, short, tmp_path, sampler):
     asked = ["plot", str(model), "--out", str(tmp_path), "--what", "strip", "--sampler", sampler, "--prompt", "a"]

@@ -42,6 +42,9 @@ OUTSIDE |= {errno.ENAMETOOLONG, errno.ENOTDIR, errno.ELOOP}
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, 2 for a person's mistake, 130 when interrupted."""
     if arguments is None:  # the process is ours
+        for name in ("stdout", "stderr"):
+            if getattr(sys, name) is None:  # closed by who began it: the next file would take its number
+                setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
         keep_freed_memory()
         if isinstance(sys.stdout, io.TextIOWrapper):  # a file's name may be no text
             sys.stdout.reconfigure(errors="backslashreplace")

@@ -148,9 +148,10 @@ def _between(
     """Frames by a bijection: each picture and the last one to noise, and the arc between back to pictures."""
     import torch
 
+    from genflow.ar.flow import DecodeConfig
     from genflow.samplers.interpolation import slerp
 
-    if hasattr(flow, "tokenizer"):
+    if issubclass(flow.config.sampling, DecodeConfig):
         raise UserError(
             f"{args.run} is a {type(flow).__name__}, which draws pictures and edits none; see genflow sample"
         )

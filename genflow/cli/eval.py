@@ -104,12 +104,13 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _refuse_solving(args: argparse.Namespace) -> None:
-    """Raises UserError for how to draw samples, where no metric asked for draws any."""
+    """Raises UserError for how to draw samples, where no metric asked for draws any, and for features that none looks at."""
     from genflow.evaluation.plan import UNDRAWN
 
     if args.metrics and UNDRAWN.issuperset(args.metrics):
         how = argparse.ArgumentParser()
-        add_solving(how)
+        add_dtype(add_solving(how))
+        how.set_defaults(seed=0, features=args.features if "reconstruction" in args.metrics else None)
         for name, value in vars(how.parse_args([])).items():
             if getattr(args, name) != value and name not in ("batch", "no_ema", "device"):
                 option = name.replace("_", "-")

@@ -130,6 +130,8 @@ def _open(args: argparse.Namespace) -> Any:
 
     if args.batch < 1:
         raise UserError(f"--batch must be 1 or more, not {args.batch}")
+    if args.device == "meta":
+        raise UserError("--device meta computes nothing; leave it out")
     best = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     flow: Any = _load(args.run, ema=not args.no_ema, device=args.device or str(best))
     take_loras(flow, getattr(args, "lora", ()))

@@ -17,6 +17,7 @@ from genflow.cli.options import (
     last_time,
     open_model,
     read_shift,
+    refuse_fixed_steps,
     solver,
     time_grid,
     told_steps,
@@ -112,6 +113,8 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"nothing of {args.run} can be plotted: it has no {metrics.name}, and a {what} has no plots")
     if idle := [option for option in given if not any(option in USED.get(name, SOLVE) for name in wanted)]:
         raise UserError(f"--{idle[0].replace('_', '-')} does nothing for {', '.join(wanted)}; leave it out")
+    if plotter and not {"grid", "error"} & set(wanted):  # which take grids of their own
+        refuse_fixed_steps(args, plotter.settings)
     for name in wanted:
         drawn: Any
         if name == "training":

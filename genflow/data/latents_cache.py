@@ -240,9 +240,12 @@ def _write_head(folder: Path, head: dict[str, Any]) -> None:
     if (folder / HEAD).exists():
         there = read_head(folder)
         if wrong := [key for key in {**head, **there} if head.get(key) != there.get(key)]:
-            key = wrong[0]
-            was, now = (str(h.get(key))[:60] for h in (there, head))
-            raise UserError(f"{folder} holds a cache with {key} {was}, not {now}; choose another folder, or remove it")
+            key, was, now = wrong[0], there.get(wrong[0]), head.get(wrong[0])
+            while isinstance(was, dict) and isinstance(now, dict):  # of a section, the key that differs
+                inner = next(k for k in {**now, **was} if was.get(k) != now.get(k))
+                key, was, now = f"{key}.{inner}", was.get(inner), now.get(inner)
+            told = f"{key} {str(was)[:60]}, not {str(now)[:60]}"
+            raise UserError(f"{folder} holds a cache with {told}; choose another folder, or remove it")
         return
     with replacing(folder / HEAD) as temporary:
         temporary.write_text(json.dumps(head, indent=1))

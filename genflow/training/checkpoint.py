@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from genflow.data.sources import Samples
 from genflow.errors import UserError
-from genflow.flows.store import checkpoints, finish_checkpoint, normalise_keys
+from genflow.flows.store import _steps, checkpoints, finish_checkpoint, normalise_keys
 from genflow.saving import flush, save_file
 from genflow.training.ema import EMA
 from genflow.training.sharding import as_shared, whole
@@ -105,7 +105,7 @@ def save_checkpoint(run: Path, step: int, *, config: dict, tensors: Tensors, sta
             f"could not save step {step} under {run} ({error}); {kept}. Free some space and run again"
         ) from error
     whole = checkpoints(run)
-    cut = [p for p in final.parent.glob("step-*") if p.name < final.name and p not in whole]  # by a killed process
+    cut = [p for p in _steps(run) if p.name < final.name and p not in whole]  # by a killed process
     for old in (*whole[:-keep], *cut, *final.parent.glob(".step-*.partial")):
         shutil.rmtree(old, ignore_errors=True)
     return final
