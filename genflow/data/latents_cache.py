@@ -242,7 +242,7 @@ def _write_head(folder: Path, head: dict[str, Any]) -> None:
         if wrong := [key for key in {**head, **there} if head.get(key) != there.get(key)]:
             key, was, now = wrong[0], there.get(wrong[0]), head.get(wrong[0])
             while isinstance(was, dict) and isinstance(now, dict):  # of a section, the key that differs
-                inner = next(k for k in {**now, **was} if was.get(k) != now.get(k))
+                inner = next(k for k in {**now, **was} if was.get(k, ...) != now.get(k, ...))  # a null is a value
                 key, was, now = f"{key}.{inner}", was.get(inner), now.get(inner)
             told = f"{key} {str(was)[:60]}, not {str(now)[:60]}"
             raise UserError(f"{folder} holds a cache with {told}; choose another folder, or remove it")
