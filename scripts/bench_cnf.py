@@ -23,6 +23,7 @@ from unittest.mock import patch
 
 import torch
 import zuko
+from claims.common import told
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from torchdiffeq import odeint_adjoint
@@ -319,4 +320,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    told(main)

@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 
 import torch
+from claims.common import told
 
 from genflow.interop.layouts import STABILITY, from_genflow
 from genflow.interop.tensors import Lazy, write_file
@@ -100,4 +101,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    told(main)

@@ -14,6 +14,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from claims.common import told
 from torch import Tensor
 
 from genflow.flows.couplings import OptimalTransport, Sinkhorn
@@ -109,4 +110,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    told(main)

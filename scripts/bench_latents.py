@@ -20,6 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from claims.common import told
 
 from genflow.conditions import Condition
 from genflow.data.emoji import EmojiConfig
@@ -127,4 +128,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    told(main)

@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 import torch
 import zuko
+from claims.common import told
 
 from genflow.flows.models.maf import MAFConfig
 from genflow.flows.normalizing import standard_normal
@@ -82,4 +83,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    told(main)

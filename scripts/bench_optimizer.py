@@ -9,6 +9,7 @@ import argparse
 import statistics
 
 import torch
+from claims.common import told
 
 from genflow.evaluation.bench import alternate, ratio
 from genflow.networks.mmdit import MMDiTConfig
@@ -43,4 +44,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    told(main)

@@ -14,6 +14,7 @@ from itertools import pairwise
 
 import numpy as np
 import torch
+from claims.common import told
 from torch import Tensor, nn
 
 import genflow
@@ -243,4 +244,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    told(main)

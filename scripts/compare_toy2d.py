@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import get_args, get_type_hints
 
 import torch
+from claims.common import told
 from torch import Tensor, nn
 
 from genflow.data.toy2d import Toy2DConfig
@@ -121,4 +122,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    told(main)
