@@ -341,6 +341,15 @@ def test_likelihoods_of_other_splits_and_of_fewer_grey_levels_have_no_best(where
     assert found[1]["best"]["FD"] and not found[2]["notices"]
 
 
+def test_likelihoods_given_the_captions_and_without_have_no_best():
+    heard, deaf, deafer = TokenLike(), TokenLike(), TokenLike()
+    heard.text.max_tokens = 1
+    entries = [entry(n, f, nats=v, FD=v) for n, f, v in (("a", heard, 1.0), ("b", deaf, 2.0), ("c", deafer, 3.0))]
+    assert Comparison(entries, Plan(), []).best("nats") == set() and Comparison(entries, Plan(), []).best("FD") == {"a"}
+    assert Comparison(entries[1:], Plan(), []).best("nats") == {"b"}
+    assert "(a: test given the captions; b and c: test)" in room._notices(entries, Plan())[0]
+
+
 def test_a_plot_says_a_name_as_it_is_whatever_its_colours_are_called():
     runs = [entry("black cats", TokenLike(), FD=2.0), entry("#000000 of 2", TokenLike(), FD=1.0)]
     page = to_html(Comparison(runs, Plan(), []), [{}, {}])

@@ -9,9 +9,10 @@ from genflow.errors import UserError
 from genflow.flows.bijections.base import Bijection
 from genflow.flows.divergence import probing
 from genflow.flows.models.ffjord import FFJORDConfig
-from genflow.flows.normalizing import standard_normal
+from genflow.flows.normalizing import NormalizingFlowConfig, standard_normal
 from genflow.functional import Rng
 from genflow.networks.ode_nets import ConcatSquash, _to_one_channel
+from genflow.text.none import NoTextConfig
 
 
 @pytest.mark.parametrize("shape, condition_dim", [((3,), 0), ((3,), 2), ((2, 4, 4), 0), ((1, 4, 4), 2)])
@@ -41,6 +42,18 @@ def test_its_blocks_draw_their_own_noise():
         second.load_state_dict(first.state_dict())
         x = torch.randn(3, 4)
         assert not torch.equal(first(x)[1], second(x)[1])
+
+
+def test_rounding_in_a_block_does_not_choose_the_noise_of_the_next():
+    torch.manual_seed(0)
+    model = FFJORDConfig((4,), 0, blocks=3, rtol=1e-3, atol=1e-3).build()
+    flow = NormalizingFlowConfig().build(model, NoTextConfig().build(), shape=(4,))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.3 * torch.randn_like(p))
+        x = torch.randn(32, 4)
+        together, alone = flow.log_prob(x), torch.cat([flow.log_prob(row) for row in x.split(1)])
+    torch.testing.assert_close(alone, together, rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize("divergence", ["exact", "hutchinson"])

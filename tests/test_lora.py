@@ -16,12 +16,15 @@ from genflow.cli import main
 from genflow.config import load as load_config
 from genflow.data.pictures import read_settings
 from genflow.errors import UserError
+from genflow.flows.models.tarflow import TarFlowConfig
+from genflow.flows.normalizing import NormalizingFlowConfig
 from genflow.flows.store import load, save_model
 from genflow.interop.convert import convert
 from genflow.interop.lora import load_lora, read_lora, save_lora
 from genflow.interop.pipelines import open_pipeline
+from genflow.text.none import NoTextConfig
 from genflow.training.config import RunConfig, TrainConfig
-from genflow.training.lora import LoRA
+from genflow.training.lora import LoRA, adapted
 from genflow.training.run import train
 from tests.tiny_sd3 import pipeline, transformer
 
@@ -390,6 +393,13 @@ def test_files_that_are_no_lora_of_the_model_are_refused(tmp_path, tensors, mess
 
     with pytest.raises(UserError, match=message):
         _from_diffusers(tmp_path / "a.safetensors", network.config)
+
+
+def test_a_layer_whose_weight_is_read_by_others_is_no_target():
+    model = TarFlowConfig(blocks=1, layers=1, shape=(4,), condition_dim=0).build()
+    flow = NormalizingFlowConfig().build(model, NoTextConfig().build(), shape=(4,))
+    with pytest.raises(UserError, match="no linear layer is called 'head'"):
+        adapted(flow, model, LoRA(targets=("fc1", "head")))
 
 
 def test_other_flows_and_runs_have_no_lora(base, tuned, tmp_path):

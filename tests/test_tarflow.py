@@ -206,6 +206,16 @@ def test_guided_gaussians_by_hand():
     torch.testing.assert_close((mu, alpha.exp()), (torch.tensor(9.0), torch.tensor(2.0)))
 
 
+@pytest.mark.parametrize("std", [0.5, 2.0])
+def test_a_product_below_one_is_the_product_and_the_null_law_at_zero(std):
+    conditional, null = (torch.tensor(1.0), torch.tensor(std).log()), (torch.tensor(0.0), torch.tensor(0.0))
+    for guidance in (0.0, 0.25, 0.999):
+        precision = torch.tensor(guidance / std**2 + 1 - guidance)
+        mu, alpha = guide(conditional, null, guidance)
+        torch.testing.assert_close(mu, guidance / std**2 / precision)
+        torch.testing.assert_close(alpha.exp(), precision.rsqrt())
+
+
 def test_tweedie_of_a_gaussian_is_the_posterior_mean():
     mean, std, sigma = 0.7, 1.5, 0.4
     y = data((4,))

@@ -256,9 +256,11 @@ def _identity(who: Contestant, reals: Reals, plan: Plan) -> str:
 
 
 def _held_out(plan: Plan, who: Contestant) -> str:
-    """What a model's likelihood is of: the split, and how many grey levels its pictures are told apart by."""
-    levels = getattr(getattr(who.flow, "dequantize", None), "levels", 256)
-    return plan.held_out(who.flow) + (f" of {levels} grey levels" if levels < 256 else "")
+    """What a model's likelihood is of: the split, how many grey levels tell its pictures apart, and what it was given."""
+    flow: Any = who.flow
+    levels = getattr(getattr(flow, "dequantize", None), "levels", 256)
+    split = plan.held_out(flow) + (f" of {levels} grey levels" if levels < 256 else "")
+    return split + (" given the captions" if flow.text.max_tokens else "")
 
 
 def _notices(entries: Sequence[Entry], plan: Plan) -> list[str]:
@@ -283,8 +285,8 @@ def _notices(entries: Sequence[Entry], plan: Plan) -> list[str]:
     if len(kinds) == 1 and len(asked) > 1:
         told = "; ".join(f"{_and(names)}: {what}" for what, names in asked.items())
         notices.append(
-            f"Held-out samples are not the same for all ({told}): likelihoods and R@k do not compare, and none of them "
-            "is marked as the best. A split for all is named by --split."
+            f"What is asked of held-out samples is not the same for all ({told}): likelihoods and R@k of different ones do "
+            "not compare, nor is a best of them marked. A split for all is named by --split."
         )
     return notices
 

@@ -31,7 +31,7 @@ from genflow.flows.dequantization import (
     bits_per_dim,
     importance_weighted,
 )
-from genflow.flows.divergence import probing
+from genflow.flows.divergence import Probing, current_probing, fingerprint, probing, probing_again
 from genflow.flows.models.tarflow import TarFlow, measure_inverse
 from genflow.flows.sampling import InverseConfig
 from genflow.functional import Rng, noise_from_seeds, sent
@@ -164,8 +164,17 @@ class NormalizingFlow(ConditionedFlow):
         return y.to(self._dtype), log_q
 
     def _log_prob(self, y: Tensor, condition: Tensor | None) -> Tensor:
+        if self._estimated and current_probing() is None:
+            # The counters of y serve all blocks: the rounding of one's output must not choose the noise of the next.
+            with probing_again(Probing(Rng(0), fingerprint(y), {}, {})):
+                return self._log_prob(y, condition)
         z, ladj = self.network(y, condition)
         return standard_normal(z) + ladj
+
+    @property
+    def _estimated(self) -> list[str]:
+        """What in the network estimates its volumes."""
+        return [type(m).__name__ for m in self.network.modules() if not getattr(m, "exact", True)]
 
     def loss(self, batch: Batch, rng: Rng) -> LossOutput:
         """-log p in `unit`: bits per dimension of pictures (an upper bound of the true ones), nats of others; and penalties.
@@ -257,9 +266,8 @@ class NormalizingFlow(ConditionedFlow):
         if how:
             raise UserError(f"{next(iter(how))} is for likelihoods of a velocity; a {type(self).__name__}'s is exact")
         dtype = str(next(self.network.parameters()).dtype).removeprefix("torch.")
-        estimated = [type(m).__name__ for m in self.network.modules() if not getattr(m, "exact", True)]
         solves = list(dict.fromkeys(str(m.note) for m in self.network.modules() if hasattr(m, "note")))
-        kind = ", ".join([f"estimated ({estimated[0]})" if estimated else "exact", *solves])
+        kind = ", ".join([f"estimated ({self._estimated[0]})" if self._estimated else "exact", *solves])
         if self._levels is None:
             return f"{kind}, {dtype}"
         name = tag_of(type(self.config.dequantization or UniformDequantization())).names[0]  # type: ignore[union-attr]

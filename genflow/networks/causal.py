@@ -47,7 +47,7 @@ class CausalTransformer(nn.Module):
         self.condition = nn.Linear(condition_dim, width) if condition_dim else None
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
         self.norm = nn.LayerNorm(width)
-        self.head = nn.Linear(width, outputs)
+        self.head = WideLinear(width, outputs)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
@@ -76,11 +76,16 @@ class CausalTransformer(nn.Module):
         h = h + extra.to(h.dtype)
         for i, block in enumerate(cast(Iterable[Block], self.blocks)):
             h = block(h) if cache is None else block.extend(h, cache, i)
-        with torch.autocast(h.device.type, enabled=False):  # what is read off a map is not rounded to half precision
-            wide = torch.promote_types(self.head.weight.dtype, torch.float32)
-            return F.linear(
-                self.norm(h.to(self.norm.weight.dtype)).to(wide), self.head.weight.to(wide), self.head.bias.to(wide)
-            )
+        with torch.autocast(h.device.type, enabled=False):
+            return self.head(self.norm(h.to(self.norm.weight.dtype)))
+
+
+class WideLinear(nn.Linear):
+    """A linear layer in float32 or wider: what is read off a map is not rounded to half precision."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = torch.promote_types(self.weight.dtype, torch.float32)
+        return F.linear(x.to(wide), self.weight.to(wide), self.bias.to(wide))
 
 
 CAUSAL = Mask(causal=True)

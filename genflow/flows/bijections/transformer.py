@@ -5,6 +5,7 @@ TarFlow (Zhai et al. 2024, arXiv 2412.06329); its inverse by Jacobi sweeps, Song
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Literal
 
@@ -179,8 +180,8 @@ def guide(
 
     With w = guidance - 1: "linear", each of mu, alpha <- conditional + w (conditional - null) (TarFlow, arXiv 2412.06329,
     sec. 2.5). "product", p_c^(1 + w) / p_0^w, which is a Gaussian of precision (1 + w - w s) / sigma_c^2 and mean
-    mu_c + w s / (1 + w - w s) (mu_c - mu_0), s = sigma_c^2 / sigma_0^2 clipped at 1 (STARFlow, arXiv 2506.06276, sec. 3.4):
-    stable at high guidance, and nothing below 0. Raises UserError there, and for another rule.
+    mu_c + w s / (1 + w - w s) (mu_c - mu_0), s = sigma_c^2 / sigma_0^2, for w > 0 clipped at 1 (STARFlow, arXiv 2506.06276,
+    sec. 3.4): stable at high guidance, the null one at 0, and nothing below. Raises UserError there, and for another rule.
     """
     (mu, alpha), (mu_0, alpha_0), w = conditional, null, guidance - 1
     if rule == "linear":
@@ -189,7 +190,7 @@ def guide(
         raise UserError(f"rule = {rule!r} is none.{nearest(rule, ('product', 'linear'))}")
     if guidance < 0:
         raise UserError(f"guidance = {guidance}: rule product needs 0 or more; take linear")
-    s = torch.exp(2 * (alpha - alpha_0)).clamp(max=1)
+    s = torch.exp(2 * (alpha - alpha_0)).clamp(max=1 if w > 0 else math.inf)
     precision = 1 + w - w * s
     return mu + w * s / precision * (mu - mu_0), alpha - 0.5 * precision.log()
 
