@@ -221,6 +221,9 @@ def test_folder_of_class_folders_and_splits(tmp_path):
     assert len(FolderConfig(path=str(tmp_path)).build("test")) == 2
     with pytest.raises(UserError, match=r"no subfolder 'tst' for that split\. Did you mean 'test'"):
         FolderConfig(path=str(tmp_path)).build("tst")
+    (tmp_path / "test").rename(tmp_path / "val")
+    with pytest.raises(UserError, match=r"no subfolder 'test' for that split\. Did you mean 'val'"):
+        FolderConfig(path=str(tmp_path)).build("test")
 
 
 def test_folder_with_a_table(tmp_path):

@@ -283,6 +283,8 @@ def test_a_run_of_a_smaller_model_is_a_draft_by_its_path(tmp_path):
         ({"decoder": "gumbel", "draft": "mtp"}, "no modules of multi-token prediction"),
         ({"decoder": "ancestral", "draft": "small"}, "ancestral takes no draft"),
         ({"seeds": [-1]}, "seed -1 is out of range"),
+        ({"seeds": 3}, "seeds are a list of whole numbers"),
+        ({"seeds": torch.arange(2)}, "seeds are a list of whole numbers"),
     ],
 )
 def test_what_cannot_be_sampled_is_refused(how, says):

@@ -27,7 +27,7 @@ from genflow.flows.conditioned import ConditionedFlow
 from genflow.flows.prepared import shared_out
 from genflow.flows.store import load
 from genflow.flows.tokenizer import Tokenizer
-from genflow.functional import Rng, sent
+from genflow.functional import Rng, noise_from_seeds, sent
 from genflow.networks.identity import identity
 from genflow.networks.token_transformer import TokenTransformer
 from genflow.registry import api_export, flow_export, tag_of
@@ -255,6 +255,7 @@ class TokenFlow(ConditionedFlow):
         Returns x, B x C x H x W float32 in [-1, 1]; nfe, passes of the row that took most; and how they came. Raises
         UserError for what cannot be.
         """
+        noise_from_seeds(seeds, (0,))  # refuses what is no seed
         how = from_dict(_Decoding, {"decoder": decoder}, where="sample").decoder
         law = TokenLaw(guidance, temperature, top_k, top_p)
         # In the network's own dtype: what a pass says must not hang on who asks. Blocks that are shared out have the run's.

@@ -79,8 +79,11 @@ class FolderConfig:
         folder, others = root / split, []
         if not folder.is_dir():
             if split != "train":
-                near = nearest_name(split, [p.name for p in root.iterdir() if p.is_dir()])
-                near = near or " Make one, or ask for split 'train'."
+                there = sorted(p.name for p in root.iterdir() if p.is_dir())
+                near = nearest_name(split, there) or next(
+                    (f" Did you mean {name!r}?" for name in there if name.lower() in NOT_TRAIN),
+                    " Make one, or ask for split 'train'.",
+                )
                 raise UserError(f"data folder: {root} has no subfolder {split!r} for that split.{near}")
             folder, others = root, [p for p in root.iterdir() if p.is_dir() and p.name.lower() in NOT_TRAIN]
         mine: Callable[[Path], bool] = lambda path: not any(map(path.is_relative_to, others))

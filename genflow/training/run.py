@@ -196,6 +196,8 @@ def _as_saved(config: RunConfig, run: Path) -> RunConfig:
     for key, value in _leaves(saved).items():
         mine = asked.get(key, "nothing of the kind")
         told = mine is None and key.removeprefix("model.") in FITTED  # left to the data, the text and the flow
+        # Of which there is none yet.
+        told |= key.startswith("train.validation_") and not saved["train"]["validate_every"]
         told |= key == "init" and "base" in saved  # whose weights, wherever they are by now, are looked at
         if key not in FREE and not key.startswith(("shape", "sample.", "base.")) and mine != value and not told:
             raise UserError(

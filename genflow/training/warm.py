@@ -39,8 +39,16 @@ def begin_with(flow: Flow, path: str) -> None:
 
     Raises UserError for one that does not fit.
     """
+    own, theirs, where = getattr(flow, "config", None), read_config(find_model(path))["flow"], "flow"
     if isinstance(flow, LatentFlow):
         _check_scale(flow.config, path)
+        own, theirs, where = flow.config.flow, theirs.get("flow", {}), "flow.flow"
+    for name in ("prediction", "whiten"):
+        if name in theirs and theirs[name] != (mine := getattr(own, name, theirs[name])):
+            given, asked = ("null" if value is None else value for value in (theirs[name], mine))
+            raise UserError(
+                f"init {path}: its flow has {name} {given}, the config's {asked}; set {where}.{name}={given}"
+            )
     fill_from(flow, find_model(path), ema=True, model="the run's model")
 
 

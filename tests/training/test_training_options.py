@@ -424,6 +424,24 @@ def test_what_may_change_when_a_run_goes_on_and_what_may_not(tiny, capsys):
             train(tiny("train.steps=3", change))
 
 
+def test_a_run_that_was_not_validated_yet_may_be_on_any_split(tiny, capsys):
+    train(tiny("train.steps=1"))
+    train(tiny("train.steps=2", "train.validate_every=1", "train.validation_split=train", "train.validation_images=4"))
+    assert "step 2: validation loss" in capsys.readouterr().err
+    with pytest.raises(UserError, match="holds a run with train.validation_images=4, this config says 5"):
+        train(
+            tiny("train.steps=3", "train.validate_every=1", "train.validation_split=train", "train.validation_images=5")
+        )
+
+
+@pytest.mark.parametrize(("theirs", "mine"), [("prediction=x", "prediction=v"), ("whiten=0.1", "whiten=null")])
+def test_weights_begin_no_flow_that_reads_them_otherwise(tiny, tmp_path, theirs, mine):
+    first = train(tiny("train.steps=1", f"flow.{theirs}"))
+    for out in ("train.lora={rank: 2}", "train.steps=2"):
+        with pytest.raises(UserError, match=rf"init .*; set flow\.{theirs}$"):
+            train(tiny(f"init={first}", f"out={tmp_path / 'o'}", f"flow.{mine}", out))
+
+
 def test_where_a_run_goes(tiny, config, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert str(train(config, ["train.steps=1"])) == "runs/tiny"
