@@ -17,7 +17,6 @@ from collections.abc import Callable, Sequence
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler that counts allocations has much to say
 
 import torch
-from claims.common import told
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
@@ -126,4 +125,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    told(main)
+    main()
