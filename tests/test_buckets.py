@@ -276,6 +276,17 @@ def test_buckets_that_the_network_does_not_divide_are_refused_before_the_first_s
     assert re.search(r"one is \d+ x \d+, but the network takes multiples of 8; make", capsys.readouterr().err)
 
 
+def test_pictures_that_the_network_does_not_divide_are_refused_before_the_run_begins(tmp_path):
+    from genflow.training.run import train
+
+    pictures, config = save_pictures(tmp_path / "pictures"), tmp_path / "run.yaml"
+    model = "{name: mmdit, depth: 1, hidden: 16, patch_size: 8}\nflow: rectified\ntext: learned\n"
+    config.write_text(f"data: {{name: folder, path: {pictures}, size: 30}}\nmodel: {model}")
+    with pytest.raises(UserError, match="multiples of 8, not 30 x 30; try 32 x 32"):
+        train(config, [f"out={tmp_path / 'run'}"])
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_picture_without_a_head_goes_to_the_commonest_shape():
     pictures = [png(200, 100), b"broken", png(100, 100), png(100, 100), png(100, 100)]
     assert bucketed(dataset_of(pictures), BUCKETS, 64).shapes.tolist()[1] == [64, 64]

@@ -276,8 +276,9 @@ def test_settings_reach_the_velocity_the_sampler_and_the_grid(monkeypatch):
 
 
 def test_a_device_that_computes_nothing_is_refused(runs, tmp_path, capsys):
-    assert main(["sample", str(runs / "deaf"), "--device", "meta", "--out", str(tmp_path)]) == 2
-    assert "--device meta computes nothing" in capsys.readouterr().err
+    for device in ("meta", "meta:0"):
+        assert main(["sample", str(runs / "deaf"), "--device", device, "--out", str(tmp_path)]) == 2
+        assert "--device meta computes nothing" in capsys.readouterr().err
 
 
 def test_a_device_that_is_asked_for_is_taken(monkeypatch):

@@ -399,6 +399,15 @@ def test_names_in_the_page_are_escaped():
     assert tag("a", "x", title='"') == '<a title="&quot;">x</a>'
 
 
+def test_figures_that_read_alike_are_marked_alike():
+    def told(*values):
+        entries = [entry(name, TokenLike(), memory=value) for name, value in zip("abc", values, strict=False)]
+        return next(line for line in to_markdown(Comparison(entries, Plan(), [])).splitlines() if "memory" in line)
+
+    assert told(100.1, 100.2) == "| memory | 100 MiB | 100 MiB |"
+    assert told(100.1, 100.2, 200.0) == "| memory | **100 MiB** | **100 MiB** | 200 MiB |"
+
+
 def test_the_markdown_is_a_table_with_the_best_in_bold():
     lines = to_markdown(
         Comparison([entry("a", TokenLike(), FD=2.0), entry("b", TokenLike(), FD=1.0)], Plan(), ["Read."])

@@ -478,6 +478,8 @@ def icc_profile(name: str, *, grey: bool = False) -> bytes:
         ("RGBA", (255, 0, 0, 128), icc_profile("swapped"), (127, 255, 127)),
         ("L", 100, icc_profile("swapped"), 100),
         ("L", 100, icc_profile("linear", grey=True), 168),
+        ("LA", (100, 255), icc_profile("linear", grey=True), (168, 168, 168)),
+        ("I;16", 25700, icc_profile("linear", grey=True), 168),
     ],
 )
 def test_colours_are_those_that_the_icc_profile_means(mode, colour, profile, seen):
@@ -486,11 +488,11 @@ def test_colours_are_those_that_the_icc_profile_means(mode, colour, profile, see
     assert decode(out.getvalue()).getpixel((3, 3)) == seen
 
 
-@pytest.mark.parametrize(("mode", "clear"), [("RGB", (255, 0, 0)), ("P", 0)])
+@pytest.mark.parametrize(("mode", "clear"), [("RGB", (255, 0, 0)), ("P", 0), ("L", 76)])
 def test_a_transparent_colour_stays_so_under_an_icc_profile(mode, clear):
     out = io.BytesIO()
     picture = Image.new("RGB", (16, 16), (255, 0, 0)).convert(mode, palette=Image.Palette.ADAPTIVE, colors=2)
-    picture.save(out, "PNG", icc_profile=icc_profile("swapped"), transparency=clear)
+    picture.save(out, "PNG", icc_profile=icc_profile("swapped", grey=mode == "L"), transparency=clear)
     assert decode(out.getvalue()).getpixel((3, 3)) == (255, 255, 255)
 
 

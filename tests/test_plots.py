@@ -155,6 +155,11 @@ def test_trajectories_show_how_far_they_bend(channels):
     assert "euler, 2 steps" in words(figure) and "component 1" in words(figure)
 
 
+def test_trajectories_of_one_number_are_drawn():
+    states = torch.randn(3, 2, 1, 1, 1, generator=torch.Generator().manual_seed(0))
+    plot_trajectories([1.0, 0.5, 0.0], states, ["a", "b"], few=([1.0, 0.0], states[::2])).draw_without_rendering()
+
+
 def test_a_straight_way_that_begins_below_one_is_straight():
     """A flow that predicts the noise begins at 1 - t_min."""
     times = [0.95, 0.6, 0.3, 0.0]
@@ -360,6 +365,7 @@ def test_a_model_without_metrics_has_all_other_plots(model, short, tmp_path, cap
         (["--images", "0"], "--images must be 1 or more"),
         (["--what", "strip", "--sampler", "hoin"], "no sampler is named 'hoin'"),
         (["--what", "training", "--seed", "0"], "--seed does nothing for training; leave it out"),
+        (["--what", "training", "grid", "--no-ema"], "--no-ema does nothing for training, grid"),
         (["--what", "training", "grid", "--prompt", "a"], "--prompt does nothing for training, grid"),
         (["--what", "error", "--sampler", "heun"], "--sampler does nothing for error"),
         (["--what", "strip", "trajectories", "--images", "8"], "--images does nothing for strip, trajectories"),

@@ -445,6 +445,7 @@ def test_plots_of_another_kind_of_model_are_refused(velocity_model, map_model, t
     for options, message in (
         (["--prompt", "moon 1"], "hears no condition"),
         (["--steps", "3"], "--steps does nothing for a NormalizingFlow"),
+        (["--what", "animation", "--format", "svg"], "--format does nothing for animation; leave it out"),
     ):
         assert main(["plot", str(map_model), "--what", "density", *options, "--out", str(tmp_path / "out")]) == 2
         assert message in capsys.readouterr().err

@@ -304,6 +304,20 @@ def test_a_network_that_answers_in_another_shape_is_not_trained(prediction, answ
         flow.loss(batch, Rng(0))
 
 
+class Silent:
+    """A coupling that does not say whether it is independent."""
+
+    def __call__(self, x, noise, condition=None):
+        return noise
+
+
+def test_a_coupling_that_says_nothing_is_taken_for_dependent():
+    flow = make(coupling=Silent())
+    assert flow.sample([""], seeds=[3], steps=2).x.shape == (1, 2)
+    with pytest.raises(UserError, match="'ancestral' draws noise"):
+        flow.sample([""], seeds=[3], steps=2, sampler="ancestral")
+
+
 class Letters(TextEncoder):
     """Frozen by its word alone: it is a plain module with parameters."""
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
 
+from genflow import registry
 from genflow.cli.options import read_options
 from genflow.errors import UserError
 from genflow.flows.sampling import SolveConfig
@@ -70,6 +72,22 @@ def test_a_row_that_stopped_at_an_early_step_of_resampling_is_reported():
 def test_an_option_of_another_type_costs_one_line(sampler, words, message):
     with pytest.raises(UserError, match=message):
         bound_sampler(sampler, read_options("--option", [words]), [0])
+
+
+@pytest.mark.parametrize(
+    ("sampler", "lacking"),
+    [
+        (lambda velocity, x, grid: ..., "progress"),
+        (lambda velocity, x, grid, progress=None: ..., "record"),
+        (lambda velocity, x, grid, progress=None, record=False: ..., None),
+        (lambda velocity, x, grid, **how: ..., None),
+    ],
+)
+def test_a_sampler_that_takes_no_progress_or_record_costs_one_line(monkeypatch, sampler, lacking):
+    monkeypatch.setitem(registry._live, ("sampler", "mine"), sampler)
+    refused = pytest.raises(UserError, match=f"sampler mine does not take {lacking}=") if lacking else nullcontext()
+    with refused:
+        bound_sampler("mine", {}, [0])
 
 
 @pytest.mark.parametrize(("text", "value"), [("False", False), ("false", False), ("True", True), ("null", None)])

@@ -349,6 +349,7 @@ def test_cells_may_have_lines_whatever_the_size_of_the_file(tmp_path):
         ("a,b\n1,2\n-inf,4\n", {}, "column 'a': row 2 holds -inf"),
         ("a,b\n1,2\n3,4 kg\n", {}, "column 'b': row 2 holds '4 kg'"),
         ("a,b\n1,2\n3,4\n5\n", {}, "cannot be read.*Expected 2 columns"),
+        ('a,b,c\n1,2,e\n3,4,"f\n5,6,g\n', {"label": "c"}, "cannot be read: line 4: unexpected end of data"),
         ("a,b\n1,2\n1,4\n1,5\n", {"test": 0.0}, "column 'a' .* is 1 in all 3 training rows"),
         ("a,b\n1,2\n1,4\n1,5\n", {"columns": ("a", "bb")}, "no column 'bb'. Did you mean 'b'"),
         ("a,b\n1,2\n", {"label": "c"}, "no column 'c'"),

@@ -36,7 +36,7 @@ COMMANDS = {
 
 # Errors that are the machine's to solve, or of a name that can be none of a file.
 OUTSIDE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
-OUTSIDE |= {errno.ENAMETOOLONG, errno.ENOTDIR, errno.ELOOP}
+OUTSIDE |= {errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ELOOP}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -66,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         if error.errno not in OUTSIDE:
             raise
-        print(f"genflow: {error.filename or 'a file'}: {error.strerror}", file=sys.stderr)
+        print(f"genflow: {error.filename2 or error.filename or 'a file'}: {error.strerror}", file=sys.stderr)
         return 2
     except (MemoryError, RuntimeError) as error:
         # torch's own errors, by their words: torch may not be loaded

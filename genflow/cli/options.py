@@ -130,7 +130,7 @@ def _open(args: argparse.Namespace) -> Any:
 
     if args.batch < 1:
         raise UserError(f"--batch must be 1 or more, not {args.batch}")
-    if args.device == "meta":
+    if (args.device or "").partition(":")[0] == "meta":
         raise UserError("--device meta computes nothing; leave it out")
     best = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     flow: Any = _load(args.run, ema=not args.no_ema, device=args.device or str(best))
@@ -301,7 +301,7 @@ def solver(flow: Any, settings: dict[str, Any], seeds: Sequence[int] = (), *, bo
     from genflow.samplers import bound_sampler
 
     name = settings.get("sampler", "heun")
-    check_noise(name, flow.config.coupling.independent)
+    check_noise(name, flow.config.coupling)
     solve = bound_sampler(name, settings.get("options") or {}, seeds)
     return solve if both_ways else into_picture(name, solve, last_time(flow))
 

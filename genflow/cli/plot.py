@@ -51,12 +51,14 @@ PLANE = {
     "animation": "points on their way from noise to data",
 }
 VELOCITY = ("prompt", "guidance", "interval", "guide", "rescale")
-SOLVE = (*VELOCITY, "seed", "sampler", "steps", "grid", "shift", "temperature", "decoder", "draft", "top_k", "top_p")
+DECODING = ("temperature", "decoder", "draft", "top_k", "top_p")
+SOLVE = (*VELOCITY, *DECODING, "seed", "sampler", "steps", "grid", "shift", "no_ema")
 USED = {
-    "training": (),
-    "grid": ("steps",),
-    "error": (*VELOCITY, "seed", "images", "grid", "shift"),
-    "warp": ("prompt",),
+    "training": ("format",),
+    "grid": ("steps", "format"),
+    "error": (*VELOCITY, "seed", "images", "grid", "shift", "no_ema", "format"),
+    "warp": ("prompt", "no_ema", "format"),
+    "animation": SOLVE,
 }
 """The options that a plot hangs on; the others show a solve."""
 BUDGETS = (4, 6, 8, 12, 16, 24, 32)  # of evaluations
@@ -86,9 +88,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--grid", metavar="NAME", help="of times, see: genflow info grid (the tuned one, if there is one)")
     how.add_argument("--shift", type=read_shift, help="of the time grid; 1 = none, resolution = by the picture's size")
     add_decoding(how)
-    parser.add_argument(
-        "--format", choices=("png", "svg"), default="png", help="of the files but animations, GIFs (png)"
-    )
+    parser.add_argument("--format", choices=("png", "svg"), help="of the files but animations, GIFs (png)")
     parser.add_argument("--out", default="plots", metavar="FOLDER", help="where they go (./plots)")
     parser.set_defaults(option=None, batch=1)
 
@@ -96,7 +96,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from genflow.evaluation.plots import plot_training, save_plot
 
-    given = [name for name in (*SOLVE, "images") if getattr(args, name) not in (None, [])]
+    told = {name: getattr(args, name) for name in (*SOLVE, "images", "format")}
+    given = [name for name, value in told.items() if value not in (None, []) and value is not False]
     args.seed, args.images = args.seed or 0, 8 if args.images is None else args.images
     if args.images < 1:
         raise UserError(f"--images must be 1 or more, not {args.images}")
@@ -111,7 +112,7 @@ def run(args: argparse.Namespace) -> int:
         flow: Any = plotter.flow  # type: ignore[union-attr]
         what = f"{type(flow).__name__} of {'pictures' if len(flow.shape) == 3 else 'vectors'}"
         raise UserError(f"nothing of {args.run} can be plotted: it has no {metrics.name}, and a {what} has no plots")
-    if idle := [option for option in given if not any(option in USED.get(name, SOLVE) for name in wanted)]:
+    if idle := [option for option in given if not any(option in USED.get(name, (*SOLVE, "format")) for name in wanted)]:
         raise UserError(f"--{idle[0].replace('_', '-')} does nothing for {', '.join(wanted)}; leave it out")
     if plotter and not {"grid", "error"} & set(wanted):  # which take grids of their own
         refuse_fixed_steps(args, plotter.settings)
@@ -125,7 +126,7 @@ def run(args: argparse.Namespace) -> int:
             file = out / f"{name}.gif"
             drawn.save_atomic(file)
         else:
-            file = out / f"{name}.{args.format}"
+            file = out / f"{name}.{args.format or 'png'}"
             save_plot(drawn, file)
         print(f"{file}: {about[name]}")
     return 0
@@ -154,7 +155,7 @@ def _why_not(plotter: _Plotter | PlanePlotter, name: str) -> str:
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl; one that a running training is just writing is passed over. Raises UserError."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8", errors="replace")
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; give the folder of a run, which keeps its metrics there") from error
     lines = []
@@ -163,7 +164,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
             lines.append(json.loads(line))
         except ValueError:
             continue
-    return [line for line in lines if isinstance(line, dict) and "step" in line]
+    return [line for line in lines if isinstance(line, dict) and isinstance(line.get("step"), int)]
 
 
 class _Plotter:

@@ -64,10 +64,11 @@ def orientation(image: Image.Image) -> int:
 
 def _plain(image: Image.Image) -> Image.Image:
     """RGB or "L", whatever the mode. Raises ValueError for one that has no way there."""
-    image = _in_srgb(image)
     if image.mode.startswith(("I", "F")):
-        image = _to_8_bits(image)
-    elif image.has_transparency_data:
+        profile, image = image.info.get("icc_profile"), _to_8_bits(image)
+        image.info["icc_profile"] = profile
+    image = _in_srgb(image)
+    if image.has_transparency_data:
         rgba = image.convert("RGBA")
         sheet = Image.new("RGBA", rgba.size, "white")
         sheet.alpha_composite(rgba)
@@ -80,6 +81,10 @@ def _in_srgb(image: Image.Image) -> Image.Image:
     profile = image.info.get("icc_profile")
     if profile and image.mode in ("P", "RGB"):  # a transform would forget which colour is transparent
         image = image.convert("RGBA" if image.has_transparency_data else "RGB")
+    if profile and image.mode in ("L", "LA") and image.has_transparency_data:
+        grey, alpha = image.convert("LA").split()
+        grey.info["icc_profile"] = profile
+        return Image.merge("LA", (_in_srgb(grey), alpha))
     if not profile or image.mode not in ("L", "RGB", "RGBA", "CMYK"):
         return image
     try:

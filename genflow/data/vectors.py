@@ -237,8 +237,22 @@ def _text(file: Path, texts: Sequence[str | None]) -> _Table:
     convert = arrow.ConvertOptions(column_types={name: pa.string() for name in texts if name is not None})
     held: list[Any] = []
 
+    def check_quotes() -> None:
+        """Arrow takes one that is left open to hold the rows behind it."""
+        with file.open(encoding="utf-8-sig", errors="replace", newline="") as lines:
+            if not any('"' in line for line in lines):
+                return
+            lines.seek(0)
+            reader = csv.reader(map(str.rstrip, lines), delimiter=delimiter, strict=True)
+            try:
+                for _ in reader:
+                    pass
+            except csv.Error as error:
+                raise ValueError(f"line {reader.line_num}: {error}; look at its quotes") from error
+
     def column(name: str) -> Any:
         if not held:
+            check_quotes()
             held.append(arrow.read_csv(file, read_options=read, parse_options=parse, convert_options=convert))
         return held[0].column(name)
 

@@ -142,7 +142,14 @@ def _cell(comparison: Comparison, entry: Entry, column: str, common: Mapping[str
     if cell.real is not None and column not in common:
         more += tag("span", f"real {_short(column, cell.real)}", class_="error")
     about: dict[str, Any] = {"data_run": name, "data_figure": column, "data_value": repr(cell.value)}
-    return tag("td", _short(column, cell.value), more, class_="best" * (name in comparison.best(column)), **about)
+    return tag("td", _short(column, cell.value), more, class_="best" * (name in _best(comparison, column)), **about)
+
+
+def _best(comparison: Comparison, column: str) -> set[str]:
+    """The models whose figure reads as the best one's does; none where all read alike."""
+    told = {e.who.name: _short(column, e.row[column].value) for e in comparison.entries if column in e.row}
+    best = {told[name] for name in comparison.best(column)}
+    return {name for name, text in told.items() if text in best} if len({*told.values()}) > 1 else set()
 
 
 def _measured_on(comparison: Comparison, column: str) -> str:
@@ -322,4 +329,4 @@ def _md(comparison: Comparison, entry: Entry, column: str, cell: Cell | None) ->
     if cell is None:
         return "–"
     text = _short(column, cell.value) + ("" if cell.error is None else f" ± {_short(column, cell.error)}")
-    return f"**{text}**" if entry.who.name in comparison.best(column) else text
+    return f"**{text}**" if entry.who.name in _best(comparison, column) else text

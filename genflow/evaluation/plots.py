@@ -238,7 +238,8 @@ def plot_trajectories(
     flat = states.flatten(2).float().cpu()
     centre = flat.flatten(0, 1).mean(0)
     _, _, axes_of = torch.linalg.svd(flat.flatten(0, 1) - centre, full_matrices=False)
-    plane = axes_of[:2].T / math.sqrt(flat.shape[-1])  # a distance is then a root mean square over the values
+    axes_of = torch.nn.functional.pad(axes_of[:2], (0, 0, 0, 2 - len(axes_of[:2])))  # one number has one
+    plane = axes_of.T / math.sqrt(flat.shape[-1])  # a distance is then a root mean square over the values
     points = ((flat - centre) @ plane).numpy()
     figure = _figure(10, 4.4)
     left, right = figure.subplots(1, 2, width_ratios=[1.35, 1])
@@ -267,8 +268,8 @@ def plot_trajectories(
     left.margins(0.12)
     left.autoscale_view()
     t = torch.tensor(times, dtype=torch.float32).view(-1, 1, 1)
-    way = (t - t[-1]) / (t[0] - t[-1])  # some flows begin below t = 1
-    bend = (flat - (1 - way) * flat[-1] - way * flat[0]).square().mean(2).sqrt().numpy()
+    gone = (t - t[-1]) / (t[0] - t[-1])  # some flows begin below t = 1
+    bend = (flat - (1 - gone) * flat[-1] - gone * flat[0]).square().mean(2).sqrt().numpy()
     for i, caption in enumerate(captions):
         right.plot(times, bend[:, i], color=colours[i], label=labelled(caption, 28))
     right.set(title="Distance from the straight line", xlabel="t (1 = noise, 0 = data)", ylabel="RMS per value")

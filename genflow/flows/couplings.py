@@ -30,7 +30,8 @@ from genflow.registry import coupling_export
 class Coupling(Protocol):
     """coupling(x, noise, condition) -> the noise of each sample: x, noise: B x ...; condition: B rows (`heard`), or None.
 
-    independent: whether noise says nothing of the sample it goes with, as stochastic samplers take for granted.
+    independent: whether noise says nothing of the sample it goes with, as stochastic samplers take for granted; without the
+    word it is taken not to be.
     """
 
     independent: ClassVar[bool]

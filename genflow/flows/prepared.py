@@ -114,9 +114,9 @@ def draws_noise(sampler: str) -> bool:
     return family(sampler) == "sde"
 
 
-def check_noise(sampler: str, independent: bool) -> None:
+def check_noise(sampler: str, coupling: Any) -> None:
     """Raises UserError for a sampler that draws noise, where data and noise were not coupled independently."""
-    if draws_noise(sampler) and not independent:
+    if draws_noise(sampler) and not getattr(coupling, "independent", False):
         raise UserError(
             f"sampler {sampler!r} draws noise, which is right for coupling independent alone; choose one such as 'heun'"
         )

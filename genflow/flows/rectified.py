@@ -240,7 +240,7 @@ class RectifiedFlow(ConditionedFlow):
         solve = bound_sampler(sampler, options or {}, seeds)
         if self.config.prediction == "x" and isinstance(grid, str):
             solve = into_picture(sampler, solve, self.t_min)
-        check_noise(sampler, self.config.coupling.independent)
+        check_noise(sampler, self.config.coupling)
         noise = self.t_max * noise_from_seeds(seeds, shape).to(self.device)
         if weak is not None and (not isinstance(weak, RectifiedFlow) or weak.shape[0] != shape[0]):
             has = f" of {tuple(weak.shape)}" if isinstance(weak, RectifiedFlow) else ""

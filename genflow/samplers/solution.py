@@ -229,7 +229,11 @@ def bound_sampler(name: str, options: Mapping[str, Any], seeds: Sequence[int]) -
     Raises UserError for an unknown name or option, and for a value of another type.
     """
     sampler = resolve("sampler", name)
-    kinds = {p.name: str(p.annotation) for p in signature(sampler).parameters.values() if p.kind is p.KEYWORD_ONLY}
+    takes = signature(sampler).parameters
+    any_other = any(p.kind is p.VAR_KEYWORD for p in takes.values())
+    if lacking := [each for each in ("progress", "record") if each not in takes and not any_other]:
+        raise UserError(f"sampler {name} does not take {lacking[0]}=, as samplers do; see genflow.samplers.heun")
+    kinds = {p.name: str(p.annotation) for p in takes.values() if p.kind is p.KEYWORD_ONLY}
     own = kinds.keys() - {"progress", "record"}
     if unknown := [option for option in options if option not in own - {"seeds"}]:
         raise UserError(f"sampler {name} has no option {unknown[0]!r}.{nearest(unknown[0], own - {'seeds'})}")

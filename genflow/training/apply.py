@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from torch import nn
@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from genflow.attention.backends import many_graphs
 from genflow.data.latents import LatentDataset
+from genflow.data.loading import of_one_shape
 from genflow.errors import UserError
 from genflow.flows.bijections.base import Bijection
 from genflow.layers.float8 import MULTIPLE
@@ -25,12 +26,21 @@ def _blocks(network: nn.Module, what: str) -> Iterable[nn.Module]:
     return blocks
 
 
-def check_shapes(dataset: Any, flow: nn.Module, network: nn.Module) -> None:
-    """Raises UserError for a data set of several shapes, of which the network does not take each."""
+def check_shapes(dataset: Any, flow: nn.Module, network: nn.Module, shape: Sequence[int]) -> None:
+    """Raises UserError for a data set with a shape that the network does not take. shape: of samples that are all alike."""
     if isinstance(network, Bijection):
+        if of_one_shape(dataset):
+            return
         raise UserError("data.buckets: the model takes samples of one shape; leave buckets out")
     factor = getattr(getattr(flow, "autoencoder", None), "factor", 1)
     least = factor * max(getattr(network, name, 1) for name in ("patch_size", "multiple", "factor"))
+    if of_one_shape(dataset):
+        if any(side % least for side in shape[1:]):
+            near = " x ".join(str(max(round(side / least), 1) * least) for side in shape[1:])
+            raise UserError(
+                f"the network takes pictures in multiples of {least}, not {shape[1]} x {shape[2]}; try {near}"
+            )
+        return
     shapes = dataset.shapes * (factor if isinstance(dataset, LatentDataset) else 1)
     if wrong := [shape for shape in shapes.unique(dim=0).tolist() if any(side % least for side in shape)]:
         raise UserError(

@@ -113,6 +113,12 @@ def save_checkpoint(run: Path, step: int, *, config: dict, tensors: Tensors, sta
 
 def told_of(dataset: Samples) -> dict[str, Any]:
     """What a checkpoint tells of the data: how many samples, and a digest of their names and captions in order."""
+    for name in ("identifiers", "captions"):
+        if not hasattr(dataset, name):
+            kind = type(dataset).__name__
+            raise UserError(
+                f"data: a {kind} has no `{name}`; have the data set build an ImageDataset or a VectorDataset"
+            )
     names = json.dumps([list(dataset.identifiers), list(dataset.captions)])
     return {"samples": len(dataset), "listing": hashlib.sha256(names.encode()).hexdigest()}
 
@@ -135,6 +141,8 @@ def load_checkpoint(folder: Path, *, model: nn.Module, optimizer: torch.optim.Op
     """
     try:
         state = json.loads((folder / "state.json").read_text())
+        if not isinstance(state, dict) or not isinstance(state.get("step"), int):
+            raise ValueError("state.json has no step")
         mine, saved = model.state_dict(), load_file(folder / "model.safetensors")
         model.load_state_dict({key: as_shared(v, mine[key]) if key in mine else v for key, v in saved.items()})
         load_named_optimizer_state(optimizer, model, load_file(folder / "optimizer.safetensors"))

@@ -81,11 +81,11 @@ class Log:
         if not self.path.exists():
             return
         kept = []
-        for line in self.path.read_text().splitlines():
+        for line in self.path.read_text(errors="replace").splitlines():
             try:
                 if json.loads(line)["step"] <= step:
                     kept.append(line)
-            except (ValueError, KeyError):  # the last line of a run that was killed while writing
+            except (ValueError, KeyError, TypeError):  # such as the last line of a run that was killed while writing
                 continue
         with replacing(self.path) as temporary:
             temporary.write_text("".join(line + "\n" for line in kept))

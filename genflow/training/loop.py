@@ -94,8 +94,7 @@ class Trainer:
         if train.checkpointing:
             network = checkpointed(network)
         self.flow = config.flow.build(network, self.text, shape=self.shape)
-        if not of_one_shape(self.dataset):
-            check_shapes(self.dataset, self.flow, network)
+        check_shapes(self.dataset, self.flow, network, self.shape)
         saved = newest_checkpoint(self.run_folder)
         if train.lora is not None and saved is not None:
             check_base(saved, config.init)

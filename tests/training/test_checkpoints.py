@@ -80,6 +80,15 @@ def test_a_checkpoint_that_does_not_fit_is_not_loaded_in_part(tiny, harm):
     assert "\n" not in str(told.value) and len(str(told.value)) < 600
 
 
+@pytest.mark.parametrize("state", ["[]", '{"by_time": {}}', '{"step": "4"}'])
+def test_a_checkpoint_that_does_not_say_its_step_is_damaged(tiny, state):
+    folder = newest_checkpoint(train(tiny()))
+    (folder / "state.json").write_text(state)
+    finish_checkpoint(folder)
+    with pytest.raises(UserError, match=r"step-00000004 is damaged \(state.json has no step\)"):
+        train(tiny("train.steps=8"))
+
+
 def test_what_a_module_says_of_its_checkpoint_is_told_as_it_is(tiny, monkeypatch):
     from genflow.flows.rectified import RectifiedFlow
 
@@ -90,6 +99,14 @@ def test_what_a_module_says_of_its_checkpoint_is_told_as_it_is(tiny, monkeypatch
     monkeypatch.setattr(RectifiedFlow, "load_state_dict", refused)
     with pytest.raises(UserError, match="^these are of another model$"):
         train(tiny("train.steps=8"))
+
+
+def test_a_data_set_of_another_kind_is_told(monkeypatch, tiny):
+    from genflow.data.emoji import EmojiConfig
+
+    monkeypatch.setattr(EmojiConfig, "build", lambda *_: torch.utils.data.TensorDataset(torch.zeros(4, 3, 16, 16)))
+    with pytest.raises(UserError, match="data: a TensorDataset has no `identifiers`"):
+        train(tiny())
 
 
 def test_weights_that_are_shared_and_counts_in_python_come_back(tmp_path):

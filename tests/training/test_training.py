@@ -17,7 +17,9 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
-from genflow.config import from_dict, load
+from genflow.cli import main
+from genflow.cli.plot import read_lines
+from genflow.config import dump, from_dict, load
 from genflow.errors import UserError
 from genflow.flows.store import checkpoints, newest_checkpoint, read_config
 from genflow.training.apply import checkpointed, compile_blocks
@@ -304,6 +306,24 @@ def test_a_log_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "metrics.jsonl").mkdir()
     with pytest.raises(UserError, match=r"could not write .*metrics\.jsonl: Is a directory"):
         log.write(1, {"loss": 1.0})
+
+
+def test_lines_of_a_log_that_are_none_are_dropped(tiny):
+    run = train(tiny("train.log_every=1"))
+    with (run / "metrics.jsonl").open("ab") as file:
+        file.write(b'[1]\n5\n\xff\xfe\n{"step": "x"}\n')
+    assert [line["step"] for line in read_lines(run / "metrics.jsonl")] == [1, 2, 3, 4]
+    train(tiny("train.log_every=1", "train.steps=5"))
+    assert [json.loads(x)["step"] for x in (run / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("name", [".lock", "config.yaml"])
+def test_a_folder_in_a_files_place_is_told(tiny, name, capsys):
+    run = Path(tiny().out)
+    (run / name).mkdir(parents=True)
+    dump(tiny(), run / "asked.yaml")
+    assert main(["train", str(run / "asked.yaml")]) == 2
+    assert f"{run / name}: Is a directory" in capsys.readouterr().err
 
 
 def test_what_a_killed_preview_left_goes_with_the_next(tiny):
