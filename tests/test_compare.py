@@ -204,11 +204,11 @@ def test_a_model_that_cannot_be_measured_is_named(where, monkeypatch, capsys):
     assert "glow: there is nothing to measure" in capsys.readouterr().err
 
 
-def test_the_numbers_are_those_of_eval(where, monkeypatch):
+def test_the_numbers_are_those_of_eval(where, pages, monkeypatch):
     monkeypatch.chdir(where)
     assert main(["eval", "unet", "-n", "8", "--metrics", "fd", "loss", "--features", "pixels", "--out", "e"]) == 0
     told = {each["name"]: each["value"] for each in json.loads(Path("e/figures.json").read_text())["figures"]}
-    run = json.loads(Path("one/compare.json").read_text())["runs"][1]
+    run = pages["one"][0]["runs"][1]
     assert told == {name: run["figures"][name]["value"] for name in told}
 
 
