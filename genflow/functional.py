@@ -95,9 +95,12 @@ def log_snr(t: T) -> T:
 def renoise(z: Tensor, noise: Tensor, t: float, t_up: float) -> Tensor:
     """The forward transition of the path, from t up to t_up: z_t_up = k z_t + sqrt(t_up^2 - (k t)^2) noise.
 
-    k = (1 - t_up) / (1 - t). A marginal of the path becomes the later one.
+    k = (1 - t_up) / (1 - t). A marginal of the path becomes the later one; t_up = t leaves z as it is. Raises UserError
+    for times that are not 0 <= t <= t_up <= 1.
     """
-    keep = (1 - t_up) / (1 - t)
+    if not 0 <= t <= t_up <= 1:
+        raise UserError(f"renoise from t = {t} to t_up = {t_up} is not upwards, 0 <= t <= t_up <= 1")
+    keep = (1 - t_up) / (1 - t) if t < t_up else 1.0
     return keep * z + math.sqrt(t_up**2 - (keep * t) ** 2) * noise
 
 

@@ -53,7 +53,8 @@ def genflow_export(*names: str, kind: str, **metadata: Any) -> Callable[[T], T]:
         raise TypeError("an export needs a name")
 
     def decorate(obj: T) -> T:
-        tag = Tag(kind, names, f"{obj.__module__}:{sys._getframe(1).f_lineno}", metadata)
+        caller = sys._getframe(1)
+        tag = Tag(kind, names, f"{caller.f_globals['__name__']}:{caller.f_lineno}", metadata)
         for name in names:
             if (other := _live.get((kind, name))) is not None:
                 before = tag_of(other)
@@ -70,8 +71,8 @@ def genflow_export(*names: str, kind: str, **metadata: Any) -> Callable[[T], T]:
 
 
 def _same(a: Any, b: Any) -> bool:
-    """Whether b is a, perhaps from its module's reload."""
-    return (a.__module__, a.__qualname__) == (b.__module__, b.__qualname__)
+    """Whether b is a, perhaps from its module's reload; a partial, which has no name of its own, is none but itself."""
+    return a is b or (hasattr(a, "__qualname__") and (a.__module__, a.__qualname__) == (b.__module__, b.__qualname__))
 
 
 def _ours(obj: Any) -> bool:

@@ -373,3 +373,15 @@ def test_a_parameter_that_has_changed_since_gives_no_wrong_gradient(gradient):
         problem.weight.mul_(2)
     with pytest.raises(RuntimeError, match="changed between its forward and its backward"):
         solved.x.sum().backward()
+
+
+@pytest.mark.parametrize("gradient", GRADIENTS)
+def test_gradients_are_of_the_state_given_though_it_is_written_to_before_the_backward(gradient):
+    def found(write):
+        x, weight = normal(4, 3), normal(3, 3, seed=1).requires_grad_()
+        solved = GRADIENTS[gradient](lambda x, t, rates: (torch.tanh(x @ weight), x if rates else None), x, [weight])
+        if write:
+            x.zero_()
+        return torch.autograd.grad(solved.x.square().sum(), weight)[0]
+
+    assert torch.equal(found(write=True), found(write=False))

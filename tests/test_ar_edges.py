@@ -10,7 +10,9 @@ from toy_tokens import model
 
 from genflow.ar.decoders import MedusaTypical, Speculative, SpeculativeTree
 from genflow.ar.drafts import HeadsDraft, ModelDraft, MTPDraft
+from genflow.ar.guess import shape_of
 from genflow.ar.law import TokenLaw
+from genflow.ar.reader import TransformerReader
 from genflow.ar.tabular import TabularModel
 from genflow.errors import UserError
 
@@ -76,3 +78,17 @@ def test_numbers_of_guesses_are_whole():
         Speculative(2.5)
     with pytest.raises(UserError, match="1.5 is not a whole number"):
         SpeculativeTree((2, 1.5))
+
+
+def test_decoding_is_the_same_under_another_default_device():
+    flow = model()
+    condition = flow.embed_prompts(["dark", "light"], 2)
+    shape_of.cache_clear()
+
+    def tokens():
+        reader = TransformerReader(flow.network, condition)
+        return Speculative()(reader, [0, 1], draft=ModelDraft(TransformerReader(flow.network, condition))).tokens
+
+    with torch.device("meta"):
+        elsewhere = tokens()
+    assert torch.equal(elsewhere, tokens())

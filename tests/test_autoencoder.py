@@ -542,3 +542,9 @@ def test_a_trained_autoencoder_is_in_full_precision_inside_autocast(run):
     with torch.autocast("cpu", torch.bfloat16):
         inside = part.posterior(x)[0]
     assert torch.equal(inside, z)
+
+
+def test_pictures_of_two_sizes_have_no_ssim():
+    for a, b in (((3, 16, 16), (3, 16, 16)), ((2, 3, 16, 16), (2, 1, 16, 16))):
+        with pytest.raises(UserError, match="ssim: pictures of .* give both as B x C x H x W of one size"):
+            ssim(torch.zeros(a), torch.zeros(b))

@@ -233,3 +233,11 @@ def test_a_product_is_not_guided_below_zero():
     with pytest.raises(UserError, match="guidance = -1.0: rule product needs 0 or more; take linear"):
         guide(a, b, -1.0)
     assert all(x.isfinite().all() for x in guide(a, b, 0.0))
+
+
+def test_what_is_fitted_to_the_first_batch_is_fitted_under_another_default_device():
+    marginals, codes = Marginals(PICTURES), VQConfig(vocabulary=8, channels=4).build()
+    with torch.device("meta"):
+        marginals.initialise(torch.zeros(2, *PICTURES, device="cpu"))
+        codes.initialise(torch.ones(5, 4, 2, 2, device="cpu"))
+    assert marginals.mass.std() > 0 and (codes.codebook - 1).abs().max() < 0.1

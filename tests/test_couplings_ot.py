@@ -213,3 +213,11 @@ def test_the_cost_is_the_mean_squared_difference_and_the_weight_is_of_one_less_t
     off = off - off.mean(0)  # of the cosines, the row's and the column's own part is 0.5
     torch.testing.assert_close(off, torch.zeros_like(off), rtol=0, atol=1e-12)
     assert (group == 0).all()
+
+
+@pytest.mark.parametrize("coupling", [OptimalTransport(), Sinkhorn()])
+def test_noise_is_coupled_under_another_default_device(coupling):
+    x, noise = pairs()
+    with torch.device("meta"):
+        elsewhere = coupling(x, noise, None)
+    assert torch.equal(elsewhere, coupling(x, noise, None))

@@ -11,7 +11,7 @@ from genflow.flows.bijections.residual import ResidualBlock
 from genflow.flows.bijections.transformer import tweedie
 from genflow.flows.divergence import Divergence, fingerprint
 from genflow.flows.models.ffjord import FFJORDConfig
-from genflow.flows.velocity_likelihood import velocity_log_prob
+from genflow.flows.velocity_likelihood import _clenshaw_curtis, velocity_log_prob
 from genflow.functional import Rng
 from genflow.training.apply import checkpointed
 
@@ -101,3 +101,14 @@ def test_samples_of_one_number_have_the_likelihood_of_rows_of_one(kind):
     found, expected = (velocity_log_prob(swing, each, **how) for each in (x, x[:, None]))
     torch.testing.assert_close(found.log_prob, expected.log_prob)
     torch.testing.assert_close(found.z, expected.z[:, 0])
+
+
+@pytest.mark.parametrize(("kind", "draws"), [("exact", 1), ("hutchinson", 2), ("hutch++", 2)])
+def test_a_likelihood_is_the_same_under_another_default_device(kind, draws):
+    x = torch.randn(2, 3)
+    _clenshaw_curtis.cache_clear()
+    with torch.device("meta"):
+        elsewhere = velocity_log_prob(lambda x, t: torch.tanh(x), x, divergence=kind, draws=draws).log_prob
+    assert torch.equal(
+        elsewhere, velocity_log_prob(lambda x, t: torch.tanh(x), x, divergence=kind, draws=draws).log_prob
+    )

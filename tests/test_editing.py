@@ -490,3 +490,23 @@ def test_resampling_names_the_step_from_which_pictures_are_not_finite(x, noise):
     how = {"repeats": 2, "seeds": [1, 2, 3], "sampler": euler}
     solution = inpaint(broken, x, torch.ones(1, 1, 4, 6), noise, uniform(4), **how)
     assert solution.status == ["not finite (NaN or inf) from step 3 of 4 on"] * 3
+
+
+def test_pictures_of_two_sizes_have_no_psnr():
+    with pytest.raises(UserError, match="psnr: pictures of 2 x 3 x 4 x 4 and of 2 x 1 x 4 x 4 are not alike"):
+        psnr(torch.zeros(2, 3, 4, 4), torch.zeros(2, 1, 4, 4))
+
+
+def test_conditions_are_blended_in_their_own_dtype():
+    a, b = [torch.randn(2, 3).bfloat16()], [torch.randn(2, 3)]
+    for spherical in (False, True):
+        assert blend(a, b, 0.3, spherical=spherical)[0].dtype == torch.bfloat16
+
+
+def test_conditions_with_nothing_between_are_refused():
+    with pytest.raises(
+        UserError, match="nothing lies between conditions of torch.int64, such as labels; embed them first"
+    ):
+        blend([torch.tensor([[1]])], [torch.tensor([[2]])], 0.5)
+    with pytest.raises(UserError, match="blend: 1 tensors and 2; give as many of both"):
+        blend([torch.zeros(1, 2)], [torch.zeros(1, 2)] * 2, 0.5)

@@ -211,6 +211,13 @@ def test_ranks_are_by_cosine_and_level_captions_share_their_places():
     assert [recall_at(*ranks, k) for k in (1, 2, 3, 4)] == pytest.approx([1 / 3, 7 / 9, 8 / 9, 1])
 
 
+def test_a_probe_of_features_that_are_not_finite_is_refused():
+    features = torch.randn(5, 3)
+    features[1, 2] = torch.nan
+    with pytest.raises(UserError, match="the features or the vectors hold NaN or inf"):
+        fit_caption_probe(features, torch.randn(5, 2))
+
+
 def test_a_probe_finds_the_captions_that_its_features_tell():
     vectors, turn = draw(200, 6), draw(6, 8, seed=1)
     probe = fit_caption_probe(vectors[:150] @ turn, vectors[:150])

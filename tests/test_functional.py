@@ -232,3 +232,12 @@ def test_what_is_sent_to_mps_is_waited_for():
     assert G.sent(Spy(), "cuda") and not G.sent(Spy(), "mps")
     files = Path(G.__file__).parent.rglob("*.py")
     assert [file.name for file in files if "non_blocking" in file.read_text()] == ["functional.py"]
+
+
+def test_noise_is_added_upwards_only():
+    z, noise = torch.randn(2, 3), torch.randn(2, 3)
+    for t in (0.0, 0.4, 1.0):
+        assert torch.equal(G.renoise(z, noise, t, t), z)
+    for t, t_up in ((0.5, 0.4), (0.5, 1.2)):
+        with pytest.raises(UserError, match=r"is not upwards, 0 <= t <= t_up <= 1"):
+            G.renoise(z, noise, t, t_up)

@@ -601,6 +601,49 @@ def test_conditions_of_inference_mode_are_guided_by(x, c, u):
     same(cfg(conditional, (inside,), (u,), 3.0).at(x, t), cfg(conditional, (c,), (u,), 3.0).at(x, t))
 
 
+def test_conditions_of_inference_mode_that_are_written_to_are_heard(x, c, u):
+    with torch.inference_mode():
+        inside = c.clone()
+        guided = cfg(conditional, (inside,), (u,), 3.0)
+        guided.at(x, 0.6)
+        inside.add_(1)
+        same(guided.at(x, 0.6), cfg(conditional, (c + 1,), (u,), 3.0).at(x, 0.6))
+
+
+def test_a_guided_velocity_serves_after_it_was_exported(x, c, u):
+    class Sampled(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.guided = cfg(conditional, (c,), (u,), 3.0)
+
+        def forward(self, x):
+            return euler(self.guided, x, uniform(2)).x
+
+    sampled = Sampled()
+    exported = torch.export.export(sampled, (x,), strict=False).module()
+    same(sampled(x), euler(cfg(conditional, (c,), (u,), 3.0), x, uniform(2)).x)
+    same(exported(x), sampled(x))
+
+
+def test_conditions_that_ask_for_gradients_later_have_them(x, c, u):
+    guided = cfg(conditional, (c,), (u,), 3.0)
+    guided.at(x, 0.6)
+    c.requires_grad_()
+    guided.at(x, 0.6).sum().backward()
+    assert c.grad.abs().min() > 0
+
+
+def test_what_is_no_guide_and_no_condition_is_refused(x, c, u):
+    with pytest.raises(UserError, match=r"guide = 'apg' is not a Guide; give one made, such as genflow.APG\(\)"):
+        cfg(conditional, (c,), (u,), 2.0, guide="apg")
+    with pytest.raises(UserError, match="is not a Guide; give one made"):
+        autoguidance(weaker, weaker, 2.0, guide=APG)
+    with pytest.raises(UserError, match="a tuple of tensors, such as .*, not one with a NoneType in it"):
+        cfg(conditional, (c,), (None,), 2.0)
+    with pytest.raises(UserError, match="a tuple of tensors, such as .*, not of type dict"):
+        Conditioned(conditional, {"c": c})
+
+
 def test_conditions_have_gradients_also_after_a_call_without(x, c, u):
     guided = cfg(conditional, (c.requires_grad_(),), (u,), 3.0)
     with torch.no_grad():

@@ -226,3 +226,9 @@ def test_a_vit_refuses_another_number_of_tokens_than_it_has_positions_for(tokens
     has, given = tokens
     with pytest.raises(UserError, match=f"vit: there are {given} tokens, .* positions for {has}"):
         ViT(has, 3, 2, width=8, depth=1)(torch.randn(2, given, 3))
+
+
+def test_a_transformer_of_conditions_refuses_to_go_without():
+    vit = ViT(5, 3, 2, width=8, depth=1, condition_dim=4)
+    with pytest.raises(UserError, match="vit: a condition is missing: this network needs B x 4"):
+        vit(torch.randn(2, 5, 3))

@@ -86,3 +86,13 @@ def test_letters_beyond_ascii_are_drawn_and_not_a_box():
     black = torch.zeros(1, 3, 16, 16)
     drawn = {letter: caption_grid(black, [letter]).image.tobytes() for letter in "éüłЖΩ"}
     assert len(set(drawn.values())) == len(drawn)
+
+
+def test_what_is_no_picture_is_refused():
+    for x in (torch.zeros(2, 3, 4, 4), torch.zeros(4, 4), torch.zeros(5, 4, 4)):
+        with pytest.raises(UserError, match="a picture is 1 or 3 x H x W, not"):
+            to_picture(x)
+    with pytest.raises(UserError, match=r"numbers in \[-1, 1\], not torch.uint8; scale levels as k / 127.5 - 1"):
+        to_picture(torch.zeros(3, 4, 4, dtype=torch.uint8))
+    with pytest.raises(UserError, match="1 captions for 2 pictures; give one for each"):
+        caption_grid(torch.zeros(2, 3, 4, 4), ["a"])

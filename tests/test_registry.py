@@ -6,12 +6,14 @@ import json
 import subprocess
 import sys
 import types
+from functools import partial
 
 import pytest
 
 import genflow
 from genflow import registry
 from genflow.errors import UserError, nearest
+from genflow.samplers import heun
 
 
 @pytest.fixture
@@ -170,3 +172,11 @@ def test_every_export_is_described():
         for name, entry in group.items():
             written = entry["summary"] and not entry["summary"].startswith(f"{entry['attr']}(")  # as dataclass makes it
             assert written, f"{kind} {name} has no docstring"
+
+
+def test_two_partials_of_one_name_are_refused_by_the_places_that_export_them(clean):
+    registry.sampler_export("mine")(partial(heun))
+    with pytest.raises(
+        UserError, match=r"two things are called sampler 'mine': test_registry:\d+ and test_registry:\d+"
+    ):
+        registry.sampler_export("mine")(partial(heun))

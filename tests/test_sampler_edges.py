@@ -218,3 +218,11 @@ def test_a_whole_solve_is_one_graph_to_a_compiler():
     solve = lambda x: heun(lambda x, t: t[:, None] - x, x, [1.0, 0.5, 0.0]).x
     x = torch.ones(2, 3)
     torch.testing.assert_close(torch.compile(solve, backend="eager", fullgraph=True)(x), solve(x))
+
+
+@pytest.mark.parametrize("sampler", [euler, dopri5, picard])
+def test_a_trajectory_begins_where_the_solve_did_though_the_noise_is_written_to(sampler):
+    noise = torch.randn(2, 3)
+    solution, start = sampler(falling, noise, uniform(2), record=True), noise.clone()
+    noise.zero_()
+    assert torch.equal(solution.trajectory.states[0], start)

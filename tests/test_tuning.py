@@ -537,3 +537,10 @@ def test_a_model_whose_data_are_gone_needs_prompts(model, capsys):
     (model / "config.json").write_text(json.dumps(config))
     assert main(["tune", str(model), "--steps", "2", "--images", "3"]) == 2
     assert '--prompt "..."' in capsys.readouterr().err
+
+
+def test_a_grid_is_tuned_under_another_default_device():
+    noise = torch.randn(6, 3)
+    with torch.device("meta"):
+        found = tune(lambda x, t: torch.tanh(x), noise, steps=2)
+    assert found.best.grid == tune(lambda x, t: torch.tanh(x), noise, steps=2).best.grid

@@ -121,8 +121,8 @@ def decode(
     _check(target, seeds, draft, branching)
     noise = TokenNoise(seeds, device)
     symbols = torch.full((rows, n + 2 + len(branching)), target.vocabulary, dtype=torch.int64, device=device)
-    passes = torch.zeros(rows, n, dtype=torch.int64)
-    tested, held, done = (torch.zeros(rows, dtype=torch.int64) for _ in range(3))
+    passes = torch.zeros(rows, n, dtype=torch.int64, device="cpu")
+    tested, held, done = (torch.zeros(rows, dtype=torch.int64, device="cpu") for _ in range(3))
     each, number = torch.arange(rows, device=device)[:, None], 0
     finite = torch.ones(rows, dtype=torch.bool, device=device)
     while (left := n - done).any():
@@ -153,7 +153,7 @@ def decode(
         settled = torch.minimum(good + 1, left)
         tested += torch.minimum(settled, (left - 1).clamp(0, len(shape.branching)))
         held += (settled - 1).clamp(min=0)
-        places = torch.arange(n)
+        places = torch.arange(n, device="cpu")
         passes[(places >= done[:, None]) & (places < (done + settled)[:, None])] = number
         done = done + settled
         if not shape.chain:

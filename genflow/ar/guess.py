@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import accumulate
 from operator import mul
 from typing import NamedTuple, Protocol
@@ -80,10 +80,11 @@ class Shape:
         ends = [*accumulate(counts)]
         self.levels = [(end - count, end) for end, count in zip(ends, counts, strict=True)]
         self.nodes, self.inner = len(parents), len(children)
-        self.forests = [torch.tensor(parents[1:end]) - 1 for _, end in self.levels]
-        self.parents, self.depth = torch.tensor(parents), torch.tensor(depth)
-        self.children = torch.tensor(children, dtype=torch.int64).view(self.inner, max(branching, default=0))
-        self.path = torch.tensor([[*path, *[0] * (len(branching) - len(path))] for path in paths], dtype=torch.int64)
+        number = partial(torch.tensor, dtype=torch.int64, device="cpu")
+        self.forests = [number(parents[1:end]) - 1 for _, end in self.levels]
+        self.parents, self.depth = number(parents), number(depth)
+        self.children = number(children).view(self.inner, max(branching, default=0))
+        self.path = number([[*path, *[0] * (len(branching) - len(path))] for path in paths])
 
 
 @lru_cache(maxsize=256)

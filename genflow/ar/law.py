@@ -84,7 +84,8 @@ class TokenNoise:
         for seed in seeds:
             if type(seed) is not int or not 0 <= seed < 2**63:
                 noise_from_seeds([seed], ())  # refuses what is no seed
-        self.keys = Rng(0).bits("tokens", torch.tensor(list(map(int, seeds)), dtype=torch.int64)).to(device)
+        numbers = torch.tensor(list(map(int, seeds)), dtype=torch.int64, device="cpu")
+        self.keys = Rng(0).bits("tokens", numbers).to(device)
 
     def _bits(self, stream: str, at: Tensor, n: int) -> Tensor:
         """B x W x n random int64 for the positions at, B x W."""

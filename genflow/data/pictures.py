@@ -48,7 +48,12 @@ def write_atomic(path: Path, write: Callable[[IO[bytes]], object]) -> None:
 
 @api_export("to_picture")
 def to_picture(x: Tensor, settings: Mapping[str, object] | None = None) -> Picture:
-    """x: C x H x W in [-1, 1], C = 1 or 3. Returns an 8-bit picture."""
+    """x: C x H x W in [-1, 1], C = 1 or 3. Returns an 8-bit picture. Raises UserError for what is none."""
+    if x.dim() != 3 or x.shape[0] not in (1, 3):
+        size = " x ".join(map(str, x.shape))
+        raise UserError(f"a picture is 1 or 3 x H x W, not {size}; of a batch give one, x[0], or all to caption_grid")
+    if not x.is_floating_point():
+        raise UserError(f"a picture holds numbers in [-1, 1], not {x.dtype}; scale levels as k / 127.5 - 1")
     pixels = ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu()
     if pixels.shape[0] == 1:
         pixels = pixels.expand(3, -1, -1)
@@ -91,7 +96,10 @@ def caption_grid(
     """A grid of pictures, each over its caption.
 
     images: B x C x H x W in [-1, 1]; small ones are enlarged to about `cell` pixels. columns: by default, a square.
+    Raises UserError for other than one caption for each.
     """
+    if len(captions) != len(images):
+        raise UserError(f'{len(captions)} captions for {len(images)} pictures; give one for each, or ""')
     columns = columns or min(8, max(1, round(len(images) ** 0.5)))
     height, width = images.shape[-2:]
     zoom = max(1, cell // max(height, width))

@@ -42,12 +42,15 @@ def fit_caption_probe(features: Tensor, vectors: Tensor, penalties: Sequence[flo
     """The probe of N x D features of real pictures and the N x E vectors of their captions, in float64.
 
     The penalty is the one with the least square error on each picture left out in turn, which ridge regression has in
-    closed form: the residual over 1 - h, h the picture's leverage (Allen 1974). Raises UserError for fewer than three.
+    closed form: the residual over 1 - h, h the picture's leverage (Allen 1974). Raises UserError for fewer than three, and
+    for what is not finite.
     """
     if len(features) != len(vectors) or len(features) < 3:
         what = f"{len(features)} pictures with {len(vectors)} captions"
         raise UserError(f"{what} are no set to fit a probe on; as many captions as pictures, and 3 at least")
     x, y = features.double(), vectors.double()
+    if not bool(x.isfinite().all() and y.isfinite().all()):
+        raise UserError("a probe is fitted to finite numbers, but the features or the vectors hold NaN or inf")
     mean, scale, centre = x.mean(0), x.std(0).clamp(min=1e-6), y.mean(0)
     x, y = (x - mean) / scale, y - centre
     values, basis = torch.linalg.eigh(x.T @ x)

@@ -127,6 +127,7 @@ class _Backward(torch.autograd.Function):
         ctx.autocast = _autocast(x)
         ctx.set_materialize_grads(False)  # where q is not in the loss, nothing of it is computed on the way back
         backward = any(ctx.needs_input_grad)
+        x = x.clone() if backward else x  # the first state is kept, and the caller may write into x
         solved = march(field, x, start, end, stepping, cls.keep(stepping) if backward else None)
         if backward:
             ctx.arrived, ctx.versions = solved.y.detach(), [version(p) for p in wanted]

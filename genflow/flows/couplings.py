@@ -168,7 +168,7 @@ def equal_rows(condition: Condition) -> Tensor:
 def row_hash(rows: Tensor, stream: str) -> Tensor:
     """64 bits of each row: B x N -> B int64, on its device."""
     bits = rows.float().contiguous().view(torch.int32) if rows.is_floating_point() else rows
-    factor = Rng(0).bits(stream, torch.arange(bits.shape[1])).to(bits.device) | 1
+    factor = Rng(0).bits(stream, torch.arange(bits.shape[1], device="cpu")).to(bits.device) | 1
     return mix((bits.long() * factor).sum(1))
 
 
@@ -180,7 +180,7 @@ def optimal_assignment(cost: Tensor, group: Tensor) -> Tensor:
     from scipy.optimize import linear_sum_assignment
 
     table, group = cost.cpu(), group.cpu()
-    permutation = torch.arange(len(table))
+    permutation = torch.arange(len(table), device="cpu")
     for first in group.unique():
         members = (group == first).nonzero().squeeze(1)
         block = table[members[:, None], members] if len(members) < len(table) else table

@@ -202,8 +202,8 @@ _KINDS: dict[str, Callable[[_Products, Tensor | None], Evaluated]] = {
 def _rademacher(rng: Rng, stream: str, index: Tensor, shape: torch.Size) -> Tensor:
     """-1 and 1 with equal chance, B x *shape float32 on the CPU: 64 from every number of a counter."""
     size = math.prod(shape)
-    words = rng.bits(stream, index).unsqueeze(1) + torch.arange(-(-size // 64))
-    bits = rng.bits(f"{stream}/words", words.flatten()).view(*words.shape, 1) >> torch.arange(64)
+    words = rng.bits(stream, index).unsqueeze(1) + torch.arange(-(-size // 64), device="cpu")
+    bits = rng.bits(f"{stream}/words", words.flatten()).view(*words.shape, 1) >> torch.arange(64, device="cpu")
     return (bits & 1).flatten(1)[:, :size].mul(2).sub(1).float().view(len(index), *shape)
 
 

@@ -18,8 +18,11 @@ def ssim(a: Tensor, b: Tensor, *, low: float = -1.0, peak: float = 2.0) -> Tenso
 
     In a Gaussian window of 11 x 11, sigma 1.5, where it lies wholly inside. a, b: B x C x H x W, of sides of 11 or more;
     low, peak: the least of their range and its width, -1 and 2 for [-1, 1]; intensities count from low. Returns B float32.
-    Raises UserError for smaller pictures.
+    Raises UserError for smaller pictures, and for two sizes.
     """
+    if a.dim() != 4 or a.shape != b.shape:
+        sizes = " and of ".join(" x ".join(map(str, each.shape)) for each in (a, b))
+        raise UserError(f"ssim: pictures of {sizes}; give both as B x C x H x W of one size")
     if min(a.shape[-2:]) < SIDE:
         raise UserError(
             f"ssim: pictures of {a.shape[-2]} x {a.shape[-1]} are smaller than its window of {SIDE} x {SIDE}"

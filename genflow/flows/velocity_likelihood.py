@@ -181,7 +181,7 @@ def _clenshaw_curtis(n: int) -> tuple[Tensor, Tensor]:
     """What n + 1 values are multiplied with, n divisible by 4, float64: n + 1 weights that integrate their cosine series
     (Clenshaw & Curtis 1960), and n / 2 x n + 1 that give the second half of its coefficients.
     """
-    k = torch.arange(n + 1, dtype=torch.float64)
+    k = torch.arange(n + 1, dtype=torch.float64, device="cpu")
     series = torch.cos(math.pi / n * torch.outer(k, k)) * 2 / n
     for end in (0, n):
         series[end] /= 2

@@ -31,7 +31,8 @@ class KeyValueCache:
     @property
     def lengths(self) -> Tensor:
         """How many tokens of each row are kept: B int64 on the CPU."""
-        return torch.full((self.tensor.shape[2],), self.length) if self._lengths is None else self._lengths
+        rows = self.tensor.shape[2]
+        return torch.full((rows,), self.length, device="cpu") if self._lengths is None else self._lengths
 
     def open(self, width: int, parents: Tensor | None = None) -> Tensor | int:
         """Make room for `width` tokens more of each row, which then count as kept. Returns where they stand.

@@ -170,8 +170,10 @@ class VQ(Quantizer):
         """The codes are latents of the first batch, and where there are too few, such ones with a little noise."""
         rows = _rows(h)
         generator = torch.Generator().manual_seed(0)
-        picked = torch.randperm(len(rows), generator=generator).repeat(-(-self.vocabulary // len(rows)))
-        noise = 0.01 * torch.randn(self.codebook.shape, generator=generator) * rows.std(correction=0).cpu()
+        picked = torch.randperm(len(rows), generator=generator, device="cpu").repeat(-(-self.vocabulary // len(rows)))
+        noise = (
+            0.01 * torch.randn(self.codebook.shape, generator=generator, device="cpu") * rows.std(correction=0).cpu()
+        )
         self.codebook.copy_(rows[picked[: self.vocabulary].to(rows.device)] + noise.to(rows.device))
         self.sums.copy_(self.codebook)
         self.counts.fill_(1.0)

@@ -60,10 +60,12 @@ class ViT(nn.Module):
     def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
         """x: B x tokens x in_dim; condition: B x condition_dim. Returns B x tokens x out_dim.
 
-        Raises UserError for another number of tokens.
+        Raises UserError for another number of tokens and for a condition that is missing.
         """
         if x.shape[1] != (tokens := self.positions.shape[1]):
             raise UserError(f"vit: there are {x.shape[1]} tokens, and this transformer has positions for {tokens}")
+        if self.condition is not None and condition is None:
+            raise UserError(f"vit: a condition is missing: this network needs B x {self.condition.in_features}")
         x = self.embed(x) + self.positions
         if self.condition is not None and condition is not None:
             x = x + self.condition(condition.to(x.dtype))[:, None]

@@ -127,7 +127,7 @@ class _Record:
     """The states at the times of the grid, interpolated from the steps that pass them."""
 
     def __init__(self, pair: Pair, x: Tensor, grid: list[float], inner: list[float]) -> None:
-        self.pair, self.grid, self.begin = pair, grid, x
+        self.pair, self.grid, self.begin = pair, grid, x.clone()
         self.times = x.new_tensor(inner).unsqueeze(1)
         self.states = x.detach().repeat(len(inner), *[1] * x.dim()).view(len(inner), *x.shape)
         self.counts = torch.zeros(len(inner), len(x), dtype=torch.int64, device=x.device)  # of evaluations

@@ -74,8 +74,10 @@ def round_trip(
 def psnr(a: Tensor, b: Tensor, *, peak: float = 2.0) -> Tensor:
     """The peak signal-to-noise ratio of each picture in dB: 10 log10(peak^2 / mean (a - b)^2), infinite where equal.
 
-    a, b: B x ...; peak: the width of their range, 2 for [-1, 1]. Returns B.
+    a, b: B x ...; peak: the width of their range, 2 for [-1, 1]. Returns B. Raises UserError for two sizes.
     """
+    if a.shape != b.shape:
+        raise UserError(f"psnr: pictures of {_size(a)} and of {_size(b)} are not alike; give both of one size")
     return 10 * torch.log10(peak**2 / (state(a) - state(b)).unsqueeze(-1).flatten(1).square().mean(1))
 
 

@@ -38,7 +38,7 @@ class Conditioned:
     cond: tuple[Tensor, ...]
 
     def __post_init__(self) -> None:
-        _refuse_one(self.cond)
+        _check_tensors(self.cond)
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
         return self.velocity(x, t, *_rows(self.cond, len(x)))
@@ -63,8 +63,8 @@ class OneNetwork:
     )
 
     def __post_init__(self) -> None:
-        _refuse_one(self.cond)
-        _refuse_one(self.uncond)
+        _check_tensors(self.cond)
+        _check_tensors(self.uncond)
         if len(self.cond) != len(self.uncond):
             raise UserError(f"cond has {len(self.cond)} tensors and uncond {len(self.uncond)}; they must be alike")
         for a, b in zip(self.cond, self.uncond, strict=True):
@@ -89,11 +89,14 @@ class OneNetwork:
     def _paired(self, n: int) -> tuple[Tensor, ...]:
         """The conditions of n rows of each branch: the same at every step, unless they have been written to since."""
         tensors = (*self.cond, *self.uncond)
-        now = (torch.is_grad_enabled(), *(None if a.is_inference() else a._version for a in tensors))
-        if n not in self._pairs or self._pairs[n][0] != now:
-            pairs = zip(_rows(self.cond, n), _rows(self.uncond, n), strict=True)
-            self._pairs[n] = now, tuple(torch.cat(pair) for pair in pairs)
-        return self._pairs[n][1]
+        counted = not any(a.is_inference() for a in tensors)  # those of inference mode do not know of what is written
+        now = (torch.is_grad_enabled(), *((a._version, a.requires_grad) for a in tensors)) if counted else None
+        if counted and n in self._pairs and self._pairs[n][0] == now:
+            return self._pairs[n][1]
+        pairs = tuple(map(torch.cat, zip(_rows(self.cond, n), _rows(self.uncond, n), strict=True)))
+        if counted and all(type(pair) is Tensor for pair in pairs):  # not those of a trace, which are no numbers
+            self._pairs[n] = now, pairs
+        return pairs
 
     def take(self, rows: Tensor) -> OneNetwork:
         return OneNetwork(self.velocity, take_rows(self.cond, rows), take_rows(self.uncond, rows))
@@ -122,9 +125,14 @@ class TwoNetworks:
         return lambda rows: TwoNetworks(velocity(rows), weak(rows))
 
 
-def _refuse_one(cond: object) -> None:
+def _check_tensors(cond: object) -> None:
+    wanted = "conditions are a tuple of tensors, such as (tokens, pooled) or (labels,), not"
     if isinstance(cond, Tensor):  # whose rows would be taken for tensors
-        raise UserError("conditions are a tuple of tensors, such as (tokens, pooled) or (labels,), not one tensor")
+        raise UserError(f"{wanted} one tensor")
+    if not isinstance(cond, tuple | list):
+        raise UserError(f"{wanted} of type {type(cond).__name__}")
+    if other := [type(each).__name__ for each in cond if not isinstance(each, Tensor)]:
+        raise UserError(f"{wanted} one with a {other[0]} in it")
 
 
 def _at(velocity: Callable[..., Tensor], x: Tensor, time: float, cond: tuple[Tensor, ...]) -> Tensor:
@@ -220,6 +228,8 @@ class Guided:
         if len(self.interval) != 2:
             raise UserError(f"guidance interval = {self.interval} is not two times, lo and hi, such as (0.0, 1.0)")
         lo, hi = self.interval
+        if not isinstance(self.guide, Guide):
+            raise UserError(f"guide = {self.guide!r} is not a Guide; give one made, such as genflow.APG()")
         if not math.isfinite(self.scale):
             raise UserError(f"guidance = {self.scale} is not a finite number; 1.0 is no guidance")
         if not 0 <= lo < hi <= 1:

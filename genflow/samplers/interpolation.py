@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from genflow.errors import UserError
 from genflow.registry import api_export
 from genflow.samplers.solution import state
 
@@ -36,15 +37,20 @@ def blend(
 ) -> tuple[Tensor, ...]:
     """Between two embedded conditions, such as two prompts': tensor by tensor, a straight line, or `slerp`.
 
-    a, b: tensors of B rows or one; masks (bool) become either's. fraction: a number, or B of them.
+    a, b: tensors of B rows or one; masks (bool) become either's. fraction: a number, or B of them. Returns each in the
+    dtype of a's. Raises UserError for other numbers of tensors, and for whole numbers, which have nothing between.
     """
+    if len(a) != len(b):
+        raise UserError(f"blend: {len(a)} tensors and {len(b)}; give as many of both conditions")
 
     def between(p: Tensor, q: Tensor) -> Tensor:
+        if not p.is_floating_point() and p.dtype != torch.bool:
+            raise UserError(f"blend: nothing lies between conditions of {p.dtype}, such as labels; embed them first")
         if spherical and p.dtype != torch.bool:
-            return slerp(p, q, fraction)
+            return slerp(p, q, fraction).to(p.dtype)
         weight = torch.as_tensor(fraction, device=p.device).reshape(-1, *[1] * (p.dim() - 1))
         if p.dtype == torch.bool:
             return (p & (weight < 1)) | (q & (weight > 0))
-        return torch.lerp(p, q, weight.to(p.dtype))
+        return torch.lerp(p, q.to(p.dtype), weight.to(p.dtype))
 
     return tuple(between(p, q) for p, q in zip(a, b, strict=True))

@@ -160,7 +160,7 @@ class Solve:
     ) -> None:
         self.velocity, self.x, self.grid = velocity, state(x), check_grid(grid)
         self.progress = progress
-        self.trajectory = Trajectory([self.grid[0]], [self.x], [0]) if record else None
+        self.trajectory = Trajectory([self.grid[0]], [self.x.clone()], [0]) if record else None
         self.nfe = 0
         self._sums: dict[int, Tensor] = {}
         self._at = getattr(velocity, "at", None)

@@ -178,10 +178,10 @@ def plan(
     states = heun(velocity, noise, times, record=True).checked().trajectory.states  # type: ignore[union-attr]
     rows = min(rows, PLAN_ROWS)
     path = torch.stack([state[:rows] for state in states])
-    costs = torch.full((len(times), len(times)), math.inf, dtype=torch.float64)
+    costs = torch.full((len(times), len(times)), math.inf, dtype=torch.float64, device="cpu")
     for i, (t, state) in enumerate(zip(times[:-1], states, strict=False)):
         v = evaluate(velocity, state, t)[:rows]
-        lengths = torch.tensor(times[i + 1 :]).to(v) - t
+        lengths = torch.tensor(times[i + 1 :], device="cpu").to(v) - t
         ends = path[i] + lengths.view(-1, *[1] * v.dim()) * v
         costs[i, i + 1 :] = (ends - path[i + 1 :]).flatten(1).square().mean(1).cpu().double()
     return {f"planned {weight}": [times[i] for i in _cheapest(costs, steps, weight)] for weight in WEIGHTS}
@@ -189,7 +189,7 @@ def plan(
 
 def _cheapest(costs: Tensor, steps: int, weight: float) -> list[int]:
     """The way from the first node to the last, in so many steps, of least cost: c_1 w^(n-1) + ... + c_n."""
-    total, froms = torch.full((len(costs),), math.inf, dtype=torch.float64), []
+    total, froms = torch.full((len(costs),), math.inf, dtype=torch.float64, device="cpu"), []
     total[0] = 0
     for _ in range(steps):
         total, before = (weight * total.unsqueeze(1) + costs).min(0)
@@ -215,11 +215,11 @@ def fit_grid(miss: Callable[[Sequence[float]], Tensor], grid: Sequence[float]) -
     miss: a grid to a vector, such as endpoints less the wanted ones. Levenberg-Marquardt (Marquardt 1963) in the
     logarithms of the steps, whose sum is held, so that every trial is a falling grid. Never worse than it began.
     """
-    u = (-torch.tensor(list(grid), dtype=torch.float64).diff()).log()
+    u = (-torch.tensor(list(grid), dtype=torch.float64, device="cpu").diff()).log()
     best, residual, damping = list(grid), miss(grid), 1e-2
     least = _squares(residual)
     for _ in range(ITERATIONS if len(u) > 1 else 0):
-        bumps = DELTA * torch.eye(len(u), dtype=torch.float64)
+        bumps = DELTA * torch.eye(len(u), dtype=torch.float64, device="cpu")
         jacobian = torch.stack([(miss(_grid_of(u + bump, grid[0])) - residual) / DELTA for bump in bumps])
         normal, slope = (product.cpu().double() for product in (jacobian @ jacobian.T, jacobian @ residual))
         if not normal.isfinite().all():
@@ -290,7 +290,7 @@ def evaluations(sampler: str, steps: int) -> int:
     solve = resolve("sampler", sampler)
     if sampler not in (known := fixed_step()):
         raise UserError(f"{sampler} is not an ODE solver of fixed steps.{nearest(sampler, known)}")
-    return solve(lambda x, t: torch.zeros_like(x), torch.zeros(1, 1), uniform(steps)).nfe
+    return solve(lambda x, t: torch.zeros_like(x), torch.zeros(1, 1, device="cpu"), uniform(steps)).nfe
 
 
 def steps_within(sampler: str, nfe: int) -> int | None:

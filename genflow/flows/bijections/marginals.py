@@ -47,7 +47,7 @@ class Marginals(Bijection):
     def initialise(self, x: Tensor, condition: Tensor | None = None) -> None:
         """Count the grey levels of a batch."""
         cell = self._cell(x.transpose(0, 1).flatten(1)).cpu()  # some devices have no float64
-        count = torch.zeros(self.channels, self.cells + 2, dtype=torch.float64)
+        count = torch.zeros(self.channels, self.cells + 2, dtype=torch.float64, device="cpu")
         self._fit(count.scatter_add_(1, cell, torch.ones_like(cell, dtype=torch.float64)))
 
     def _fit(self, count: Tensor) -> None:
