@@ -12,6 +12,7 @@ from genflow.flows.couplings import (
     OptimalTransport,
     Paired,
     Sinkhorn,
+    _gumbel,
     equal_rows,
     greedy_permutation,
     optimal_assignment,
@@ -73,6 +74,13 @@ def test_optimal_transport_in_one_dimension_sorts():
     assert torch.equal(coupled[x.flatten().argsort()].flatten(), noise.flatten().sort().values)
 
 
+@pytest.mark.parametrize("dim", [1, 2, 50])
+def test_optimal_transport_of_samples_far_from_zero_is_as_of_those_around_it(dim):
+    x, noise = pairs(64, (dim,))
+    x = (64 * x).round() / 64  # so that what is added rounds nothing
+    assert torch.equal(OptimalTransport()(x + 2**17, noise), OptimalTransport()(x, noise))
+
+
 @pytest.mark.parametrize("shape", [(2,), (3, 8, 8)], ids=str)
 @pytest.mark.parametrize("conditional", [False, True])
 def test_sinkhorn_goes_from_the_optimum_to_independence_with_epsilon(shape, conditional):
@@ -97,6 +105,11 @@ def test_sinkhorn_draws_from_its_plan():
         exchanged += int(order(x + shift, Sinkhorn(epsilon=1.0, iterations=30)(x, x + shift))[0] == 1)
     assert exchanged / 300 == pytest.approx(chance, abs=0.07)
     assert torch.equal(Sinkhorn(epsilon=1.0)(x, x), Sinkhorn(epsilon=1.0)(x, x))
+
+
+def test_no_number_that_sinkhorn_draws_with_outweighs_every_plan():
+    noise = torch.randn(512, 2, generator=torch.Generator().manual_seed(13))  # in whose hash 24 bits in a row are ones
+    assert _gumbel(noise).isfinite().all()
 
 
 def test_sinkhorns_plan_has_equal_weights_and_nothing_across_groups():

@@ -303,6 +303,21 @@ def test_rounding_moves_nothing_over_the_edge_of_a_neighbourhood():
     assert precision_recall(real / 255, samples / 255).precision == pytest.approx(float(among.double().mean()))
 
 
+def test_one_sample_far_away_leaves_the_neighbours_of_the_others_as_they_are():
+    """Rounding is forgiven in proportion to where the two are, not to how far the farthest of all is."""
+    far = torch.full((1, 2), 1e7, dtype=torch.float64)
+    real, samples, known = draw(200, 2), torch.cat([draw(199, 2, seed=1, mean=2.0), far]), draw(199, 2, seed=2)
+    exactly = lambda a, b: (a[:, None] - b).norm(dim=2)
+    apart, radii = exactly(real, samples), [exactly(x, x).sort(1).values for x in (real, samples)]
+    recall = (apart <= radii[1][:, 3]).any(1).double().mean()
+    assert precision_recall(real, samples).recall == pytest.approx(float(recall))
+    held = apart <= radii[0][:, 5, None]
+    found = density_coverage(real, samples)
+    assert found.density == pytest.approx(int(held.sum()) / (5 * 200))
+    assert found.coverage == pytest.approx(float(held.any(1).double().mean()))
+    assert copying(samples[:-1], real, torch.cat([known, far])) == copying(samples[:-1], real, known)
+
+
 def test_real_ones_that_are_alike_share_a_sample_whatever_the_rounding():
     own = draw(7, 64)[torch.arange(100) % 7]
     found = own_found(own + 0.01 * draw(100, 64, seed=1), own)

@@ -119,6 +119,15 @@ def test_vq_takes_the_nearest_code():
     assert torch.equal(quantizer.codes(quantizer.embed(expected)), expected)
 
 
+def test_vq_takes_the_nearest_code_far_from_zero_too():
+    quantizer = vq(vocabulary=32).eval()
+    quantizer.codebook.copy_((64 * quantizer.codebook).round() / 64)
+    h = (64 * torch.randn(2, 2, 8, 8)).round() / 64  # so that what is added rounds nothing
+    near = quantizer.codes(h)
+    quantizer.codebook += 2**13
+    assert torch.equal(quantizer.codes(h + 2**13), near)
+
+
 def test_the_codes_of_vq_follow_the_closed_formula():
     """N_T = g^T N_0 + (1 - g) sum_t g^(T-t) n_t, and so the sums; e = m / N (van den Oord 2017, eq. 6-8)."""
     quantizer = vq().train()

@@ -14,13 +14,18 @@ from genflow.registry import api_export
 
 ROWS = 1024  # of a matrix of distances at a time
 SHOWN, NEIGHBOURS = 10, 5  # samples of a picture, and of each
-ROUNDING = 1e-12  # of squared distances, to the largest there can be
+ROUNDING = 1e-12  # of squared distances, to those from the middle
 
 
 def distances(a: Tensor, b: Tensor) -> Tensor:
-    """N x M Euclidean distances in float64, about a common centre, so that none but the smallest lose digits."""
-    centre = b.double().mean(0)
-    return torch.cdist(a.double() - centre, b.double() - centre, compute_mode="use_mm_for_euclid_dist")
+    """N x M Euclidean distances in float64, about the middle of b, so that none but the smallest lose digits."""
+    middle = _middle(b)
+    return torch.cdist(a.double() - middle, b.double() - middle, compute_mode="use_mm_for_euclid_dist")
+
+
+def _middle(x: Tensor) -> Tensor:
+    """The median of about a thousand, which no outlier moves."""
+    return x[:: max(len(x) // 1000, 1)].double().median(0).values
 
 
 @api_export("nearest_neighbours")
@@ -33,8 +38,8 @@ def nearest_neighbours(a: Tensor, b: Tensor, k: int) -> tuple[Tensor, Tensor]:
     if not 1 <= k <= len(b):
         raise UserError(f"k = {k} neighbours out of {len(b)}: take 1 to {len(b)}")
     near = [distances(part, b).topk(k, largest=False) for part in a.split(ROWS)]
-    far = torch.cat([each.values for each in near])
-    return far.where(far.square() > _slack(b), 0.0), torch.cat([each.indices for each in near])
+    far, which = (torch.cat(each) for each in zip(*near, strict=True))
+    return far.where(far.square() > _slack(b)[which], 0.0), which
 
 
 def _radii(x: Tensor, k: int) -> Tensor:
@@ -46,15 +51,14 @@ def _radii(x: Tensor, k: int) -> Tensor:
     return torch.cat([distances(part, x).kthvalue(k + 1).values for part in x.split(ROWS)])  # the nearest is itself
 
 
-def _within(far: Tensor, radii: Tensor, others: Tensor) -> Tensor:
-    """Whether distances of points to the others are no longer than radii, but for rounding."""
-    return far.square() <= radii.square() * (1 + ROUNDING) + _slack(others)
+def _within(far: Tensor, radii: Tensor, slack: Tensor) -> Tensor:
+    """Whether distances of points to others are no longer than radii, but for rounding. slack: of the others."""
+    return far.square() <= radii.square() * (1 + ROUNDING) + slack
 
 
 def _slack(x: Tensor) -> Tensor:
-    """By how much squared distances to x may be wrong."""
-    x = x.double()
-    return ROUNDING * (x - x.mean(0)).square().sum(1).amax()
+    """By how much squared distances to each of x, N, may be wrong of what is near it."""
+    return ROUNDING * (x.double() - _middle(x)).square().sum(1)
 
 
 @api_export("PrecisionRecall")
@@ -77,8 +81,8 @@ def precision_recall(real: Tensor, samples: Tensor, k: int = 3) -> PrecisionReca
     checked(real, samples)
 
     def among(points: Tensor, others: Tensor) -> float:
-        radii = _radii(others, k)
-        inside = [_within(distances(part, others), radii, others).any(1) for part in points.split(ROWS)]
+        radii, slack = _radii(others, k), _slack(others)
+        inside = [_within(distances(part, others), radii, slack).any(1) for part in points.split(ROWS)]
         return float(torch.cat(inside).double().mean())
 
     return PrecisionRecall(among(samples, real), among(real, samples))
@@ -103,10 +107,10 @@ def density_coverage(real: Tensor, samples: Tensor, k: int = 5) -> DensityCovera
     Raises UserError for sets that are none, and for too few real samples for k.
     """
     checked(real, samples)
-    radii = _radii(real, k)
-    held = [_within(distances(part, samples), radii[i, None], real) for i, part in _parts(real)]
+    radii, slack = _radii(real, k), _slack(real)
+    held = [_within(distances(samples, part), radii[i], slack[i]) for i, part in _parts(real)]
     count = torch.stack([each.sum() for each in held]).sum()
-    covered = torch.cat([each.any(1) for each in held])
+    covered = torch.cat([each.any(0) for each in held])
     return DensityCoverage(float(count) / (k * len(samples)), float(covered.double().mean()))
 
 
@@ -142,12 +146,12 @@ def own_found(samples: Tensor, own: Tensor, gallery: int = 256) -> float:
         raise UserError(f"a gallery of {gallery} has no place for a sample's own; 256 is usual")
     if len(samples) != len(own):
         raise UserError(f"{len(samples)} samples and {len(own)} real ones: each sample needs its own")
-    n, found = len(own), 0.0
+    n, found, slack = len(own), 0.0, _slack(own)
     gallery = min(gallery, n)
     for rows, part in _parts(samples):
         band = (rows[:, None] + torch.arange(gallery)) % n
         near = distances(part, own).gather(1, band)
-        nearest = _within(near, near.amin(1, keepdim=True), own)
+        nearest = _within(near, near.amin(1, keepdim=True), slack[band])
         found += float((nearest[:, 0] / nearest.sum(1)).sum())
     return found / n
 

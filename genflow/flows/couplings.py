@@ -147,7 +147,7 @@ def transport_cost(
     group = torch.zeros(len(x), dtype=torch.int64, device=x.device)
     with torch.autocast(x.device.type, enabled=False):
         a, b = (each.flatten(1).to(torch.promote_types(each.dtype, torch.float32)) for each in (x, noise))
-        cost = a @ b.T
+        cost = (a - a.mean(0)) @ (b - b.mean(0)).T  # far from 0 the products would leave no digits for what counts
         cost *= -2 / a.shape[1]
         if condition is not None and weight:
             pooled = F.normalize(condition.pooled.to(cost), dim=1)
@@ -241,5 +241,5 @@ def _gumbel(noise: Tensor) -> Tensor:
     """B x B Gumbel numbers, a hash of the noise, which hangs on counters itself: no state, and the same on resuming."""
     rows = row_hash(noise.flatten(1)[:, :16], "gumbel")
     bits = mix(rows[:, None] ^ mix(rows))
-    uniform = (((bits >> 40) & 0xFFFFFF).float() + 0.5) * 2.0**-24
+    uniform = (((bits >> 41) & 0x7FFFFF).float() + 0.5) * 2.0**-23  # with a bit more some would be 1
     return -(-uniform.log()).log()
