@@ -28,24 +28,20 @@ from torch.nn.parallel import DistributedDataParallel
 from genflow import MMDiTConfig, RectifiedFlowConfig, Rng
 from genflow.conditions import Condition
 from genflow.flows.base import Flow
-from genflow.text.base import TextEncoder
+from genflow.text.base import FrozenText
 from genflow.training.sharding import shard, unreduced, whole
 
 WORDS, WIDTH = 8, 384  # of the quickstart's text encoder
 
 
-class Vectors(TextEncoder):
+class Vectors(FrozenText):
     """A text encoder whose vectors are there already."""
 
-    trainable = False
     max_tokens, context_dim, pooled_dim = WORDS, WIDTH, WIDTH
 
     def encode(self, prompts: Sequence[str]) -> Condition:
         n = len(prompts)
         return Condition(torch.zeros(n, WORDS, WIDTH), torch.ones(n, WORDS, dtype=torch.bool), torch.zeros(n, WIDTH))
-
-    def forward(self, condition: Condition) -> Condition:
-        return condition
 
 
 @dataclass

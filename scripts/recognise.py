@@ -43,7 +43,7 @@ def main() -> None:
     settings = dict(flow.recipe["sample"])
     if args.guidance is not None:
         settings["guidance"] = args.guidance
-    prompts = [dataset.caption(i) for i in chosen]
+    prompts = [dataset.captions[i] for i in chosen]
     generated = flow.sample(prompts, seeds=list(range(len(chosen))), **settings).x
     print(f"{args.run}: {len(dataset)} training pictures, {len(chosen)} prompts, {settings}")
     kinds = {"pixels": pixel_features} | ({args.features: graph_features(args.features)} if args.features else {})

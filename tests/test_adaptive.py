@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from normal_flow import S, exact, gaussian
 from scipy.integrate import solve_ivp
 
 from genflow.errors import UserError
@@ -15,21 +16,6 @@ from genflow.samplers.tableaus import BOSH3, DOPRI5, TSIT5
 SOLVERS = [bosh3, dopri5, tsit5]
 ORDER = {bosh3: 3, dopri5: 5, tsit5: 5}
 STAGES = {bosh3: 3, dopri5: 6, tsit5: 6}  # evaluations a step
-MU, S = 0.7, 0.3
-
-
-def gaussian(x, t):
-    """The exact velocity to data ~ N(MU, S^2)."""
-    t = t.view(-1, *[1] * (x.dim() - 1))
-    var = (1 - t) ** 2 * S**2 + t**2
-    return (t - (1 - t) * S**2) / var * (x - (1 - t) * MU) - MU
-
-
-def exact(x, t_from, t_to):
-    def std(t):
-        return math.sqrt((1 - t) ** 2 * S**2 + t**2)
-
-    return (x - (1 - t_from) * MU) / std(t_from) * std(t_to) + (1 - t_to) * MU
 
 
 def turning(x, t):

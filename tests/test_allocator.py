@@ -1,5 +1,6 @@
 """Memory that is kept is not asked for again."""
 
+import ctypes
 import os
 import platform
 import subprocess
@@ -41,4 +42,5 @@ def test_elsewhere_nothing_happens(monkeypatch):
     from genflow.native.allocator import keep_freed_memory
 
     monkeypatch.setattr(platform, "system", lambda: "Darwin")
+    monkeypatch.setattr(ctypes, "CDLL", lambda *_: pytest.fail("the C library was loaded"))
     keep_freed_memory()

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from tabular import TabularModel
 from toy_tokens import model
 
 from genflow.ar.decoders import MedusaTypical, Speculative, SpeculativeTree
@@ -13,7 +14,6 @@ from genflow.ar.drafts import HeadsDraft, ModelDraft, MTPDraft
 from genflow.ar.guess import shape_of
 from genflow.ar.law import TokenLaw
 from genflow.ar.reader import TransformerReader
-from genflow.ar.tabular import TabularModel
 from genflow.errors import UserError
 
 

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from normal_flow import MU, S, gaussian
 from torch import nn
 
 from genflow.errors import UserError
@@ -18,7 +19,6 @@ from genflow.networks.ode_nets import ConcatSquash
 
 KINDS = ["exact", "hutchinson", "hutchinson_gaussian", "hutch++"]
 TIGHT = {"rtol": 1e-9, "atol": 1e-9}
-MU, S = 0.7, 0.3
 
 
 def normal(*shape, seed=0):
@@ -46,13 +46,6 @@ class Linear(nn.Module):
 
     def forward(self, x, t):
         return (x.flatten(1) @ self.matrix.T).view_as(x)
-
-
-def gaussian(x, t):
-    """The exact velocity of data ~ N(MU, S^2)."""
-    t = t.view(-1, *[1] * (x.dim() - 1))
-    var = (1 - t) ** 2 * S**2 + t**2
-    return (t - (1 - t) * S**2) / var * (x - (1 - t) * MU) - MU
 
 
 def density_of_gaussian(x):

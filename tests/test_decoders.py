@@ -7,6 +7,7 @@ from functools import cache
 
 import pytest
 import torch
+from tabular import TabularModel
 
 from genflow.ar import rules
 from genflow.ar.decoders import (
@@ -23,7 +24,6 @@ from genflow.ar.drafts import JacobiDraft, ModelDraft
 from genflow.ar.guess import Shape, shape_of
 from genflow.ar.law import TokenLaw
 from genflow.ar.rules import rejection
-from genflow.ar.tabular import TabularModel
 from genflow.errors import UserError
 from genflow.registry import names, resolve, tag_of
 

@@ -7,6 +7,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from normal_flow import S, exact, gaussian
 from scipy.integrate import quad, solve_ivp
 
 from genflow.errors import UserError
@@ -36,23 +37,9 @@ every = pytest.mark.parametrize("name", ALL)
 
 # ------------------------------------------------------------------------------------------------------ analytic flows
 
-MU, S = 0.7, 0.3
 MEANS = torch.tensor([[1.0, 0.5], [-0.8, 0.9], [0.2, -1.1]], dtype=torch.float64)
 STDS = torch.tensor([0.3, 0.45, 0.35], dtype=torch.float64)
 WEIGHTS = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
-
-
-def gaussian(x, t):
-    """The exact velocity E[noise - data | z] for data ~ N(MU, S^2)."""
-    t = t.view(-1, *[1] * (x.dim() - 1))
-    var = (1 - t) ** 2 * S**2 + t**2
-    return (t - (1 - t) * S**2) / var * (x - (1 - t) * MU) - MU
-
-
-def exact(x, t_from, t_to):
-    """The flow of `gaussian`: the standardised state is constant along it."""
-    std = lambda t: math.sqrt((1 - t) ** 2 * S**2 + t**2)
-    return (x - (1 - t_from) * MU) / std(t_from) * std(t_to) + (1 - t_to) * MU
 
 
 def mixture(x, t):

@@ -154,8 +154,10 @@ def test_a_field_points_the_way_that_samples_go():
     assert figure.axes[0].collections[1].get_clim() == figure.axes[1].collections[1].get_clim()
 
 
-def test_a_field_at_rest_is_no_error():
-    plot_field_2d(lambda x, t: torch.zeros_like(x), [0.5], extent=SQUARE, arrows=3)
+def test_a_field_at_rest_has_arrows_of_no_length():
+    figure = plot_field_2d(lambda x, t: torch.zeros_like(x), [0.5], extent=SQUARE, arrows=3)
+    quiver = figure.axes[0].collections[0]
+    assert not quiver.U.any() and not quiver.Umask  # the mask holds what is not finite
 
 
 def test_a_warp_bends_every_line_of_the_grid():

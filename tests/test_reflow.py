@@ -156,7 +156,7 @@ def test_pairs_are_read_as_they_were_written(tmp_path, monkeypatch):
     assert drawn == [range(0, 3), range(3, 6), range(6, 7)]
     config = PairsConfig(str(tmp_path / "pairs"))
     data = config.build()
-    assert config.shape == data.shape == (1, 2, 3) and len(data) == 7 and data.caption(4) == "caption 4"
+    assert config.shape == data.shape == (1, 2, 3) and len(data) == 7 and data.captions[4] == "caption 4"
     assert data.about == {"steps": 3}
     index = torch.tensor([6, 0, 4])
     assert torch.equal(data.rows[index], -data.noise[index])

@@ -6,30 +6,12 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from normal_flow import MU, S, exact, gaussian
 from scipy.integrate import solve_ivp
 
 from genflow.errors import UserError
 from genflow.functional import log_snr, shift_time, x_from_velocity
 from genflow.samplers import double_shifted, euler, heun, reversed, shifted, uniform
-
-MU, S = 0.7, 0.3
-
-
-def gaussian(x, t):
-    """The exact velocity E[noise - data | z] for data ~ N(MU, S^2)."""
-    t = t.view(-1, 1)
-    var = (1 - t) ** 2 * S**2 + t**2
-    innovation = x - (1 - t) * MU
-    return (t - (1 - t) * S**2) / var * innovation - MU
-
-
-def exact(x, t_from, t_to):
-    """The flow of `gaussian`: the standardised state is constant along it."""
-
-    def std(t):
-        return math.sqrt((1 - t) ** 2 * S**2 + t**2)
-
-    return (x - (1 - t_from) * MU) / std(t_from) * std(t_to) + (1 - t_to) * MU
 
 
 @pytest.fixture

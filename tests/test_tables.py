@@ -78,7 +78,7 @@ def test_mnist_and_fashion_mnist(tmp_path, config, folder, label):
         (raw / f"{part}-images-idx3-ubyte").write_bytes(idx(np.full((n, 28, 28), 7, np.uint8)))
         (raw / f"{part}-labels-idx1-ubyte").write_bytes(idx(np.full(n, 3, np.uint8)))
     dataset = config(root=str(tmp_path)).build()
-    assert len(dataset) == 5 and dataset.caption(0) == label and config.channels == 1
+    assert len(dataset) == 5 and dataset.captions[0] == label and config.channels == 1
     assert len(config(root=str(tmp_path)).build("test")) == 2
     assert int(fit(dataset.image(0), 28, 1).float().mean()) == 7
 

@@ -23,7 +23,7 @@ from genflow.conditions import Condition
 from genflow.config import Choice, from_dict
 from genflow.errors import UserError
 from genflow.flows.base import Batch, Flow, LossOutput, evaluating
-from genflow.flows.conditioned import ConditionedFlow
+from genflow.flows.conditioned import ConditionedFlow, check_hearing
 from genflow.flows.prepared import shared_out
 from genflow.flows.store import load
 from genflow.flows.tokenizer import Tokenizer
@@ -69,9 +69,7 @@ class TokenFlowConfig:
     mtp_weight: float = 0.3
 
     def __post_init__(self) -> None:
-        if not 0 <= self.drop_condition <= 1:
-            near = float(self.drop_condition > 1)
-            raise UserError(f"drop_condition = {self.drop_condition} is not within 0 .. 1; try {near}")
+        check_hearing(self.drop_condition)
         if not 0 <= self.mtp_weight < float("inf"):
             raise UserError(f"mtp_weight = {self.mtp_weight} must be 0 or more, and finite; 0.3 is usual")
 

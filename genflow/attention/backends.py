@@ -218,14 +218,6 @@ def _block_mask(mask: Mask, q: Tensor, lk: int) -> Any:
 def varlen() -> Attention:
     """torch's varlen_attn, for packed sequences: CUDA, half precision; padding costs nothing."""
 
-    @cache
-    def available() -> str | None:
-        try:
-            from torch.nn.attention.varlen import varlen_attn  # noqa: F401
-        except ImportError:
-            return f"torch {torch.__version__} has no torch.nn.attention.varlen"
-        return None
-
     def fn(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float | None) -> Tensor:
         from torch.nn.attention.varlen import varlen_attn
 
@@ -241,7 +233,16 @@ def varlen() -> Attention:
 
         return packed(q, k, v, mask, kernel)
 
-    return Attention("varlen", fn, available, CUDA, HALF, 256, 8, PACKED, limits=_not_fewer_keys)
+    return Attention(
+        "varlen",
+        fn,
+        devices=CUDA,
+        dtypes=HALF,
+        max_head_dim=256,
+        head_dim_multiple=8,
+        masks=PACKED,
+        limits=_not_fewer_keys,
+    )
 
 
 @attention_export("flash")

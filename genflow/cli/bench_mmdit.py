@@ -23,7 +23,7 @@ from genflow.layers.modulation import Modulation
 from genflow.networks.graphs import check_device, record, record_training
 from genflow.networks.mmdit import MMDiTConfig
 from genflow.samplers import uniform
-from genflow.text.base import TextEncoder
+from genflow.text.base import FrozenText
 from genflow.training.apply import checkpointed, compile_blocks, train_in_float8
 from genflow.training.precision import DTYPES
 
@@ -137,10 +137,8 @@ def _sample(args: argparse.Namespace, flow: RectifiedFlow, **more: Any) -> Any:
     return flow.sample(flow.text.condition, seeds=range(args.batch), **{"steps": args.steps, **how, **more})
 
 
-class Given(TextEncoder):
+class Given(FrozenText):
     """Conditions instead of an encoder: those of a batch, and the empty one."""
-
-    trainable = False
 
     def __init__(self, condition: Condition, empty: Condition) -> None:
         super().__init__()
@@ -148,9 +146,6 @@ class Given(TextEncoder):
 
     def encode(self, prompts: Sequence[str]) -> Condition:
         return self.empty.expand(len(prompts))
-
-    def forward(self, condition: Condition) -> Condition:
-        return condition
 
 
 def mmdit_config(args: argparse.Namespace) -> MMDiTConfig:

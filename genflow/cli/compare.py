@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from genflow.cli.eval import add_measuring, bar, data_of, made_by, network_for
-from genflow.cli.options import add_dtype, add_solving, open_model, refuse_dtype, sampling_of, writable
+from genflow.cli.options import add_dtype, add_solving, add_weights, open_model, refuse_dtype, sampling_of, writable
 from genflow.errors import UserError
 
 if TYPE_CHECKING:
@@ -26,8 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how = parser.add_argument_group("how (each run samples in its own way)")
     how.add_argument("--batch", type=int, default=64, help="samples at once; does not change them (64)")
     add_dtype(how, "of models of a velocity while they draw samples to be measured (fp32)")
-    how.add_argument("--no-ema", action="store_true", help="the last weights instead of their average")
-    how.add_argument("--device", help="cpu, cuda, mps (default: the best there is)")
+    add_weights(how)
     parser.add_argument(
         "--out", default="comparison", metavar="FOLDER", help="where compare.html, .md and .json go (./comparison)"
     )

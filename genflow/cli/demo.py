@@ -10,6 +10,7 @@ from typing import Any
 
 from genflow.cli.canvas import Canvas
 from genflow.cli.demo_actions import Choice, Player, draw, edit, invert, open_player, plain, strip
+from genflow.cli.options import add_weights
 from genflow.errors import UserError
 
 HOST = "127.0.0.1"  # this machine alone
@@ -20,8 +21,7 @@ WAITING = 32  # clicks at most
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", nargs="+", metavar="RUN", help="one, or two side by side: runs, checkpoints, models")
     parser.add_argument("--port", type=int, default=7860, help="of the page, on this machine alone (7860)")
-    parser.add_argument("--no-ema", action="store_true", help="the last weights instead of their average")
-    parser.add_argument("--device", help="cpu, cuda, mps (default: the best there is)")
+    add_weights(parser)
     parser.set_defaults(batch=64)
 
 

@@ -99,7 +99,10 @@ def strip(player: Player, choice: Choice) -> Image:
 
     from genflow.cli.plot import _Plotter
 
-    _velocity(player, "a strip shows its solve")
+    if not hasattr(player.flow, "guided") or len(player.flow.shape) != 3:
+        raise UserError(
+            f"{player.args.run} is a {type(player.flow).__name__}, no velocity of pictures; a strip shows its solve"
+        )
     refuse_unheard(player.args, player.flow, choice.prompt)
     args = argparse.Namespace(run=player.args.run, prompt=[choice.prompt], seed=choice.seed)
     buffer = io.BytesIO()
@@ -180,11 +183,6 @@ def invert(player: Player, choice: Choice, file: str | None) -> tuple[Image, str
     sheet["back"] = back.clamp(-1, 1)
     told = f"{float(psnr(back, seen)):.1f} dB, {cost}; the noise has a standard deviation of {float(noise.std()):.2f}"
     return caption_grid(torch.cat([*sheet.values()]).cpu(), [*sheet], columns=len(sheet), cell=160).image, told
-
-
-def _velocity(player: Player, why: str) -> None:
-    if not hasattr(player.flow, "guided") or len(player.flow.shape) != 3:
-        raise UserError(f"{player.args.run} is a {type(player.flow).__name__}, no velocity of pictures; {why}")
 
 
 def plain(text: str | None) -> str:

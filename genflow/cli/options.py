@@ -27,7 +27,20 @@ def add_solving(
     how.add_argument("--option", nargs="+", metavar="KEY=VALUE", help="of the sampler, see: genflow info NAME")
     how.add_argument("--steps", type=int, metavar="N", **steps)
     how.add_argument("--grid", metavar="NAME", help="of times, see: genflow info grid (the tuned one, if there is one)")
-    how.add_argument("--guidance", type=float, help=guidance)
+    add_guidance(how, guidance)
+    how.add_argument("--shift", type=read_shift, help="of the time grid; 1 = none, resolution = by the picture's size")
+    add_decoding(how)
+    how.add_argument(
+        "--inverse", metavar="HOW", help="of a tarflow: sequential, jacobi, measured (auto: by the device)"
+    )
+    how.add_argument("--batch", type=int, default=64, help="pictures at once; does not change them (64)")
+    add_weights(how)
+    return how
+
+
+def add_guidance(how: argparse._ActionsContainer, scale: str = "1 = none") -> None:
+    """The options of guidance. scale: the help of the first."""
+    how.add_argument("--guidance", type=float, help=scale)
     how.add_argument(
         "--interval", type=float, nargs=2, metavar=("LO", "HI"), help="the times t, 0 to 1, in which guidance acts"
     )
@@ -35,15 +48,12 @@ def add_solving(
         "--guide", nargs="+", metavar=("NAME", "KEY=VALUE"), help="how it acts, see: genflow info guidance; its options"
     )
     how.add_argument("--rescale", type=float, help="bring the contrast of guided pictures back, 0 (not) to 1 (all)")
-    how.add_argument("--shift", type=read_shift, help="of the time grid; 1 = none, resolution = by the picture's size")
-    add_decoding(how)
-    how.add_argument(
-        "--inverse", metavar="HOW", help="of a tarflow: sequential, jacobi, measured (auto: by the device)"
-    )
-    how.add_argument("--batch", type=int, default=64, help="pictures at once; does not change them (64)")
+
+
+def add_weights(how: argparse._ActionsContainer) -> None:
+    """Which weights of a model, and on which device."""
     how.add_argument("--no-ema", action="store_true", help="the last weights instead of their average")
     how.add_argument("--device", help="cpu, cuda, mps (default: the best there is)")
-    return how
 
 
 def add_lora(group: argparse._ArgumentGroup) -> None:
@@ -206,14 +216,14 @@ def _load(run: str, *, ema: bool, device: str) -> Any:
     return load(run, ema=ema, device=device)
 
 
-def open_velocity(args: argparse.Namespace, *, unguided: bool = False) -> tuple[Any, dict[str, Any]]:
+def open_velocity(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     """As `open_model`, for what needs a velocity. Raises UserError for other models."""
     flow = _open(args)
     if not hasattr(flow, "guided"):
         raise UserError(
             f"{args.run} is a {type(flow).__name__}, which has {has_instead(flow)}; this is for models of one"
         )
-    return flow, sampling_of(args, flow, unguided=unguided)
+    return flow, sampling_of(args, flow)
 
 
 def has_instead(flow: Any) -> str:

@@ -23,7 +23,7 @@ from genflow.cli.options import (
     told_steps,
     writable,
 )
-from genflow.cli.tune import add_guidance, heard
+from genflow.cli.tune import add_velocity, heard
 from genflow.errors import UserError
 from genflow.registry import resolve
 
@@ -82,7 +82,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     what.add_argument("--seed", type=int, help="of the first; the next have the next seeds (0)")
     what.add_argument("--images", type=int, metavar="N", help="of the errors, prompts in turn (8)")
-    how = add_guidance(parser)
+    how = add_velocity(parser)
     how.add_argument("--sampler", metavar="NAME", help="see: genflow info sampler")
     how.add_argument("--steps", type=int, metavar="N")
     how.add_argument("--grid", metavar="NAME", help="of times, see: genflow info grid (the tuned one, if there is one)")

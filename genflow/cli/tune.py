@@ -5,10 +5,18 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
-from genflow.cli.options import embed, first_state, guided, last_time, open_velocity, refuse_unheard
+from genflow.cli.options import (
+    add_guidance,
+    add_weights,
+    embed,
+    first_state,
+    guided,
+    last_time,
+    open_velocity,
+    refuse_unheard,
+)
 from genflow.config import Choice, from_dict
 from genflow.errors import UserError
 
@@ -30,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--prompt", action="append", default=[], metavar="TEXT", help="in turn (captions of the training data)"
     )
     what.add_argument("--seed", type=int, default=0, help="of the first; the next have the next seeds (0)")
-    add_guidance(parser)
+    add_velocity(parser)
     parser.set_defaults(sampler=None, option=None, grid=None, shift=None, batch=1)
 
 
@@ -76,19 +84,11 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def add_guidance(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+def add_velocity(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     """The options of the velocity that `open_velocity` makes, as a group."""
     how = parser.add_argument_group("how they are drawn (defaults: the run's own)")
-    how.add_argument("--guidance", type=float, help="1 = none")
-    how.add_argument(
-        "--interval", type=float, nargs=2, metavar=("LO", "HI"), help="the times t, 0 to 1, in which guidance acts"
-    )
-    how.add_argument(
-        "--guide", nargs="+", metavar=("NAME", "KEY=VALUE"), help="how it acts, see: genflow info guidance; its options"
-    )
-    how.add_argument("--rescale", type=float, help="bring the contrast of guided pictures back, 0 (not) to 1 (all)")
-    how.add_argument("--no-ema", action="store_true", help="the last weights instead of their average")
-    how.add_argument("--device", help="cpu, cuda, mps (default: the best there is)")
+    add_guidance(how)
+    add_weights(how)
     return how
 
 
@@ -104,15 +104,10 @@ def heard(args: argparse.Namespace, flow: Any) -> list[str]:
 def captions(flow: Any, run: str) -> list[str]:
     """The captions that a model was trained on. Raises UserError where its data are not to be had."""
     try:
-        dataset = from_dict(_Data, {"data": flow.recipe["data"]}, where=run).data.build("train")
+        data = from_dict(Annotated[Any, Choice("dataset")], flow.recipe["data"], where=f"{run}: data")
+        return data.build("train").captions
     except (KeyError, UserError) as error:
         raise UserError(f'no captions of {run}: {error}; say what to draw, --prompt "..."') from error
-    return [dataset.caption(i) for i in range(len(dataset))]
-
-
-@dataclass(frozen=True)
-class _Data:
-    data: Annotated[Any, Choice("dataset")]
 
 
 def _say(line: str) -> None:

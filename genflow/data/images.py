@@ -161,9 +161,6 @@ class ImageDataset:
     def __len__(self) -> int:
         return len(self.captions)
 
-    def caption(self, i: int) -> str:
-        return self.captions[i]
-
     def image(self, i: int) -> Image.Image:
         """Picture i. Raises BadImage."""
         return decode(self.read(i))

@@ -87,9 +87,6 @@ class LatentDataset:
     def __len__(self) -> int:
         return len(self.captions)
 
-    def caption(self, i: int) -> str:
-        return self.captions[i]
-
     def posterior(self, i: int, mirrored: bool = False) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of sample i, or of its mirror image where the cache has them; float32."""
         number, row = self._places[i]

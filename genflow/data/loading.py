@@ -233,7 +233,6 @@ def loader(
         _Batches(dataset, conditions, source, flip=flip, seed=seed),
         batch_size=None,  # an item is a batch already
         sampler=batches,
-        collate_fn=_as_it_is,
         num_workers=workers,
         multiprocessing_context="fork" if workers else None,  # data sets close over open files and memory
         worker_init_fn=_ignore_interrupts,
@@ -247,10 +246,6 @@ def _raising(reader: Iterable[Batch | UserError]) -> Iterator[Batch]:
         if isinstance(batch, UserError):
             raise batch
         yield batch
-
-
-def _as_it_is(item: Any) -> Any:
-    return item
 
 
 def _ignore_interrupts(_worker: int) -> None:

@@ -62,9 +62,6 @@ class PairsDataset:
     def __len__(self) -> int:
         return len(self.captions)
 
-    def caption(self, i: int) -> str:
-        return self.captions[i]
-
 
 @dataset_export("pairs")
 @dataclass(frozen=True)

@@ -58,9 +58,6 @@ class VectorDataset:
     def __len__(self) -> int:
         return len(self.captions)
 
-    def caption(self, i: int) -> str:
-        return self.captions[i]
-
     def restore(self, rows: Tensor) -> Tensor:
         """Standardised rows in the units of the table. B x D -> B x D float64."""
         return rows.double() * self.std.to(rows.device) + self.mean.to(rows.device)

@@ -284,11 +284,11 @@ def machine(device: torch.device, *libraries: str) -> dict[str, Any]:
     }
 
 
-def _busy(seconds: float = 0.3) -> float | None:
+def _busy() -> float | None:
     """What part of the processor's time others take, while this process waits. None where a system does not tell."""
     try:
         idle, total = _ticks()
-        time.sleep(seconds)
+        time.sleep(0.3)
         idle_after, total_after = _ticks()
     except OSError:
         return None

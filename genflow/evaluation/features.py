@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from genflow.cachedir import cache_folder
 from genflow.data.pictures import write_atomic
-from genflow.errors import UserError, nearest
-from genflow.networks.feature_graph import SEEN, FeatureGraph, by_end
+from genflow.errors import UserError
+from genflow.networks.feature_graph import SEEN, FeatureGraph, shelved_graph
 from genflow.registry import api_export
 
 Features = Callable[[Tensor], Tensor]
@@ -150,9 +150,9 @@ def feature_network(what: str | None = None) -> FeatureNetwork:
 
     None is mixed4 where it is in the cache folder, else pixels. Raises UserError for what is not there.
     """
-    shelf = cache_folder() / "features"
     if what is None:
-        return feature_network("mixed4") if list(shelf.glob("*mixed4.json")) else PixelFeatures()
+        here = any((cache_folder() / "features").glob("*mixed4.json"))
+        return feature_network("mixed4") if here else PixelFeatures()
     if what in ("pixels", "inception"):
         return PixelFeatures() if what == "pixels" else InceptionFeatures()
     path = Path(what).expanduser()
@@ -163,13 +163,7 @@ def feature_network(what: str | None = None) -> FeatureNetwork:
                 f"--features {path}: {len(graphs) or 'no'} graphs with their weights are there; name one .json"
             )
         return GraphFeatures(graphs[0])
-    if path.suffix in (".json", ".safetensors"):
-        return GraphFeatures(path.with_suffix(".json"))
-    if found := by_end(shelf, path.name):
-        return GraphFeatures(found[0])
-    known = ["pixels", "inception", *(file.stem for file in shelf.glob("*.json"))]
-    near = nearest(what, known)
-    raise UserError(f"no features {what!r}: neither a .json graph nor a name of one in {shelf}.{near}")
+    return GraphFeatures(shelved_graph(what, also=("pixels", "inception")))
 
 
 @torch.no_grad()
@@ -198,7 +192,7 @@ def features_of(
 
     keep = keep and network.channels > 0
     return torch.cat(
-        [_kept(network, block, compute, progress) if keep else compute(block) for block in _blocks(pictures)]
+        [_kept(network, block, compute, progress) if keep else compute(block) for block in pictures.split(BLOCK)]
     )
 
 
@@ -225,10 +219,6 @@ def checked(*sets: Tensor) -> None:
             raise UserError(f"features of widths {sets[0].shape[1]} and {features.shape[1]} are of different networks")
         if not bool(features.isfinite().all()):
             raise UserError("features are not finite, so they have no distance; look at the samples that they are of")
-
-
-def _blocks(pictures: Tensor) -> Iterator[Tensor]:
-    yield from pictures.split(BLOCK)
 
 
 def _kept(

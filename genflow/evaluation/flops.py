@@ -22,7 +22,7 @@ def mmdit_flops(config: MMDiTConfig, image: int, text: int) -> int:
     6 for a stream, 9 where the picture attends to itself once more (dual), 2 for the last context. Around the blocks: the
     patches, the context, the embeddings of time and of the pooled text (once per sample), the last modulation and linear.
     """
-    h, r, n = _hidden(config), config.mlp_ratio, image + text
+    h, r, n = config.sizes[0], config.mlp_ratio, image + text
     flops = _first(config, image, text) + 2 * (2 * h * h)  # and the second linears of both embeddings
     for i in range(config.depth):
         last, dual = i == config.depth - 1, i in config.dual_attention_layers
@@ -54,12 +54,8 @@ def _first(config: MMDiTConfig, image: int, text: int) -> int:
     """The linears that meet the inputs: patches, context, features of time, pooled text."""
     assert config.context_dim is not None and config.pooled_dim is not None
     return (
-        2 * _hidden(config) * (image * _patch(config) + text * config.context_dim + TIME_FEATURES + config.pooled_dim)
+        2 * config.sizes[0] * (image * _patch(config) + text * config.context_dim + TIME_FEATURES + config.pooled_dim)
     )
-
-
-def _hidden(config: MMDiTConfig) -> int:
-    return config.hidden or 64 * config.depth
 
 
 def _patch(config: MMDiTConfig) -> int:

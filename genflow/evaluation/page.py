@@ -224,7 +224,7 @@ def _samples(comparison: Comparison) -> str:
     scattered = [entry for entry in comparison.entries if len(entry.who.flow.shape) == 1]
     drawn = [entry for entry in comparison.entries if len(entry.who.flow.shape) == 3]
     parts = [
-        _figure(e, e.pictures[0], f"Data, and {e.who.name}'s samples of the first seeds.")
+        _figure(e.pictures[0], f"Data, and {e.who.name}'s samples of the first seeds.")
         if e.pictures
         else tag("p", escape(f"{e.who.name}: {e.no_pictures}"))
         for e in scattered
@@ -270,7 +270,7 @@ def _picture(image: Image.Image, alt: str) -> str:
     return f'<img src="data:image/png;base64,{data}" alt="{escape(alt or "a sample")}"{words}>'
 
 
-def _figure(entry: Entry, image: Image.Image, caption: str) -> str:
+def _figure(image: Image.Image, caption: str) -> str:
     return tag("figure", _picture(image, caption), tag("figcaption", escape(caption)))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -92,11 +92,11 @@ class _Run:
     def evaluation(self) -> Evaluation:
         begun = time.monotonic()
         self.metrics = self._chosen()
-        measure = {
+        measure: dict[str, Callable[[], list[Figure]]] = {
             "likelihood": self._likelihood,
             "loss": self._loss,
             "reconstruction": self._reconstruction,
-            **dict.fromkeys(DISTANCES, None),
+            **{metric: partial(self._distance, metric) for metric in DISTANCES},
             "alignment": self._alignment,
             "nearest": self._nearest,
         }
@@ -104,7 +104,7 @@ class _Run:
         self.picture: Picture | None = None
         for metric in METRICS:
             if metric in self.metrics:
-                figures += (measure[metric] or self._distance_of(metric))()
+                figures += measure[metric]()
         if self.hashing:
             self._report_overlap()
         seconds = {"sampling": round(self.drawing, 3), "all": round(time.monotonic() - begun, 1)}
@@ -305,23 +305,20 @@ class _Run:
 
     # --------------------------------------------------------------------------------------------------------- distances
 
-    def _distance_of(self, metric: str) -> Callable[[], list[Figure]]:
-        def measure() -> list[Figure]:
-            features = self._features(self.reference, 2 * self.n)
-            samples = self._samples[1]
-            real, half = features[: self.n], len(features) // 2
-            found = distance_figures(metric, real, samples)
-            base = distance_figures(metric, features[:half], features[half : 2 * half])
-            on = f"{len(samples)} samples, {len(real)} of {self.name} {self.reference}"
-            if half < self.n:  # the split is too small for twice as many
-                on += f"; real to real of {half} each"
-            if metric == "fd" and min(len(samples), len(real)) <= samples.shape[1]:
-                what = f"fd: {min(len(samples), len(real))} samples do not span {samples.shape[1]} features: "
-                self.remarks.append(f"{what}biased upwards; read it beside real to real only, or take kid")
-            self.counts["real"] = len(real)
-            return [Figure(key, value, on, error, base.get(key, (None,))[0]) for key, (value, error) in found.items()]
-
-        return measure
+    def _distance(self, metric: str) -> list[Figure]:
+        features = self._features(self.reference, 2 * self.n)
+        samples = self._samples[1]
+        real, half = features[: self.n], len(features) // 2
+        found = distance_figures(metric, real, samples)
+        base = distance_figures(metric, features[:half], features[half : 2 * half])
+        on = f"{len(samples)} samples, {len(real)} of {self.name} {self.reference}"
+        if half < self.n:  # the split is too small for twice as many
+            on += f"; real to real of {half} each"
+        if metric == "fd" and min(len(samples), len(real)) <= samples.shape[1]:
+            what = f"fd: {min(len(samples), len(real))} samples do not span {samples.shape[1]} features: "
+            self.remarks.append(f"{what}biased upwards; read it beside real to real only, or take kid")
+        self.counts["real"] = len(real)
+        return [Figure(key, value, on, error, base.get(key, (None,))[0]) for key, (value, error) in found.items()]
 
     # --------------------------------------------------------------------------------------------------------- alignment
 

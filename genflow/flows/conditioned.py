@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -71,6 +72,15 @@ class ConditionedFlow(Flow):
             raise UserError(f"{len(prepared)} conditions for {n} pictures; give one condition, or one for each picture")
         embedded = self.embed(prepared.to(self.device))
         return embedded if len(embedded) == n else embedded.expand(n)
+
+
+def check_hearing(drop_condition: float, whiten: float | None = None) -> None:
+    """Raises UserError for what a config says of conditions and cannot be."""
+    if not 0 <= drop_condition <= 1:
+        near = float(drop_condition > 1)
+        raise UserError(f"drop_condition = {drop_condition} is not within 0 .. 1; try {near}")
+    if whiten is not None and not 0 < whiten < math.inf:
+        raise UserError(f"whiten = {whiten} must be positive, such as 0.1, or none")
 
 
 def check_prompts(prompts: Sequence[str] | Condition, n: int) -> None:

@@ -22,7 +22,7 @@ from genflow.flows.bijections.base import Bijection
 from genflow.flows.bijections.continuous import CNF
 from genflow.flows.bijections.marginals import Marginals
 from genflow.flows.bijections.transformer import tweedie
-from genflow.flows.conditioned import ConditionedFlow
+from genflow.flows.conditioned import ConditionedFlow, check_hearing
 from genflow.flows.dequantization import (
     Dequantizer,
     GaussianDequantization,
@@ -57,11 +57,7 @@ class NormalizingFlowConfig:
     whiten: float | None = None
 
     def __post_init__(self) -> None:
-        if not 0 <= self.drop_condition <= 1:
-            near = float(self.drop_condition > 1)
-            raise UserError(f"drop_condition = {self.drop_condition} is not within 0 .. 1; try {near}")
-        if self.whiten is not None and not 0 < self.whiten < math.inf:
-            raise UserError(f"whiten = {self.whiten} must be positive, such as 0.1, or none")
+        check_hearing(self.drop_condition, self.whiten)
 
     def build(self, network: nn.Module, text: nn.Module, *, shape: Sequence[int]) -> NormalizingFlow:
         """The flow around a bijection and a text encoder. Raises UserError for a network that is no bijection."""

@@ -18,7 +18,7 @@ from genflow.config import Choice, from_dict
 from genflow.errors import UserError
 from genflow.flows.base import Batch, LossOutput, evaluating
 from genflow.flows.bijections.base import Bijection
-from genflow.flows.conditioned import ConditionedFlow
+from genflow.flows.conditioned import ConditionedFlow, check_hearing
 from genflow.flows.couplings import Coupling, Independent, Paired, heard
 from genflow.flows.densities import Density, LogitNormal
 from genflow.flows.dequantization import GREYS, UniformDequantization, bits_per_dim, importance_weighted
@@ -63,13 +63,9 @@ class RectifiedFlowConfig:
     whiten: float | None = None
 
     def __post_init__(self) -> None:
-        if not 0 <= self.drop_condition <= 1:
-            near = float(self.drop_condition > 1)
-            raise UserError(f"drop_condition = {self.drop_condition} is not within 0 .. 1; try {near}")
+        check_hearing(self.drop_condition, self.whiten)
         if not 0 < self.t_min < 1:
             raise UserError(f"t_min = {self.t_min} is not between 0 and 1; try 0.05")
-        if self.whiten is not None and not 0 < self.whiten < math.inf:
-            raise UserError(f"whiten = {self.whiten} must be positive, such as 0.1, or none")
 
     def build(self, network: nn.Module, text: nn.Module, *, shape: Sequence[int]) -> RectifiedFlow:
         """The flow around a network and a text encoder. shape: of a sample, C, H, W or D.

@@ -22,7 +22,7 @@ from genflow.flows.prepared import draws_noise
 from genflow.flows.rectified import RectifiedFlow, RectifiedFlowConfig
 from genflow.functional import noise_from_seeds
 from genflow.registry import api_export, density_export
-from genflow.samplers import Progress, Trajectory
+from genflow.samplers import Trajectory
 
 
 @density_export("one_step")
@@ -47,7 +47,6 @@ def draw_pairs(
     seeds: Sequence[int],
     *,
     batch: int = 64,
-    progress: Progress | None = None,
     **settings: Any,
 ) -> tuple[Tensor, Tensor]:
     """The noise of each seed and what the flow makes of it: two of B x *shape, float32, on the CPU.
@@ -62,7 +61,7 @@ def draw_pairs(
     check_prompts(prompts, len(seeds))
     prompts = list(prompts) * (len(seeds) if len(prompts) == 1 else 1)
     made = [
-        flow.sample(prompts[i : i + batch], seeds=seeds[i : i + batch], progress=progress, **settings).x.cpu()
+        flow.sample(prompts[i : i + batch], seeds=seeds[i : i + batch], **settings).x.cpu()
         for i in range(0, len(seeds), batch)
     ]
     return noise_from_seeds(seeds, made[0].shape[1:]), torch.cat(made)

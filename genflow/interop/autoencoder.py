@@ -225,7 +225,7 @@ def vae_from_diffusers(source: Mapping[str, Any]) -> KLAutoencoderConfig:
         raise UserError(
             f"the autoencoder has block_out_channels = {config.channels}, no multiples of norm_num_groups = {config.groups}"
         )
-    known = {**plain.config, **vae_to_diffusers(config), "sample_size": None, "force_upcast": None}
+    known = {**plain.config, **vae_to_diffusers(config)}
     for key, value in known.items():
         there = tuple(given[key]) if isinstance(given[key], list) else given[key]
         if key not in ("sample_size", "force_upcast") and not key.startswith("_") and there != value:

@@ -149,18 +149,16 @@ def _schedule(pipeline: Path | None) -> dict[str, Any]:
     return {"sampler": SCHEDULERS[kind], "shift": setting(float, {"shift": 1.0, **config}, "shift", str(path))}
 
 
-def shift_of(recipe: Mapping[str, Any]) -> float:
-    """The shift of a diffusers scheduler for a model of this config.json; SD3's where it hangs on the picture's size."""
-    shift = recipe.get("sample", {}).get("shift", SAMPLE["shift"])
-    return float(SAMPLE["shift"] if isinstance(shift, str) else shift)
-
-
 def scheduler_of(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """The config of the diffusers scheduler for a model of this config.json: Euler's where its own solver has none."""
+    """The config of the diffusers scheduler for a model of this config.json.
+
+    Euler's where its own solver has none, and SD3's shift where its own hangs on the picture's size.
+    """
     sample = {**SAMPLE, **recipe.get("sample", {})}
     own = [kind for kind, sampler in SCHEDULERS.items() if sampler == sample["sampler"]]
     kind = own[0] if own and sample["grid"] == SAMPLE["grid"] else PARTS["scheduler"][1]
-    return {"_class_name": kind, "shift": shift_of(recipe)}
+    shift = SAMPLE["shift"] if isinstance(sample["shift"], str) else sample["shift"]
+    return {"_class_name": kind, "shift": float(shift)}
 
 
 def _write_genflow(checkpoint: Checkpoint, out: Path) -> list[str]:

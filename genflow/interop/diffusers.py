@@ -80,8 +80,7 @@ _ANY = MMDiTConfig(depth=1, sample_size=1)
 
 def config_to_diffusers(config: MMDiTConfig) -> dict[str, Any]:
     """The arguments of an SD3Transformer2DModel of the same shape: the reverse of config_from_diffusers."""
-    hidden = config.hidden or 64 * config.depth
-    heads = config.heads or max(hidden // 64, 1)
+    hidden, heads = config.sizes
     assert config.sample_size is not None
     return {
         "sample_size": config.sample_size * config.patch_size,

@@ -150,7 +150,7 @@ def to_genflow(source: Mapping[str, Lazy], config: MMDiTConfig, layout: Layout) 
     if layout.positions not in source:
         raise UserError(f"not an SD3 transformer: it has no tensor {layout.positions}")
     table = source[layout.positions]
-    _side(table, _sizes(config)[0])
+    _side(table, config.sizes[0])
     if not _is_computed(table, config):
         result[TABLE] = table.map(lambda w: w[0], table.shape[1:])
     return result
@@ -160,7 +160,7 @@ def from_genflow(state: Mapping[str, Lazy], config: MMDiTConfig, layout: Layout)
     """The reverse of to_genflow, bit for bit. Raises UserError for what the layout cannot hold."""
     if config.mlp_ratio != 4:
         raise UserError(f"SD3's transformer has mlp_ratio 4, this model {config.mlp_ratio}")
-    hidden, heads = _sizes(config)
+    hidden, heads = config.sizes
     if layout is STABILITY and not hidden // 64 == heads == config.depth:
         shape = f"hidden {hidden}, heads {heads} and depth {config.depth}"
         raise UserError(
@@ -248,12 +248,6 @@ def _side(table: Lazy, hidden: int) -> int:
     return side
 
 
-def _sizes(config: MMDiTConfig) -> tuple[int, int]:
-    """Hidden width and heads."""
-    hidden = config.hidden or 64 * config.depth
-    return hidden, config.heads or max(hidden // 64, 1)
-
-
 def _grid(config: MMDiTConfig) -> int:
     side = config.pos_embed_max_size or config.sample_size
     assert side is not None
@@ -262,7 +256,7 @@ def _grid(config: MMDiTConfig) -> int:
 
 def _axes(config: MMDiTConfig) -> Tensor:
     """The halves of the table that hang on x and on y: 2 x P x hidden/2, float32."""
-    side, (hidden, _) = _grid(config), _sizes(config)
+    side, (hidden, _) = _grid(config), config.sizes
     assert config.sample_size is not None
     how = {"sample_size": config.sample_size, "max_size": side}
     x = sincos_2d(1, side, hidden, **how)[:, : hidden // 2]
@@ -278,7 +272,7 @@ def _computed_table(config: MMDiTConfig) -> Tensor:
 
 def _is_computed(table: Lazy, config: MMDiTConfig) -> bool:
     """Whether a table, 1 x P^2 x hidden, is the formula's bit for bit."""
-    side, (hidden, _) = _grid(config), _sizes(config)
+    side, (hidden, _) = _grid(config), config.sizes
     if table.shape != (1, side**2, hidden) or table.dtype != torch.float32:
         return False
     read = table.read()

@@ -18,7 +18,7 @@ from genflow.flows.base import Flow
 from genflow.flows.lora import Factors, factors_of, is_factor, lora_scale, merge
 from genflow.flows.store import CONFIG, EMA, MODEL, _read_tensors, find_model, read_config
 from genflow.interop.families import looks_like
-from genflow.interop.layouts import DIFFUSERS
+from genflow.interop.layouts import DIFFUSERS, _swap_halves
 from genflow.interop.tensors import PICKLES, Lazy, read_file, refuse_full, write_file
 from genflow.networks.mmdit import MMDiT, MMDiTConfig
 from genflow.registry import api_export
@@ -56,7 +56,7 @@ def save_lora(run: str | Path, out: str | Path, *, ema: bool = True) -> None:
     tensors: dict[str, Tensor] = {}
     for name, (a, b) in factors.items():
         parts, swap = DIFFUSERS.counterpart(name, depth)
-        b = torch.cat(b.chunk(2)[::-1]) if swap else b
+        b = _swap_halves(b) if swap else b
         for part, rows in zip(parts, b.chunk(len(parts)), strict=True):
             stem = PREFIX + part.removesuffix(".weight")
             tensors |= {stem + A: a, stem + B: rows}
@@ -114,7 +114,7 @@ def _from_diffusers(file: Path, config: MMDiTConfig) -> Factors:
         pairs = [_pair(tensors, stem, (rows // len(stems), columns), scale, file) for stem in stems]
         b = torch.block_diag(*(b for _, b in pairs))
         if b.shape[1]:
-            found[name] = (torch.cat([a for a, _ in pairs]), torch.cat(b.chunk(2)[::-1]) if swap else b)
+            found[name] = (torch.cat([a for a, _ in pairs]), _swap_halves(b) if swap else b)
     if tensors:
         raise UserError(
             f"{file}: the model has no linear layer for {min(tensors)}; it is a LoRA of another one, or more than a LoRA"

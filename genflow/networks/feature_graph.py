@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,24 +79,21 @@ class FeatureGraph(nn.Module):
         return list(dict.fromkeys([*pooled, self.graph[-1]["name"]]))
 
 
-def shelved_graph(name: str) -> Path:
+def shelved_graph(name: str, also: Sequence[str] = ()) -> Path:
     """The graph of a name or the end of one in `features` of the cache folder, such as mixed4; or of a path.
 
-    Raises UserError where there is none.
+    The shortest name that ends so: the one of just this name, where it is there. Raises UserError where there is none,
+    which may bring up the names that the caller takes `also`.
     """
     path = Path(name).expanduser()
     if path.suffix in (".json", ".safetensors"):
         return path.with_suffix(".json")
     shelf = cache_folder() / "features"
-    if not (found := by_end(shelf, path.name)):
-        near = nearest(name, [file.stem for file in shelf.glob("*.json")])
+    found = sorted(shelf.glob(f"*{path.name}.json"), key=lambda file: (len(file.name), file))
+    if not found:
+        near = nearest(name, [*also, *(file.stem for file in shelf.glob("*.json"))])
         raise UserError(f"no features {name!r}: neither a .json graph nor a name of one in {shelf}.{near}")
     return found[0]
-
-
-def by_end(shelf: Path, name: str) -> list[Path]:
-    """The graphs of a folder whose names end so, the shortest first: the one of just this name, where it is there."""
-    return sorted(shelf.glob(f"*{name}.json"), key=lambda file: (len(file.name), file))
 
 
 class PerceptualDistance(nn.Module):

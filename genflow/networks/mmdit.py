@@ -53,6 +53,12 @@ class MMDiTConfig:
             if str(field.type).startswith("int") and value is not None and value < 1:
                 raise UserError(f"{field.name} = {value} is too few; the least is 1")
 
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """Hidden width and heads."""
+        hidden = self.hidden or 64 * self.depth
+        return hidden, self.heads or max(hidden // 64, 1)
+
     def build(self) -> MMDiT:
         """The network, freshly initialised. Raises UserError where the numbers do not fit each other."""
         return MMDiT(self)
@@ -68,8 +74,7 @@ class MMDiT(nn.Module):
             if getattr(config, name) is None:
                 raise UserError(f"mmdit: {name} is not set, and no data set or text encoder is there to tell it")
         assert config.in_channels and config.context_dim and config.pooled_dim and config.sample_size
-        hidden = config.hidden or 64 * config.depth
-        heads = config.heads or max(hidden // 64, 1)
+        hidden, heads = config.sizes
         if hidden % heads or hidden % 4:
             raise UserError(f"mmdit: hidden = {hidden} must be a multiple of 4 and of heads = {heads}")
         if wrong := [i for i in config.dual_attention_layers if not 0 <= i < config.depth]:

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 
+import torch
 from torch import Tensor, nn
 
 from genflow.conditions import Condition
@@ -53,6 +54,22 @@ class TextEncoder(nn.Module, ABC):
         Randomness comes from rng at position (B), as in a flow's loss.
         """
         return condition
+
+
+class FrozenText(TextEncoder):
+    """An encoder that prepares embeddings; its forward gives them back."""
+
+    trainable = False
+    _null: Condition | None = None
+
+    def forward(self, condition: Condition) -> Condition:
+        return condition
+
+    def null(self) -> Condition:
+        if self._null is None:
+            with torch.inference_mode(False):  # it is kept, and may be asked for derivatives later
+                self._null = self.encode([""])
+        return self._null
 
 
 _CUT: ContextVar[dict[str, list[str]] | None] = ContextVar("cut", default=None)  # prompts by their limit

@@ -9,7 +9,7 @@ import torch
 
 from genflow.conditions import Condition
 from genflow.registry import text_export
-from genflow.text.base import TextEncoder
+from genflow.text.base import FrozenText
 
 
 @text_export("none")
@@ -21,15 +21,11 @@ class NoTextConfig:
         return NoText()
 
 
-class NoText(TextEncoder):
+class NoText(FrozenText):
     """Every prompt is the empty condition: no token, and a pooled vector of no numbers."""
 
     context_dim = pooled_dim = max_tokens = 0
-    trainable = False
 
     def encode(self, prompts: Sequence[str]) -> Condition:
         n = len(prompts)
         return Condition(torch.zeros(n, 0, 0), torch.zeros(n, 0, dtype=torch.bool), torch.zeros(n, 0))
-
-    def forward(self, condition: Condition) -> Condition:
-        return condition

@@ -6,7 +6,7 @@ import hashlib
 import importlib.util
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from genflow.cachedir import cache_folder
 from genflow.conditions import Condition
 from genflow.errors import UserError, nearest
 from genflow.registry import text_export
-from genflow.text.base import TextEncoder, warn_cut
+from genflow.text.base import FrozenText, warn_cut
 from genflow.text.cache import EmbeddingCache, Row
 
 BATCH = 64  # captions
@@ -61,10 +61,8 @@ class MiniLMConfig:
         return PretrainedText(str(folder), max_tokens=self.max_tokens, scale=2.4, identity="all-MiniLM-L6-v2")
 
 
-class PretrainedText(TextEncoder):
-    """Prepares embeddings; its forward gives them back. The network behind it is loaded when a new caption comes."""
-
-    trainable = False
+class PretrainedText(FrozenText):
+    """The network behind it is loaded when a new caption comes."""
 
     def __init__(self, model: str, *, max_tokens: int, scale: float | None, identity: str | None = None) -> None:
         super().__init__()
@@ -84,7 +82,6 @@ class PretrainedText(TextEncoder):
         files = sorted(self.folder.iterdir()) if self.folder else []
         prints = [_print(f) for f in files if f.suffix in READ]
         self.identity = json.dumps([identity or model, config, prints, max_tokens, "float32", 2], sort_keys=True)
-        self._null: Condition | None = None
 
     def _config(self) -> dict[str, Any]:
         if self.folder is not None:
@@ -144,13 +141,8 @@ class PretrainedText(TextEncoder):
         network.to(device)
         rows: list[Row] = []
         with torch.autocast(device, enabled=False):  # what is kept must not hang on who asked first
-            for start in range(0, len(captions), BATCH):
-                # A prompt of a book's length is not tokenised whole.
-                part = [c[: 64 * self.max_tokens] for c in captions[start : start + BATCH]]
-                lengths = [len(ids) for ids in tokenizer(part)["input_ids"]]
-                data = tokenizer(
-                    part, padding="max_length", truncation=True, max_length=self.max_tokens, return_tensors="pt"
-                ).to(device)
+            for data, lengths in _tokenised(tokenizer, captions, self.max_tokens):
+                data = data.to(device)
                 mask = data["attention_mask"].bool()
                 states = network(input_ids=data["input_ids"], attention_mask=data["attention_mask"]).last_hidden_state
                 states = states * mask[..., None]
@@ -181,15 +173,6 @@ class PretrainedText(TextEncoder):
     def fingerprint(self) -> str:
         settings = ["transformers", self.max_tokens, self._asked_scale]
         return fingerprint(settings, [self.folder]) if self.folder else fingerprint([*settings, self.identity], [])
-
-    def null(self) -> Condition:
-        if self._null is None:
-            with torch.inference_mode(False):  # it is kept, and may be asked for derivatives later
-                self._null = self.encode([""])
-        return self._null
-
-    def forward(self, condition: Condition) -> Condition:
-        return condition
 
     def extra_repr(self) -> str:
         return f"{self.model}, max_tokens={self.max_tokens}"
@@ -226,6 +209,15 @@ def _print(file: Path) -> str:
             data.seek(i * stat.st_size // 16)
             digest.update(data.read(4096))
     return digest.hexdigest()
+
+
+def _tokenised(tokenizer: Any, captions: Sequence[str], limit: int) -> Iterator[tuple[Any, list[int]]]:
+    """BATCH captions at a time, cut or padded to so many tokens, and how many each had before it was cut."""
+    for start in range(0, len(captions), BATCH):
+        # A prompt of a book's length is not tokenised whole.
+        part = [c[: 64 * limit] for c in captions[start : start + BATCH]]
+        lengths = [len(ids) for ids in tokenizer(part)["input_ids"]]
+        yield tokenizer(part, padding="max_length", truncation=True, max_length=limit, return_tensors="pt"), lengths
 
 
 def _quiet() -> None:

@@ -17,9 +17,9 @@ from genflow.conditions import Condition
 from genflow.errors import UserError, nearest
 from genflow.functional import Rng
 from genflow.registry import text_export
-from genflow.text.base import TextEncoder, warn_cut
+from genflow.text.base import FrozenText, warn_cut
 from genflow.text.cache import EmbeddingCache, Row
-from genflow.text.pretrained import BATCH, READ, _load, _print, _quiet, fingerprint
+from genflow.text.pretrained import READ, _load, _print, _quiet, _tokenised, fingerprint
 
 # Our name -> the folders of its weights and of its tokenizer in a diffusers pipeline.
 FOLDERS = {
@@ -71,15 +71,13 @@ class SD3TextConfig:
         return SD3Text(self)
 
 
-class SD3Text(TextEncoder):
-    """Prepares the joined embeddings; its forward gives them back.
+class SD3Text(FrozenText):
+    """Prepares the embeddings of the three, joined.
 
     Tokens: the CLIPs' penultimate states side by side on the features, zeros up to T5's width, then T5's last states as
     further tokens. Pooled: the CLIPs' projected end-of-text states side by side. The mask tells real tokens from padding;
     SD3's weights were trained without it (`text_mask` of the flow).
     """
-
-    trainable = False
 
     def __init__(self, config: SD3TextConfig) -> None:
         super().__init__()
@@ -108,7 +106,6 @@ class SD3Text(TextEncoder):
             "clip_g": (first, slice(middle, end), slice(cut, self.pooled_dim)),
             "t5": (slice(self.clip_tokens, self.max_tokens), slice(0, self.context_dim), slice(0, 0)),
         }
-        self._null: Condition | None = None
 
     def encode(self, prompts: Sequence[str]) -> Condition:
         """Raises UserError for a prompt that no encoder is there to read."""
@@ -135,20 +132,11 @@ class SD3Text(TextEncoder):
             )
         return Condition(tokens, mask, pooled)
 
-    def forward(self, condition: Condition) -> Condition:
-        return condition
-
     def fingerprint(self) -> str | None:
         if not self.parts:
             return None
         settings = ["sd3", *self.parts, self.max_tokens, self.context_dim, self.config.dtype]
         return fingerprint(settings, [folder for part in self.parts.values() for folder in (part.folder, part.tokens)])
-
-    def null(self) -> Condition:
-        if self._null is None:
-            with torch.inference_mode(False):  # it is kept, and may be asked for derivatives later
-                self._null = self.encode([""])
-        return self._null
 
     def drop(self, condition: Condition, rng: Rng, position: Tensor) -> Condition:
         """Zeros in place of each encoder for a part of the samples, `drop` of the config: streams "drop_clip_l", ..."""
@@ -267,13 +255,7 @@ class Pretrained:
         network.to(device)
         rows: list[Row] = []
         with torch.autocast(device, enabled=False):  # what is kept must not hang on who asked first
-            for start in range(0, len(captions), BATCH):
-                # A prompt of a book's length is not tokenised whole.
-                part = [c[: 64 * self.limit] for c in captions[start : start + BATCH]]
-                lengths = [len(ids) for ids in tokenizer(part)["input_ids"]]
-                data = tokenizer(
-                    part, padding="max_length", truncation=True, max_length=self.limit, return_tensors="pt"
-                )
+            for data, lengths in _tokenised(tokenizer, captions, self.limit):
                 ids, mask = data["input_ids"].to(device), data["attention_mask"].bool()
                 if self.name == "t5":
                     answers = {"states": network(ids).last_hidden_state}

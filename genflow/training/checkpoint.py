@@ -37,7 +37,7 @@ def named_optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module) ->
 
 def load_named_optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module, state: dict[str, Tensor]) -> None:
     """The reverse of named_optimizer_state, in place."""
-    params = {name: p for name, p in model.named_parameters()}
+    params = dict(model.named_parameters())
     for full, value in normalise_keys(state).items():
         name, _, key = full.rpartition("/")
         p = params[name]

@@ -100,15 +100,12 @@ def _product_seconds(size: int, precision: str, device: torch.device) -> float:
     if precision == "fp8":
         a, b, one = a.to(torch.float8_e4m3fn), b.to(torch.float8_e4m3fn), torch.ones((), device=device)
         multiply = partial(product, a_scale=one, b_scale=one, fast=True)
-    wait: Callable[[], None] | None = torch.mps.synchronize if device.type == "mps" else None
-    if device.type == "cuda":
-        wait = partial(torch.cuda.synchronize, device)
     seconds = []
     for _ in range(5):
         start = time.perf_counter()
         multiply(a, b)
-        if wait is not None:
-            wait()
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
         seconds.append(time.perf_counter() - start)
     return min(seconds)
 

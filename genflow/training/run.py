@@ -16,7 +16,7 @@ from accelerate.state import AcceleratorState
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin, ProjectConfiguration
 
-from genflow.config import load, to_dict
+from genflow.config import dump, load, to_dict
 from genflow.data.locks import lock
 from genflow.errors import UserError, nearest
 from genflow.flows.store import newest_checkpoint, read_config
@@ -229,8 +229,6 @@ def _leaves(tree: dict, prefix: str = "") -> dict[str, object]:
 
 
 def _save_config(config: RunConfig, run: Path) -> None:
-    from genflow.config import dump
-
     with replacing(run / "config.yaml") as temporary:
         dump(config, temporary)
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from genflow.errors import UserError
 from genflow.flows.bijections.base import Bijection, per_sample
+from genflow.flows.bijections.elementwise import wide
 from genflow.registry import bijection_export
 
 TAIL = 0.1  # how fast, in units of x, the density falls beyond [-1, 1]
@@ -101,7 +102,7 @@ class Marginals(Bijection):
 
     def _rows(self, x: Tensor) -> Tensor:
         """B x C x H x W -> C x B H W, in float32 or wider."""
-        return x.to(torch.promote_types(x.dtype, torch.float32)).transpose(0, 1).flatten(1)
+        return wide(x).transpose(0, 1).flatten(1)
 
     def _pictures(self, rows: Tensor, like: Tensor) -> Tensor:
         return rows.view(like.shape[1], like.shape[0], *like.shape[2:]).transpose(0, 1)

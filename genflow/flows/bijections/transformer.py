@@ -14,6 +14,7 @@ from torch import Tensor
 
 from genflow.errors import UserError, nearest
 from genflow.flows.bijections.base import Bijection, check_condition, per_sample
+from genflow.flows.bijections.elementwise import wide
 from genflow.flows.bijections.jacobian import check_recording
 from genflow.layers.embeddings import patchify
 from genflow.networks.causal import CausalTransformer
@@ -137,7 +138,7 @@ class TransformerAutoregressive(Bijection):
         return mu, self.limit * torch.tanh(u / self.limit)
 
     def _cut(self, x: Tensor) -> Tensor:
-        tokens = to_tokens(x.to(torch.promote_types(x.dtype, torch.float32)), self.shape, self.patch)
+        tokens = to_tokens(wide(x), self.shape, self.patch)
         return tokens.flip(1) if self.reverse else tokens
 
     def _join(self, tokens: Tensor) -> Tensor:
