@@ -95,6 +95,12 @@ def test_info_explains_one_thing(capsys):
     assert "-> Solution" in capsys.readouterr().out
 
 
+def test_info_lists_no_field_that_cannot_be_set(capsys):
+    assert main(["info", "Mask"]) == 0 and main(["info", "apg"]) == 0
+    told = capsys.readouterr().out
+    assert "\n  dense " in told and not any(f"\n  {hidden} " in told for hidden in ("kind", "_kept", "_memory"))
+
+
 def test_info_system_says_what_runs_here(capsys):
     assert main(["info", "system"]) == 0
     out = capsys.readouterr().out

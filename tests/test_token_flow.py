@@ -171,6 +171,11 @@ def test_temperature_zero_is_greedy_for_every_seed():
     assert (a == a[0]).all() and torch.equal(a, b)
 
 
+def test_heads_of_its_own_are_no_draft_of_a_model_without_them():
+    with pytest.raises(UserError, match="draft medusa: this model has no heads of its own; give the run of heads"):
+        model().sample(PROMPTS, seeds=range(6), decoder="gumbel", draft="medusa")
+
+
 def test_a_model_of_the_same_weights_as_a_draft_is_always_right():
     flow = model()
     solution = flow.sample(PROMPTS, seeds=range(6), decoder=SpeculativeTree((2, 1, 1)), draft=model())

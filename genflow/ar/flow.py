@@ -286,6 +286,8 @@ class TokenFlow(ConditionedFlow):
             draft = "mtp"
         if draft is None or draft == "mtp":
             return None if draft is None else MTPDraft(reader)
+        if draft == "medusa":
+            raise UserError("draft medusa: this model has no heads of its own; give the run of heads fitted to it")
         if isinstance(draft, str) and draft not in self._drafts:
             self._drafts[draft] = load(draft, device=self.device)
         other: Any = self._drafts[draft].to(self.device) if isinstance(draft, str) else draft

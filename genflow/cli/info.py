@@ -87,7 +87,7 @@ def _explain(kind: str, name: str) -> None:
         print(f"also: {', '.join(n for n in tag.names if n != name)}")
     print(f"\n{inspect.getdoc(obj)}\n")
     if dataclasses.is_dataclass(obj):
-        for field in dataclasses.fields(obj):
+        for field in (f for f in dataclasses.fields(obj) if f.init):
             print(f"  {field.name:24}{_type(field.type):34}{_default(field)}")
 
 
