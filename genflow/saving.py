@@ -25,6 +25,10 @@ def replacing(path: Path, *, flushed: bool = True) -> Iterator[Path]:
         os.replace(temporary, path)
         if flushed:
             flush(path.parent)
+    except OSError as error:
+        if error.errno and error.filename in (None, str(temporary)):  # that of a full disk names no file
+            error.filename = str(path)
+        raise
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)

@@ -54,6 +54,26 @@ def test_a_stream_that_is_closed_from_the_start_is_no_error():
         assert subprocess.run(closed, capture_output=True).returncode == 0, streams
 
 
+def test_work_goes_on_where_nobody_reads_what_is_said_beside_it():
+    code = "import sys; from genflow.cli import main; sys.stdin.read(); sys.exit(main())"
+    process = subprocess.Popen([sys.executable, "-c", code, "inof"], stdin=-1, stdout=-1, stderr=-1)
+    process.stderr.close()
+    process.stdin.close()
+    assert process.wait() == 2
+
+
+@pytest.mark.parametrize("name", ["café", "ключ"])
+def test_a_locale_that_lacks_a_names_letters_is_told(name):
+    plain = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    asked = [sys.executable, "-m", "genflow", "info", name]
+    told = subprocess.run(asked, env=plain, capture_output=True, text=True)
+    assert told.returncode == 2 and "the locale's encoding, ascii, lacks; set PYTHONUTF8=1" in told.stderr
+    writes = f"import sys, genflow.cli.info as info; info.run = lambda _: open({name!a})"
+    code = f"{writes}; from genflow.cli import main; sys.exit(main(['info']))"
+    told = subprocess.run([sys.executable, "-c", code], env=plain, capture_output=True, text=True)
+    assert told.returncode == 2 and told.stderr.count("\n") == 1 and "set PYTHONUTF8=1" in told.stderr
+
+
 def test_version_and_interruption(capsys, monkeypatch):
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"genflow {__version__}\n"

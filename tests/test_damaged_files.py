@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ from genflow.data.pairs import PairsConfig, write_pairs
 from genflow.data.pictures import read_settings, write_atomic
 from genflow.errors import UserError
 from genflow.interop.tensors import Lazy, read_file, read_folder, write_file
+from genflow.saving import replacing
 
 
 @pytest.mark.parametrize(("text", "message"), [("{", "damaged"), ("a" * 5_000_000, "damaged"), ("[1]", "carries no")])
@@ -60,6 +63,26 @@ def test_pairs_that_are_too_few_or_not_finite_are_refused(tmp_path):
         PairsConfig(str(tmp_path / "a")).build()
     with pytest.raises(UserError, match="not finite"):
         write_pairs(tmp_path / "b", lambda r: (torch.full((len(r), 2), torch.nan), torch.ones(len(r), 2)), **how)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"shard": 1e24}, {"shard": 0}, {"pairs": "5"}, {"shape": 2}, {"captions": ["a"] * 4}],
+    ids=["float", "zero", "word", "number", "captions"],
+)
+def test_pairs_that_say_impossible_things_cost_one_line(tmp_path, change):
+    ones = lambda numbers: (torch.ones(len(numbers), 2), torch.ones(len(numbers), 2))
+    write_pairs(tmp_path, ones, captions=["a"] * 5, shape=(2,), about={})
+    head = json.loads((tmp_path / "pairs.json").read_text())
+    (tmp_path / "pairs.json").write_text(json.dumps(head | change))
+    with pytest.raises(UserError, match=r"pairs\.json is damaged"):
+        PairsConfig(str(tmp_path)).build()
+
+
+def test_a_full_disk_is_told_with_the_file_that_it_has_no_room_for(tmp_path):
+    with pytest.raises(OSError, match=r"No space left on device: '.*/a\.json'") as told, replacing(tmp_path / "a.json"):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert told.value.filename == str(tmp_path / "a.json")
 
 
 def weights(folder: Path, *names: str) -> Path:

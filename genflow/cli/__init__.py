@@ -37,6 +37,7 @@ COMMANDS = {
 # Errors that are the machine's to solve, or of a name that can be none of a file.
 OUTSIDE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
 OUTSIDE |= {errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ELOOP}
+_OF_THE_LOCALE = "has letters that the locale's encoding, {}, lacks; set PYTHONUTF8=1"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -48,11 +49,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         keep_freed_memory()
         if isinstance(sys.stdout, io.TextIOWrapper):  # a file's name may be no text
             sys.stdout.reconfigure(errors="backslashreplace")
+        if isinstance(sys.stderr, io.TextIOWrapper):
+            sys.stderr = _Asides(sys.stderr.buffer, sys.stderr.encoding, sys.stderr.errors, line_buffering=True)
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     warnings.showwarning = _one_line  # type: ignore[assignment]
     try:
         for text in arguments:
             if any("\ud800" <= c <= "\udfff" for c in text):
+                if (encoding := sys.getfilesystemencoding()) != "utf-8":
+                    raise UserError(f"{text!r} {_OF_THE_LOCALE.format(encoding)}")
                 raise UserError(f"{text!r} is not UTF-8 text; write it, or name the file, in UTF-8")
         code = _dispatch(arguments)
         sys.stdout.flush()  # a closed pipe shows here, not when Python has gone
@@ -63,10 +68,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except UnicodeEncodeError as error:
+        if error.encoding == "utf-8":
+            raise
+        print(f"genflow: {error.object!r} {_OF_THE_LOCALE.format(error.encoding)}", file=sys.stderr)
+        return 2
     except OSError as error:
         if error.errno not in OUTSIDE:
             raise
-        print(f"genflow: {error.filename2 or error.filename or 'a file'}: {error.strerror}", file=sys.stderr)
+        print(
+            f"genflow: {error.filename2 or error.filename or 'a file or standard output'}: {error.strerror}",
+            file=sys.stderr,
+        )
         return 2
     except (MemoryError, RuntimeError) as error:
         # torch's own errors, by their words: torch may not be loaded
@@ -100,6 +113,19 @@ def _dispatch(arguments: list[str]) -> int:
     parser = _Parser(prog=f"genflow {name}", description=COMMANDS[name])
     module.add_arguments(parser)
     return module.run(parser.parse_args(arguments[1:]))
+
+
+class _Asides(io.TextIOWrapper):
+    """What is said beside the work, which goes on where nobody listens any more: a closed pipe, a terminal that is gone."""
+
+    def write(self, text: str) -> int:
+        try:
+            return super().write(text)
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.EIO):
+                raise
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
+            return len(text)
 
 
 class _Parser(argparse.ArgumentParser):

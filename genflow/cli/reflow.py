@@ -69,6 +69,7 @@ def _next_run(args: argparse.Namespace, flow: Any, out: Path) -> tuple[Any, Any]
     from genflow.config import Choice, dump, from_dict, load
     from genflow.data.pairs import PairsConfig
     from genflow.flows.reflow import reflow_config
+    from genflow.saving import replacing
     from genflow.training.config import RunConfig
 
     recipe = {key: value for key, value in flow.recipe.items() if key not in ("shape", "base")}
@@ -95,7 +96,8 @@ def _next_run(args: argparse.Namespace, flow: Any, out: Path) -> tuple[Any, Any]
     if wrong := [each for each in args.set if each.partition("=")[0].split(".")[0] in ("out", "data")]:
         raise UserError(f"--set {wrong[0]}: the pairs and the run go to --out; leave it out")
     out.mkdir(parents=True, exist_ok=True)
-    dump(config, out / "reflow.yaml")
+    with replacing(out / "reflow.yaml") as temporary:
+        dump(config, temporary)
     return load(out / "reflow.yaml", args.set, schema=RunConfig), data
 
 

@@ -145,6 +145,9 @@ def _about(folder: Path) -> dict[str, Any]:
         about = json.loads((folder / ABOUT).read_text())
         if not all(key in about for key in ("pairs", "shape", "shard", "captions", "about")):
             raise ValueError("an entry is missing")
+        numbers = (about["pairs"], about["shard"], *about["shape"])
+        if not all(type(n) is int and n > 0 for n in numbers) or len(about["captions"]) != about["pairs"]:
+            raise ValueError("an entry is none that it can have")
         return about
     except FileNotFoundError:
         raise UserError(f"data pairs: {folder} has no {ABOUT}; draw pairs with genflow reflow") from None

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 from genflow.data.sources import Samples
 from genflow.errors import UserError
-from genflow.flows.store import _steps, checkpoints, finish_checkpoint, normalise_keys
+from genflow.flows.store import _step, _steps, checkpoints, finish_checkpoint, normalise_keys
 from genflow.saving import flush, save_file
 from genflow.training.ema import EMA
+from genflow.training.log import T_BINS, LossByTime
 from genflow.training.sharding import as_shared, whole
 
 
@@ -143,6 +144,10 @@ def load_checkpoint(folder: Path, *, model: nn.Module, optimizer: torch.optim.Op
         state = json.loads((folder / "state.json").read_text())
         if not isinstance(state, dict) or not isinstance(state.get("step"), int):
             raise ValueError("state.json has no step")
+        if state["step"] != _step(folder):
+            raise ValueError(f"state.json is of step {state['step']}")
+        if LossByTime(state["by_time"]).sums.shape != (2, T_BINS):
+            raise ValueError("state.json has no sums of the loss by time")
         mine, saved = model.state_dict(), load_file(folder / "model.safetensors")
         model.load_state_dict({key: as_shared(v, mine[key]) if key in mine else v for key, v in saved.items()})
         load_named_optimizer_state(optimizer, model, load_file(folder / "optimizer.safetensors"))
@@ -151,7 +156,7 @@ def load_checkpoint(folder: Path, *, model: nn.Module, optimizer: torch.optim.Op
         return state
     except UserError:  # a module's own word on what it is given
         raise
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(
             f"checkpoint {folder} is damaged ({reason}); remove it to go on from the one before, if there is one"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -49,11 +49,11 @@ def learning_rate(step: int, *, steps: int, warmup: int, decay: float) -> float:
 
 
 class Trainer:
-    """Everything one run holds. `run()` trains to the last step."""
+    """Everything one run holds. `run()` trains to the last step. hold: makes sure that the folder is still its own."""
 
-    def __init__(self, config: RunConfig, run: Path, accelerator: Accelerator) -> None:
+    def __init__(self, config: RunConfig, run: Path, accelerator: Accelerator, hold: Callable[[], None]) -> None:
         train = config.train
-        self.run_folder, self.accelerator = run, accelerator
+        self.run_folder, self.accelerator, self.hold = run, accelerator, hold
         with all_or_none():
             network = self._prepare(config)
         same_on_all({"the number of training samples": len(self.dataset)})
@@ -316,6 +316,7 @@ class Trainer:
         tensors = checkpoint_tensors(self.flow, self.optimizer.optimizer, self.ema, main=main)
         if main:
             scaler = self.accelerator.scaler
+            self.hold()
             save_checkpoint(
                 self.run_folder,
                 self.step,

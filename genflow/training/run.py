@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -85,12 +86,12 @@ def _train_together(config: str | Path | RunConfig, overrides: Sequence[str], de
             asked = _as_saved(asked, run)
             asked, why = _with_precision(asked, device)
             _make_folder(run)
-            stack.enter_context(_alone(run))
+            hold = stack.enter_context(_alone(run))
         # "auto" is measured: its answer may not be the same on every rank
         precision, why = from_main((asked.train.precision, why))
         asked = replace(asked, train=replace(asked.train, precision=precision))
         stack.enter_context(float32_products(precision))
-        _train(asked, run, device, why)
+        _train(asked, run, device, why, hold)
     return run
 
 
@@ -113,7 +114,7 @@ def _make_folder(run: Path) -> None:
         raise UserError(f"cannot make the run's folder {run}: {error.strerror}") from error
 
 
-def _train(asked: RunConfig, run: Path, device: torch.device, why: str) -> None:
+def _train(asked: RunConfig, run: Path, device: torch.device, why: str, hold: Callable[[], None]) -> None:
     AcceleratorState._reset_state()  # accelerate keeps one precision for a process; the run before may have had another
     accelerator = Accelerator(
         mixed_precision={"fp32": "no", "tf32": "no", "fp8": "bf16"}.get(asked.train.precision, asked.train.precision),
@@ -124,7 +125,7 @@ def _train(asked: RunConfig, run: Path, device: torch.device, why: str) -> None:
         project_config=ProjectConfiguration(project_dir=str(run), logging_dir=str(run)),
         kwargs_handlers=[DistributedDataParallelKwargs(bucket_cap_mb=CPU_BUCKETS)] if device.type == "cpu" else None,
     )
-    trainer = Trainer(asked, run, accelerator)
+    trainer = Trainer(asked, run, accelerator, hold)
     try:
         if trainer.step >= asked.train.steps:
             _finish(trainer)
@@ -157,22 +158,36 @@ def _finish(trainer: Trainer) -> None:
 
 
 @contextlib.contextmanager
-def _alone(run: Path) -> Iterator[None]:
+def _alone(run: Path) -> Iterator[Callable[[], None]]:
     """Hold the run's folder; the system lets go of it when the process ends, however it ends.
 
-    Raises UserError where another run of genflow holds it. Of several processes of one run, the main one asks.
+    Gives what holds it anew if it was removed meanwhile. Both raise UserError where another run of genflow holds it. Of
+    several processes of one run, the main one asks.
     """
     if not PartialState().is_main_process:
-        yield
+        yield lambda: None
         return
-    with (run / ".lock").open("a") as file:
-        if lock(file, wait=False) is False:
-            raise UserError(f"{run} is being trained by another process; wait for it, or choose another `out`")
+    path, mine = run / ".lock", None
+    with contextlib.ExitStack() as held:
+
+        def hold() -> None:
+            nonlocal mine
+            if mine and path.exists() and os.path.samestat(mine, path.stat()):
+                return
+            held.close()
+            mine = None
+            run.mkdir(parents=True, exist_ok=True)
+            file = held.enter_context(path.open("a"))
+            if lock(file, wait=False) is False:
+                raise UserError(f"{run} is being trained by another process; wait for it, or choose another `out`")
+            mine = path.stat()
+
+        hold()
         try:
-            yield
+            yield hold
         finally:
             # refused before there was anything to keep
-            if run.is_dir() and [p.name for p in run.iterdir()] == [".lock"]:
+            if mine and run.is_dir() and [p.name for p in run.iterdir()] == [".lock"]:
                 shutil.rmtree(run, ignore_errors=True)
 
 

@@ -26,7 +26,8 @@ def stop_signal() -> Iterator[list[int]]:
     def handler(number: int, _frame: Any) -> None:
         caught.append(number)
         if os.environ.get("RANK", "0") == "0":  # past Python's own buffers, which it may have interrupted
-            os.write(2, b"stopping after this step; the same again stops at once\n")
+            with contextlib.suppress(OSError):  # Ctrl-C ends the `tee` that was listening, too
+                os.write(2, b"stopping after this step; the same again stops at once\n")
         for other, previous in old.items():
             signal.signal(other, previous)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -14,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from genflow.errors import UserError
 from genflow.flows.store import checkpoints, finish_checkpoint, is_whole, newest_checkpoint
 from genflow.training.checkpoint import checkpoint_tensors, load_checkpoint, save_checkpoint
-from genflow.training.run import train
+from genflow.training.run import _alone, train
 from genflow.training.signals import stop_signal
 
 
@@ -89,6 +91,17 @@ def test_a_checkpoint_that_does_not_say_its_step_is_damaged(tiny, state):
         train(tiny("train.steps=8"))
 
 
+@pytest.mark.parametrize("harm", [{"step": 44}, {"by_time": None}, {"by_time": [[0.0]]}], ids=["step", "none", "short"])
+def test_a_state_that_is_not_its_checkpoints_own_is_damaged(tiny, harm):
+    folder = newest_checkpoint(train(tiny()))
+    state = json.loads((folder / "state.json").read_text())
+    kept = {key: value for key, value in (state | harm).items() if value is not None}
+    (folder / "state.json").write_text(json.dumps(kept))
+    finish_checkpoint(folder)
+    with pytest.raises(UserError, match="step-00000004 is damaged"):
+        train(tiny("train.steps=8"))
+
+
 def test_what_a_module_says_of_its_checkpoint_is_told_as_it_is(tiny, monkeypatch):
     from genflow.flows.rectified import RectifiedFlow
 
@@ -121,8 +134,9 @@ def test_weights_that_are_shared_and_counts_in_python_come_back(tmp_path):
     for p in model.parameters():
         optimizer.state[p] = {"step": 3, "scale": 0.9, "state1": torch.randn(p.shape)}
     tensors = checkpoint_tensors(model, optimizer, None)
-    folder = save_checkpoint(tmp_path, 3, config={}, tensors=tensors, state={}, keep=1)
-    assert load_checkpoint(folder, model=again, optimizer=other, ema=None) == {"step": 3}
+    state = {"by_time": [[0.0] * 8] * 2}
+    folder = save_checkpoint(tmp_path, 3, config={}, tensors=tensors, state=state, keep=1)
+    assert load_checkpoint(folder, model=again, optimizer=other, ema=None) == {"step": 3, **state}
     assert again.state_dict().keys() == model.state_dict().keys()
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in model.state_dict().items())
     for p, q in zip(model.parameters(), again.parameters(), strict=True):
@@ -153,6 +167,27 @@ def test_the_first_signal_waits_for_the_step_and_the_second_does_not(first, seco
     finally:
         for each, handler in zip(both, before, strict=True):
             signal.signal(each, handler)
+
+
+def test_a_signal_is_heard_where_nobody_reads_the_answer(monkeypatch):
+    def closed(*_):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(os, "write", closed)
+    with stop_signal() as caught:
+        signal.raise_signal(signal.SIGINT)
+        assert caught == [signal.SIGINT]
+
+
+def test_a_run_whose_folder_was_removed_holds_it_again_or_leaves_it_to_the_next(tmp_path):
+    with _alone(tmp_path / "run") as hold:
+        shutil.rmtree(tmp_path / "run")
+        hold()
+        with pytest.raises(UserError, match="is being trained by another process"), _alone(tmp_path / "run"):
+            pass
+        shutil.rmtree(tmp_path / "run")
+        with _alone(tmp_path / "run"), pytest.raises(UserError, match="is being trained by another process"):
+            hold()
 
 
 def test_a_checkpoints_name_is_on_the_disk_before_older_ones_go(tiny, tmp_path, monkeypatch):
