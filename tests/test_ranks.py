@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from genflow.config import load
 from genflow.errors import UserError
 from genflow.flows.store import newest_checkpoint
-from genflow.training import ranks, sharding
+from genflow.training import ranks, sharding, watch
 from genflow.training.config import RunConfig
 from genflow.training.ranks import LOST, join_processes
 from genflow.training.run import train
@@ -38,6 +38,17 @@ def counted(*arguments, **options):
     backward(*arguments, **options)
 Accelerator.backward = counted
 """
+# Rank LOST goes so, or raises its own error, while the others wait in a call that nothing interrupts, as NCCL's is.
+WAITING = """
+import time
+from genflow.training import watch
+watch.GRACE = 1.0
+def gone(*arguments, **options):
+    if rank != LOST:
+        time.sleep(1000)
+    HOW
+Accelerator.backward = gone
+"""
 SOON = 15  # seconds, on a busy machine
 
 
@@ -51,6 +62,35 @@ def last_words(ended: Ended) -> str:
     """What genflow said at the end: one line, and no traceback."""
     assert ended.code == 2 and "Traceback" not in ended.said, ended.said
     return next(line for line in reversed(ended.said.splitlines()) if line.startswith("genflow: "))
+
+
+@pytest.mark.parametrize(
+    ("world", "lost", "how"),
+    [
+        (2, 1, "os.kill(os.getpid(), signal.SIGKILL)"),
+        pytest.param(3, 0, "raise ValueError", marks=pytest.mark.slow),
+        pytest.param(3, 1, "os.kill(os.getpid(), signal.SIGKILL)", marks=pytest.mark.slow),
+    ],
+)
+def test_a_rank_that_waits_for_one_that_is_gone_does_not_wait_for_ever(config, tmp_path, world, lost, how):
+    before = WAITING.replace("LOST", str(lost)).replace("HOW", how)
+    ended = together(world, [config, f"out={tmp_path / 'run'}"], before=before, limit=120)
+    for rank, each in enumerate(ended):
+        if rank != lost:
+            assert f"rank {rank} ends: another process of this run is gone" in last_words(each)
+            assert each.seconds - ended[lost].seconds < SOON
+
+
+def test_who_does_not_know_the_word_is_not_watched():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        stranger, other, friend = (socket.create_connection(server.getsockname()) for _ in range(3))
+        stranger.close()
+        other.sendall(b"x" * 16)
+        friend.sendall(b"w" * 16)
+        (peer,) = watch._accepted(server, b"w" * 16, 1)
+        assert peer.getpeername() == friend.getsockname()
+        for each in (peer, other, friend):
+            each.close()
 
 
 @pytest.mark.parametrize(

@@ -119,7 +119,12 @@ def lost_ranks_told() -> Iterator[None]:
         state = PartialState()
         if state.num_processes == 1 or not (isinstance(error, dist.DistError) or LOST.search(str(error))):
             raise
-        raise UserError(
-            f"rank {state.process_index} ends: another process of this run is gone (it said why, or was killed). Start the "
-            "run again: it goes on from its newest checkpoint"
-        ) from error
+        raise UserError(gone(state.process_index)) from error
+
+
+def gone(rank: int) -> str:
+    """What rank says where another process is lost."""
+    return (
+        f"rank {rank} ends: another process of this run is gone (it said why, or was killed). Start the run again: it goes "
+        "on from its newest checkpoint"
+    )

@@ -28,6 +28,7 @@ from genflow.training.config import FITTED, RunConfig
 from genflow.training.loop import Trainer
 from genflow.training.precision import float32_products, resolve_precision
 from genflow.training.ranks import all_or_none, from_main, join_processes, lost_ranks_told, same_on_all
+from genflow.training.watch import watched
 
 # MB of gradients that DDP reduces at a time on CPUs: with its own 25 most are reduced when the backward is over.
 CPU_BUCKETS = 4
@@ -63,7 +64,7 @@ def train(config: str | Path | RunConfig, overrides: Sequence[str] = ()) -> Path
     does, and where it is not one of them that is wrong, but a process that is lost, every one that is left.
     """
     device = join_processes()
-    with lost_ranks_told():
+    with lost_ranks_told(), watched():
         return _train_together(config, overrides, device)
 
 
