@@ -114,7 +114,7 @@ class _Module:
         pass
 
     def get_amp_supported_dtype(self) -> list[torch.dtype]:
-        return [torch.bfloat16]
+        return [torch.bfloat16, torch.float16]
 
 
 def begin() -> Any:
@@ -192,7 +192,6 @@ def _go_around() -> None:
     def save_file(tensors: dict[str, Tensor], *args: Any, **how: Any) -> None:
         save({name: each.cpu() for name, each in tensors.items()}, *args, **how)
 
-    torch.__future__.set_overwrite_module_params_on_conversion(True)
     torch.tensor, Tensor.new_tensor = tensor, new_tensor
     Tensor.__getitem__, Tensor.__setitem__ = getitem, setitem
     Tensor.tolist, Tensor.numpy, safetensors.torch.save_file = tolist, numpy, save_file

@@ -231,3 +231,12 @@ def test_normal_numbers_made_on_the_device_are_box_s_and_muller_s(tmp_path):
     error = len(x) ** -0.5
     assert abs(x.mean()) < 4 * error and abs(x.square().mean() - 1) < 4 * 2**0.5 * error
     assert abs(x.pow(4).mean() - 3) < 4 * 96**0.5 * error and abs((x[1:] * x[:-1]).mean()) < 4 * error
+
+
+def test_what_a_card_is_tested_for_is_tried_on_a_pretended_one():
+    """Else nothing would tell that a test of a card is wrong where there is none."""
+    words = [sys.executable, "-m", "pytest", "-p", "tests.pretend_cuda", "-p", "no:cacheprovider", "-m", "gpu", "-q"]
+    folder = Path(__file__).parent
+    result = subprocess.run([*words, str(folder / "test_gpu.py")], capture_output=True, text=True, cwd=folder.parent)
+    last = result.stdout.splitlines()[-1]
+    assert result.returncode == 0 and "passed" in last and "skipped" not in last, result.stdout[-4000:]

@@ -59,7 +59,7 @@ def test_products_in_8_bits_are_those_of_the_cpu():
     x, w, g = torch.randn(40, 64), torch.randn(48, 64), torch.randn(40, 48)
     found = {}
     for device in ("cpu", "cuda"):
-        leaves = [a.to(device).requires_grad_() for a in (x, w)]
+        leaves = [a.to(device, copy=True).requires_grad_() for a in (x, w)]
         y = Float8Product.apply(*leaves)
         y.backward(g.to(device, y.dtype))
         found[device] = [a.detach().float().cpu() for a in (y, leaves[0].grad, leaves[1].grad)]
