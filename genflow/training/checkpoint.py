@@ -16,7 +16,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from genflow.data.pairs import PairsDataset
 from genflow.data.sources import Samples
+from genflow.data.vectors import VectorDataset
 from genflow.errors import UserError
 from genflow.flows.store import _step, _steps, checkpoints, finish_checkpoint, normalise_keys
 from genflow.saving import flush, save_file
@@ -113,7 +115,10 @@ def save_checkpoint(run: Path, step: int, *, config: dict, tensors: Tensors, sta
 
 
 def told_of(dataset: Samples) -> dict[str, Any]:
-    """What a checkpoint tells of the data: how many samples, and a digest of their names and captions in order."""
+    """What a checkpoint tells of the data: how many samples, and a digest of their names and captions in order.
+
+    Of vectors and pairs, whose names are but numbers, their columns and where they come from too.
+    """
     for name in ("identifiers", "captions"):
         if not hasattr(dataset, name):
             kind = type(dataset).__name__
@@ -121,14 +126,23 @@ def told_of(dataset: Samples) -> dict[str, Any]:
                 f"data: a {kind} has no `{name}`; have the data set build an ImageDataset or a VectorDataset"
             )
     names = json.dumps([list(dataset.identifiers), list(dataset.captions)])
-    return {"samples": len(dataset), "listing": hashlib.sha256(names.encode()).hexdigest()}
+    told: dict[str, Any] = {"samples": len(dataset), "listing": hashlib.sha256(names.encode()).hexdigest()}
+    if isinstance(dataset, VectorDataset):
+        moments = zip(dataset.columns, dataset.mean.tolist(), dataset.std.tolist(), strict=True)
+        told["columns"] = [f"{name}: {mean:.3e}, {std:.3e}" for name, mean, std in moments]
+    if isinstance(dataset, PairsDataset):
+        told["about"] = dataset.about
+    return told
 
 
 def check_data(state: Mapping[str, Any], told: Mapping[str, Any], folder: Path, run: Path) -> None:
     """Raises UserError where a run's data are not those that a checkpoint's state tells of."""
     now, then = told["samples"], state.get("samples", told["samples"])
-    what = f"{now} samples, but {then}" if now != then else f"other names or captions of the {now} samples than"
-    if now != then or state.get("listing", told["listing"]) != told["listing"]:
+    wrong = [key for key in told if state.get(key, told[key]) != told[key]]
+    what = (
+        f"{now} samples, but {then}" if now != then else f"other names, captions or numbers of the {now} samples than"
+    )
+    if wrong:
         raise UserError(
             f"data: {what} when {folder} was written: this would be another run. Give it the data that it had, or begin a "
             f"new one from its weights: init={run} out=NEW"

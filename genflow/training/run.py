@@ -36,6 +36,8 @@ CPU_BUCKETS = 4
 # What may differ between a run and its continuation without making it another run.
 FREE = {
     "out",
+    "data.path",  # wherever they are by now, the data are looked at (check_data)
+    "data.root",
     "train.steps",
     "train.optimizer.lr",
     "train.clip",

@@ -262,8 +262,32 @@ def test_as_many_other_samples_are_another_run(tiny, with_a_bad_one):
     data = (f"data={{name: folder, path: {with_a_bad_one}, size: 16}}", "train.max_bad=0.5")
     train(tiny(*data))
     (with_a_bad_one / "0.png").rename(with_a_bad_one / "z.png")
-    with pytest.raises(UserError, match="data: other names or captions of the 9 samples than when .* was written"):
+    with pytest.raises(
+        UserError, match="data: other names, captions or numbers of the 9 samples than when .* was written"
+    ):
         train(tiny(*data, "train.steps=5"))
+
+
+def test_a_run_goes_on_with_data_that_have_moved(tiny, with_a_bad_one, tmp_path, capsys):
+    more = ("train.max_bad=0.5",)
+    train(tiny(f"data={{name: folder, path: {with_a_bad_one}, size: 16}}", *more))
+    moved = with_a_bad_one.rename(tmp_path / "moved")
+    run = train(tiny(f"data={{name: folder, path: {moved}, size: 16}}", *more, "train.steps=5"))
+    assert "resuming at step 4 of 5" in capsys.readouterr().err
+    assert read_config(newest_checkpoint(run))["data"]["path"] == str(moved)
+
+
+def test_another_table_of_as_many_rows_is_another_run(tmp_path):
+    text = "data: {name: table, path: %s, test: 0}\nmodel: {name: nsf, steps: 1, hidden: 8}\nflow: normalizing\n"
+    text += "train: {steps: 1, batch_size: 4, precision: fp32, trackers: [], preview_every: 0}\nout: %s\n"
+    tables = [tmp_path / name / "table.csv" for name in ("a", "b")]
+    for last, table in enumerate(tables):
+        table.parent.mkdir()
+        table.write_text("x,y\n" + "".join(f"{i},{i * i + last * i}\n" for i in range(8)))
+        table.with_suffix(".yaml").write_text(text % (table, tmp_path / "run"))
+    train(tables[0].with_suffix(".yaml"))
+    with pytest.raises(UserError, match="data: other names, captions or numbers of the 8 samples than when"):
+        train(tables[1].with_suffix(".yaml"))
 
 
 def test_nan_stops_before_it_does_harm(tiny, monkeypatch):
