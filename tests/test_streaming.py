@@ -62,6 +62,14 @@ def test_pictures_and_captions_are_where_the_shard_has_them(shards):
         assert dataset.captions[i] == f"caption {i}" and dataset.identifiers[i] == f"webdataset[{i:05d}]"
 
 
+def test_shards_are_named_by_numbers_in_braces(shards):
+    for i in range(5):
+        (shards / f"shard-{i}.tar").rename(shards / f"shard-{i:03d}.tar")
+    assert len(WebDatasetConfig(f"{shards}/shard-{{001..003}}.tar").build()) == 6 + 5 + 4
+    with pytest.raises(UserError, match="shard-005.tar does not exist"):
+        WebDatasetConfig(f"{shards}/shard-{{000..005}}.tar").build()
+
+
 def test_json_captions_folders_and_broken_pictures(tmp_path):
     samples = [
         ("part/x.1", {"jpg": png("red"), "json": json.dumps({"caption": "one"}).encode()}),

@@ -50,8 +50,9 @@ class _Sample:
 @dataset_export("webdataset")
 @dataclass(frozen=True)
 class WebDatasetConfig:
-    """WebDataset shards: tar files of pictures with .txt or .json captions. path: a file, a folder or a glob.
+    """WebDataset shards: tar files of pictures with .txt or .json captions.
 
+    path: a file, a folder, a glob, or shards by number, such as shard-{000..012}.tar.
     image, caption: extensions to take, where a sample has several; without them, a sample may have a picture, and a caption,
     of any kind.
     buffer: 0 shuffles all samples, wherever they lie; more takes the shards of an epoch one after another, in an order of

@@ -16,6 +16,7 @@ from genflow.data.images import BadImage, ImageDataset
 from genflow.errors import UserError, nearest
 from genflow.registry import dataset_export
 
+NUMBERS = re.compile(r"\{(\d+)\.\.(\d+)\}")  # of shards
 IMAGE_KEYS = ("image", "img", "jpg", "png", "webp", "jpeg")
 
 
@@ -68,7 +69,12 @@ def _captioned(table: Any, where: str, image: str | None, caption: str | None, f
 
 
 def _files(pattern: str, where: str, suffix: str) -> list[str]:
-    """The files that a path, a folder or a glob means. Raises UserError where there is none."""
+    """The files that a path, a folder, a glob or a path with {000..012} in it means. Raises UserError for none."""
+    if (found := NUMBERS.search(pattern)) and not os.path.exists(os.path.expanduser(pattern)):
+        first, last = found.groups()
+        numbers = (f"{n:0{len(first)}}" for n in range(int(first), int(last) + 1))
+        named = (pattern[: found.start()] + number + pattern[found.end() :] for number in numbers)
+        return [file for each in named for file in _files(each, where, suffix)]
     if any(c in pattern for c in "*?[") and not os.path.exists(os.path.expanduser(pattern)):
         files = sorted(globbing.glob(os.path.expanduser(pattern), recursive=True))
     else:
@@ -88,7 +94,7 @@ def _split_of(file: str) -> str:
 @dataset_export("parquet")
 @dataclass(frozen=True)
 class ParquetConfig:
-    """Parquet files with a column of encoded pictures and one of captions. path: a file, a folder or a glob.
+    """Parquet files with a column of encoded pictures and one of captions. path: a file, a folder, a glob or a {000..012}.
 
     Of files named after splits, as on the hub (train-00000-of-00001.parquet, birds_test.parquet), those of the split are
     taken.
