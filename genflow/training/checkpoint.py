@@ -26,15 +26,24 @@ from genflow.training.ema import EMA
 from genflow.training.log import T_BINS, LossByTime
 from genflow.training.sharding import as_shared, whole
 
+GROUPS = "param_groups."
+
 
 def named_optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
-    """The optimiser's tensors under the names of the parameters they belong to: "<parameter>/<key>"."""
+    """The optimiser's tensors under the names of the parameters they belong to: "<parameter>/<key>".
+
+    And "param_groups.<i>/<key>", the numbers of a group, where Prodigy, for one, keeps its estimate; but not the learning
+    rate, which each step sets.
+    """
     names = {id(p): name for name, p in model.named_parameters()}
+    states = [(names[id(p)], state) for p, state in optimizer.state.items()]
+    for i, group in enumerate(optimizer.param_groups):
+        states.append((f"{GROUPS}{i}", {k: v for k, v in group.items() if k != "lr" and not isinstance(v, Tensor)}))
     return {
-        f"{names[id(p)]}/{key}": value if isinstance(value, Tensor) else torch.from_numpy(np.asarray(value))
-        for p, state in optimizer.state.items()
+        f"{name}/{key}": value if isinstance(value, Tensor) else torch.from_numpy(np.asarray(value))
+        for name, state in states
         for key, value in state.items()
-        if isinstance(value, Tensor | int | float)
+        if isinstance(value, Tensor | int | float) and not isinstance(value, bool)
     }
 
 
@@ -43,6 +52,9 @@ def load_named_optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Modul
     params = dict(model.named_parameters())
     for full, value in normalise_keys(state).items():
         name, _, key = full.rpartition("/")
+        if name.startswith(GROUPS):
+            optimizer.param_groups[int(name.removeprefix(GROUPS))][key] = value.item()
+            continue
         p = params[name]
         if key == "step" and value.dtype == torch.int64:  # bitsandbytes counts in Python
             optimizer.state[p][key] = int(value)

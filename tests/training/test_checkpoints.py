@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from genflow import registry
 from genflow.errors import UserError
 from genflow.flows.store import checkpoints, finish_checkpoint, is_whole, newest_checkpoint
 from genflow.training.checkpoint import checkpoint_tensors, load_checkpoint, save_checkpoint
+from genflow.training.optimizers import decay_groups
 from genflow.training.run import _alone, train
 from genflow.training.signals import stop_signal
 
@@ -202,3 +205,36 @@ def test_a_checkpoints_name_is_on_the_disk_before_older_ones_go(tiny, tmp_path, 
     monkeypatch.setattr(module, "flush", spied)
     train(tiny("train.save_every=2", "train.keep=1"))
     assert seen == [["step-00000002"], ["step-00000002", "step-00000004"]]
+
+
+class Growing(torch.optim.SGD):
+    """Its steps grow, by a number that it keeps in its groups, as Prodigy does."""
+
+    def __init__(self, groups, lr):
+        super().__init__(groups, lr=lr)
+        for group in self.param_groups:
+            group["d"] = 1.0
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            group["d"] *= 1.5
+            group["lr"] *= group["d"]
+        return super().step(closure)
+
+
+@dataclass(frozen=True)
+class GrowingConfig:
+    lr: float = 1e-4
+
+    def build(self, model):
+        return Growing(decay_groups([p for p in model.parameters() if p.requires_grad], 0.0), lr=self.lr)
+
+
+def test_what_an_optimiser_keeps_in_its_groups_goes_on(tiny, monkeypatch, tmp_path):
+    monkeypatch.setattr(registry, "_live", dict(registry._live))
+    registry.optimizer_export("growing")(GrowingConfig)
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    for out, steps in ((whole, 4), (cut, 2), (cut, 4)):
+        train(tiny("train.optimizer=growing", "train.decay=0", f"train.steps={steps}", f"out={out}"))
+    a, b = (load_file(newest_checkpoint(run) / "model.safetensors") for run in (whole, cut))
+    assert all(torch.equal(a[name], b[name]) for name in a)
