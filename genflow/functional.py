@@ -31,6 +31,14 @@ def sent(x: Tensor, device: torch.device | str) -> Tensor:
     return x.to(device, non_blocking=x.device.type == "cpu" and within != "mps")  # pytorch#189690
 
 
+NARROW = {"mps"}  # kinds of device without float64
+
+
+def double(x: Tensor) -> Tensor:
+    """x in float64; on the CPU where its device has none."""
+    return (x.cpu() if x.device.type in NARROW else x).double()
+
+
 # ---------------------------------------------------------------------------------------------------- the straight path
 
 

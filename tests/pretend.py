@@ -1,8 +1,8 @@
 """An accelerator that is none, for tests without a GPU.
 
 Its tensors hold CPU tensors and compute with them, but are of another device: as a GPU's, they refuse to meet those of the
-CPU, and what a GPU would make the program wait for is noted. torch calls such a device PrivateUse1; once begun, it is there
-for the whole process.
+CPU, and what a GPU would make the program wait for is noted. Where functional.NARROW has its name, it has no float64, as
+Apple's has none. torch calls such a device PrivateUse1; once begun, it is there for the whole process.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+
+from genflow import functional
 
 NAME = "pretend"
 HERE = torch.device("cpu")
@@ -37,6 +39,8 @@ class Pretend(Tensor):
 
     @staticmethod
     def __new__(cls, held: Tensor) -> Pretend:
+        if held.dtype is torch.float64 and NAME in functional.NARROW:
+            raise TypeError(f"{NAME} has no float64")
         like = {"dtype": held.dtype, "layout": held.layout, "device": torch.device(NAME, 0)}
         self = torch.Tensor._make_wrapper_subclass(cls, held.shape, held.stride(), held.storage_offset(), **like)
         self.held = held

@@ -34,8 +34,10 @@ def here(self, *given, **how):
 PartialState.__init__ = here
 """
 COMMANDS = """
+from genflow import functional
 from genflow.cli import main
 
+functional.NARROW.add(pretend.NAME)  # as MPS
 for line in json.loads(sys.argv[1]):
     print("$", line, file=sys.stderr)
     assert main(shlex.split(line)) == 0, line

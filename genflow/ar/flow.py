@@ -27,7 +27,7 @@ from genflow.flows.conditioned import ConditionedFlow, check_hearing
 from genflow.flows.prepared import shared_out
 from genflow.flows.store import load
 from genflow.flows.tokenizer import Tokenizer
-from genflow.functional import Rng, noise_from_seeds, sent
+from genflow.functional import Rng, double, noise_from_seeds, sent
 from genflow.networks.identity import identity
 from genflow.networks.token_transformer import TokenTransformer
 from genflow.registry import api_export, flow_export, tag_of
@@ -219,7 +219,7 @@ class TokenFlow(ConditionedFlow):
         """
         self._check(tokens, min(tokens.shape[-1], self.network.tokens))
         with evaluating(self):
-            return -self._nats(tokens, self.embed_rows(condition, len(tokens)))["nll"].double().sum(1)
+            return -double(self._nats(tokens, self.embed_rows(condition, len(tokens)))["nll"]).sum(1)
 
     def likelihood_note(self, k: int, **how: Any) -> str:
         if how:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from genflow.errors import UserError
-from genflow.functional import Rng, mix, noise_from_seeds
+from genflow.functional import Rng, double, mix, noise_from_seeds
 from genflow.registry import api_export
 
 
@@ -95,7 +95,7 @@ class TokenNoise:
 
     def uniform(self, stream: str, at: Tensor, n: int) -> Tensor:
         """n uniform numbers inside (0, 1) for each of the positions at, B x W: B x W x n float64."""
-        return ((self._bits(stream, at, n) >> 12).double() + (2.0**51 + 0.5)) * 2.0**-52
+        return (double(self._bits(stream, at, n) >> 12) + (2.0**51 + 0.5)) * 2.0**-52
 
     def draw(self, p: Tensor, stream: str, at: Tensor, n: int = 1) -> Tensor:
         """n different tokens from each of the distributions p, one after another without replacement.
@@ -104,5 +104,5 @@ class TokenNoise:
         tokens from nearly the same distributions (Kool et al. 2019, arXiv 1903.06059). p: B x W x V, need not sum to one;
         at: B x W, positions. Returns B x W x n int64; tokens of no probability come last.
         """
-        race = p / -self.uniform(stream, at, p.shape[-1]).log().to(p.dtype)
+        race = p / -self.uniform(stream, at, p.shape[-1]).log().to(p)
         return race.argmax(-1, keepdim=True) if n == 1 else race.topk(n).indices

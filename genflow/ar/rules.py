@@ -42,7 +42,7 @@ def rejection(
     """
     width = guess.tokens.shape[1]
     q = lenience * guess.q
-    u = noise.uniform("accept", _positions(at, width), 1)[..., 0].to(p.dtype)
+    u = noise.uniform("accept", _positions(at, width), 1)[..., 0].to(p)
     node = accepted(p[:, :width], q, guess.tokens, u).long().cumprod(1).sum(1)
     q = torch.cat([q, torch.zeros_like(p[:, :1])], 1)  # nothing was guessed after the last
     return node, residual(_after(p, node), _after(q, node))
@@ -60,7 +60,7 @@ def tree_rejection(guess: Guess, p: Tensor, noise: TokenNoise, at: Tensor, shape
     going = torch.ones_like(at, dtype=torch.bool)
     for depth, width in enumerate(shape.branching):
         q, children = guess.q[rows, node], shape.children[node]
-        u = noise.uniform("accept", at[:, None] + depth, width)[:, 0].to(p.dtype)
+        u = noise.uniform("accept", at[:, None] + depth, width)[:, 0].to(p)
         here = going
         going = torch.zeros_like(here)
         for i in range(width):

@@ -86,7 +86,7 @@ class PlanePlotter:
             raise UserError(f"{len(counts)} conditions are too many to average over; name some, --prompt")
         prepared = self.flow.text.encode(list(counts))
         share = torch.tensor([*counts.values()], dtype=torch.float64).div(POINTS).log()
-        log_p = [self.flow.log_prob(x, prepared[[i]]).double().cpu() + share[i] for i in range(len(counts))]
+        log_p = [self.flow.log_prob(x, prepared[[i]]).cpu().double() + share[i] for i in range(len(counts))]
         return torch.logsumexp(torch.stack(log_p), 0)
 
     def _density(self) -> Figure:

@@ -40,7 +40,7 @@ def plane(points: Tensor) -> Tensor:
     """The first two numbers of each of N x D points, float64 on the CPU; of one number, on the line y = 0."""
     if points.dim() != 2 or not points.shape[1]:
         raise UserError(f"points are N x D, not {tuple(points.shape)}")
-    points = points.detach().double().cpu()
+    points = points.detach().cpu().double()
     return points[:, :2] if points.shape[1] > 1 else torch.cat([points, torch.zeros_like(points)], 1)
 
 
@@ -62,7 +62,7 @@ def density_2d(log_prob: LogDensity, extent: Extent, bins: int) -> Tensor:
     y, x = torch.meshgrid(top - (top - bottom) * middle, left + (right - left) * middle, indexing="ij")
     places = torch.stack([x.flatten(), y.flatten()], 1).float()
     with torch.no_grad():
-        log_p = torch.cat([log_prob(part).double().cpu() for part in places.split(CHUNK)])
+        log_p = torch.cat([log_prob(part).cpu().double() for part in places.split(CHUNK)])
     return log_p.exp().view(bins, bins)
 
 

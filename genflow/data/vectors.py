@@ -14,7 +14,7 @@ from torch import Tensor
 
 from genflow.data.folders import existing, text_of
 from genflow.errors import UserError, nearest
-from genflow.functional import Rng
+from genflow.functional import Rng, double
 from genflow.registry import api_export, dataset_export
 
 SPLITS = ("train", "test", "validation")
@@ -60,7 +60,8 @@ class VectorDataset:
 
     def restore(self, rows: Tensor) -> Tensor:
         """Standardised rows in the units of the table. B x D -> B x D float64."""
-        return rows.double() * self.std.to(rows.device) + self.mean.to(rows.device)
+        wide = double(rows)
+        return wide * self.std.to(wide.device) + self.mean.to(wide.device)
 
 
 @dataset_export("table")

@@ -75,7 +75,7 @@ def likelihood(
         note = f"given the captions, {note}"
     values = []
     for part in _batches(flow, dataset, conditions, count, batch):
-        values.append(_nll(flow, part, k, how).double().cpu())
+        values.append(_nll(flow, part, k, how).cpu().double())
         if progress is not None:
             progress(len(part.ids))
     each = torch.cat(values)

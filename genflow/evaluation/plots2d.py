@@ -209,7 +209,7 @@ def plot_field_2d(
     y, x = torch.meshgrid(bottom + (top - bottom) * middle, left + (right - left) * middle, indexing="ij")
     places = torch.stack([x.flatten(), y.flatten()], 1).to(device)
     with torch.no_grad():
-        fields = [-evaluate(velocity, places, t).double().cpu() for t in times]
+        fields = [-evaluate(velocity, places, t).cpu().double() for t in times]
     speeds = [field.norm(dim=1) for field in fields]
     fastest = _fast(torch.stack(speeds))
     figure, row = _figure(len(times), side=2.9)

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from genflow.errors import UserError
+from genflow.functional import double
 from genflow.registry import api_export
 
 SIDE, SIGMA = 11, 1.5  # of the window, in pixels
@@ -28,7 +29,7 @@ def ssim(a: Tensor, b: Tensor, *, low: float = -1.0, peak: float = 2.0) -> Tenso
             f"ssim: pictures of {a.shape[-2]} x {a.shape[-1]} are smaller than its window of {SIDE} x {SIDE}"
         )
     c1, c2 = (0.01 * peak) ** 2, (0.03 * peak) ** 2
-    a, b = a.double() - low, b.double() - low  # variances are differences of like numbers
+    like, a, b = a, double(a) - low, double(b) - low  # variances are differences of like numbers
     places = torch.arange(SIDE, dtype=a.dtype, device=a.device) - SIDE // 2
     window = (-(places**2) / (2 * SIGMA**2)).exp()
     window = window / window.sum()
@@ -41,4 +42,4 @@ def ssim(a: Tensor, b: Tensor, *, low: float = -1.0, peak: float = 2.0) -> Tenso
     var_a, var_b, cov = mean(a * a) - mu_a**2, mean(b * b) - mu_b**2, mean(a * b) - mu_a * mu_b
     luminance = (2 * mu_a * mu_b + c1) / (mu_a**2 + mu_b**2 + c1)
     structure = (2 * cov + c2) / (var_a + var_b + c2)
-    return (luminance * structure).flatten(1).mean(1).float()
+    return (luminance * structure).flatten(1).mean(1).to(like.device, torch.float32)

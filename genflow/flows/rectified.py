@@ -26,7 +26,7 @@ from genflow.flows.paths import LinearPath, PathConfig, rows_like
 from genflow.flows.prepared import CachedSolution, PreparedVelocity, check_cache, check_noise
 from genflow.flows.sampling import SolveConfig, from_noise, into_picture, of_size
 from genflow.flows.velocity_likelihood import velocity_log_prob
-from genflow.functional import Rng, noise_from_seeds, resolution_shift, sent, velocity_from_x
+from genflow.functional import Rng, double, noise_from_seeds, resolution_shift, sent, velocity_from_x
 from genflow.networks.caching import FirstBlockCache
 from genflow.registry import api_export, flow_export, resolve
 from genflow.samplers import Progress, Solution, Velocity, bound_sampler, cfg, heun, uniform, velocity_from
@@ -117,7 +117,7 @@ class RectifiedFlow(ConditionedFlow):
         if self.config.prediction == "x":
             if self.straight:
                 return velocity_from_x(z, predict(z, t), t, self.t_min)
-            s = self.path.s_of_t(t.double().clamp(self.path.t_min, self.path.t_max)).to(t.dtype)
+            s = self.path.s_of_t(double(t).clamp(self.path.t_min, self.path.t_max)).to(t)
             scale = rows_like(self.path.alpha(s) + self.path.sigma(s), z)
             return velocity_from_x(z, predict(scale * z, s), t, self.t_min)
         if self.config.prediction == "v":

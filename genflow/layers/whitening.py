@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from genflow.functional import double
+
 
 class Whitening(nn.Module):
     """ZCA whitening with a ridge: (x - mean) C, C = (cov + ridge * mean variance)^(-1/2), fitted once to data.
@@ -24,7 +26,7 @@ class Whitening(nn.Module):
     @torch.no_grad()
     def fit(self, x: Tensor) -> None:
         """x: N x dim, N >= 2."""
-        x = x.double()
+        x = double(x)
         centred = x - x.mean(0)
         values, vectors = torch.linalg.eigh(centred.T @ centred / len(x))
         values = values.clamp(min=0)

@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 
 from genflow.errors import UserError, nearest
-from genflow.functional import Time
+from genflow.functional import Time, double
 from genflow.registry import api_export
 from genflow.samplers.solution import Velocity, as_state, state
 
@@ -278,10 +278,8 @@ def _rows(a: Tensor, x: Tensor) -> Tensor:
 
 
 def _double(t: Time) -> Tensor:
-    """Times in float64; on the CPU those of MPS, which has none."""
-    if isinstance(t, Tensor):
-        return (t.cpu() if t.is_mps else t).double()
-    return torch.tensor(t, dtype=torch.float64, device="cpu")
+    """Times in float64."""
+    return double(t) if isinstance(t, Tensor) else torch.tensor(t, dtype=torch.float64, device="cpu")
 
 
 def _dtype(s: Tensor, x: Tensor) -> torch.dtype:

@@ -47,7 +47,7 @@ class LossByTime:
             return self.sums
         total = accelerator.reduce(self.sums.to(accelerator.device, torch.float32), reduction="sum")
         assert isinstance(total, Tensor)
-        return total.double().cpu()
+        return total.cpu().double()
 
 
 class Log:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from genflow.flows.bijections.base import Bijection, zero_ladj
 from genflow.flows.bijections.elementwise import channels_and_places, wide
+from genflow.functional import double
 from genflow.native.library import untransformed
 from genflow.registry import bijection_export
 from genflow.versions import alike
@@ -57,10 +58,12 @@ class InvertibleConv1x1(Bijection):
         return (lower @ upper)[self.order]
 
     def _inverse_weight(self) -> Tensor:
-        lower, upper = (factor.double() for factor in self.factors())
+        lower, upper = (double(factor) for factor in self.factors())
         identity = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
-        solved = torch.linalg.solve_triangular(lower, identity[:, self.order], upper=False, unitriangular=True)
-        return torch.linalg.solve_triangular(upper, solved, upper=True).to(self.lower.dtype)
+        solved = torch.linalg.solve_triangular(
+            lower, identity[:, self.order.to(lower.device)], upper=False, unitriangular=True
+        )
+        return torch.linalg.solve_triangular(upper, solved, upper=True).to(self.lower)
 
     def _kept(self, name: str, compute: Any) -> Tensor:
         """What compute gives, in eval mode without gradients only once for the same weights."""
