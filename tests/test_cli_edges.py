@@ -194,6 +194,43 @@ def test_a_figure_that_is_infinite_holds_where_it_was_so_before(runs, tmp_path, 
     assert main(["eval", "--again", str(file)]) == code
 
 
+@pytest.mark.parametrize(
+    ("change", "code", "says"),
+    [
+        (lambda about: about["made"].pop("threads"), 0, "other threads: not told then"),
+        (lambda about: about["made"].pop("versions"), 0, "other versions: not told then"),
+        (lambda about: about["made"].pop("weights"), 2, "no figures.json of an evaluation ('weights')"),
+        (lambda about: about["plan"]["sampling"].update(old=1), 2, "'old', of its sampling, is nothing that"),
+        (lambda about: about.update(figures=[{"name": "FD", "value": "much"}]), 2, "could not convert string to float"),
+    ],
+    ids=["threads", "versions", "weights", "sampling", "value"],
+)
+def test_figures_of_another_version_are_computed_again_or_refused_in_one_line(
+    runs, tmp_path, capsys, change, code, says
+):
+    file = tmp_path / "figures.json"
+    words = ["--metrics", "nearest", "--split", "train", "-n", "4", "--out", str(tmp_path)]
+    assert main(["eval", str(runs / "glow"), *words]) == 0
+    change(about := json.loads(file.read_text()))
+    file.write_text(json.dumps(about))
+    assert main(["eval", "--again", str(file)]) == code
+    assert says in capsys.readouterr().err
+
+
+def test_a_link_to_nothing_is_no_folder_to_draw_into(runs, tmp_path, capsys):
+    (tmp_path / "link").symlink_to(tmp_path / "unmounted")
+    for out in ("link", "link/deep"):
+        assert main(["sample", str(runs / "deaf"), "--out", str(tmp_path / out)]) == 2
+        assert "link is a link to what is not there; name a folder" in capsys.readouterr().err
+
+
+def test_a_grid_that_could_not_be_kept_is_not_learnt(runs, monkeypatch, capsys):
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    assert main(["tune", str(runs / "deaf"), "--steps", "2", "--images", "3"]) == 2
+    err = capsys.readouterr().err
+    assert "nothing can be written in" in err and "RMSE" not in err
+
+
 # -------------------------------------------------------------------------------------------- how to sample, as it is asked
 
 

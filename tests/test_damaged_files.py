@@ -5,6 +5,9 @@ from __future__ import annotations
 import errno
 import json
 import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -37,6 +40,24 @@ def test_a_write_that_is_interrupted_leaves_nothing(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         write_atomic(tmp_path / "a.bin", interrupted)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_conversion_that_is_ended_leaves_no_half_file(tmp_path):
+    program = """
+import os, signal, sys, torch
+from pathlib import Path
+import genflow.interop.convert
+from genflow.cli import main
+from genflow.interop import tensors
+def ended(source, out, **how):
+    number = tensors.Lazy.of(torch.zeros(1)).map(lambda x: os.kill(os.getpid(), signal.SIGTERM) or x)
+    tensors.write_file(Path(out) / "model.safetensors", {"x": number})
+sys.modules["genflow.interop.convert"].convert = ended
+sys.argv = ["genflow", "convert", "run", sys.argv[1]]
+sys.exit(main())
+"""
+    ended = subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=False)
+    assert ended.returncode == 128 + signal.SIGTERM and list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ from genflow.data.folders import FolderConfig
 from genflow.data.latents import LatentDataset, LatentsConfig
 from genflow.data.latents_cache import cache_latents
 from genflow.data.loading import StreamSampler, loader
+from genflow.data.locks import lock
 from genflow.data.prepared import PreparedConditions
 from genflow.errors import UserError
 from genflow.flows.latent import LatentFlow, LatentFlowConfig
@@ -251,6 +252,19 @@ def test_a_shard_that_another_process_is_at_is_left_to_it(tmp_path, pictures, sm
     report = cache_latents(folder, data, flow.autoencoder, flow.text, shape=(3, 16, 16))
     assert (report.written, report.there, report.elsewhere) == (1, 3, 0)
     assert report.samples == 3 and report.bad[0][0] == "5.png"
+
+
+def test_a_lock_that_was_taken_away_as_it_was_opened_holds_no_shard(tmp_path, pictures, small, monkeypatch):
+    """By one who failed: a third process takes a new file by then, and two would write the shard."""
+
+    def late(file, *, wait):
+        Path(file.name).unlink()
+        return lock(file, wait=wait)
+
+    monkeypatch.setattr(latents_cache, "lock", late)
+    flow, data = flow_of(), FolderConfig(str(pictures), size=16).build()
+    report = cache_latents(tmp_path / "train", data, flow.autoencoder, flow.text, shape=(3, 16, 16))
+    assert (report.written, report.there, report.elsewhere) == (0, 0, 4)
 
 
 def test_a_file_system_without_locks_is_written_to_all_the_same(tmp_path, pictures, small, monkeypatch):

@@ -16,6 +16,7 @@ from genflow.cli import main
 from genflow.config import load as load_config
 from genflow.data.pictures import read_settings
 from genflow.errors import UserError
+from genflow.flows.lora import lora_scale
 from genflow.flows.models.tarflow import TarFlowConfig
 from genflow.flows.normalizing import NormalizingFlowConfig
 from genflow.flows.store import load, save_model
@@ -488,6 +489,10 @@ def test_alpha_is_the_rank_where_none_is_told(config, base, tmp_path):
     before, after = (flow.state_dict()[f"{name}.weight"] for flow in (load(base), load(run, ema=False)))
     assert update.abs().max() > 1e-4
     torch.testing.assert_close(after, before + update, rtol=0, atol=1e-6)
+
+
+def test_a_lora_run_that_does_not_tell_its_alpha_has_its_rank():
+    assert lora_scale({"train": {"lora": {"rank": 3}}}) == 1.0
 
 
 def test_a_model_whose_base_has_other_weights_by_now_is_not_loaded(config, base, tmp_path):

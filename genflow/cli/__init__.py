@@ -8,6 +8,7 @@ import importlib
 import io
 import os
 import re
+import signal
 import sys
 import warnings
 from collections.abc import Sequence
@@ -47,6 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if getattr(sys, name) is None:  # closed by who began it: the next file would take its number
                 setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
         keep_freed_memory()
+        if sys.argv[1:2] == ["convert"]:  # whose half a file, of gigabytes, would stay
+            signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
         if isinstance(sys.stdout, io.TextIOWrapper):  # a file's name may be no text
             sys.stdout.reconfigure(errors="backslashreplace")
         if isinstance(sys.stderr, io.TextIOWrapper):

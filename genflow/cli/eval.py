@@ -9,7 +9,7 @@ import platform
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -265,18 +265,27 @@ def _again(args: argparse.Namespace) -> int:
     path = Path(args.again)
     try:
         old = json.loads(path.read_text())
-        plan, made, before = Plan(**old["plan"]), old["made"], {each["name"]: each["value"] for each in old["figures"]}
+        plan, made = Plan(**old["plan"]), old["made"]
+        before: dict[str, Any] = {
+            each["name"]: None if each["value"] is None else float(each["value"]) for each in old["figures"]
+        }
         model, ema, device, features = made["model"], made["ema"], made["device"], made["features"]["file"]
+        weights = made["weights"]
     except OSError as error:
         raise UserError(f"--again {path}: {error.strerror}; give the {FIGURES} of an earlier evaluation") from error
     except (ValueError, LookupError, TypeError) as error:
         raise UserError(f"--again {path}: no {FIGURES} of an evaluation ({error})") from error
-    flow = load(model, ema=ema, device=args.device or device)
+    flow: Any = load(model, ema=ema, device=args.device or device)
+    if unknown := [name for name in plan.sampling if name not in [f.name for f in fields(flow.config.sampling)]]:
+        raise UserError(
+            f"--again {path}: {unknown[0]!r}, of its sampling, is nothing that {model} takes; measure it anew"
+        )
     take_loras(flow, made.get("lora", ()))
     found, now = _measure(flow, plan, model, ema, features or "pixels")
     for what in ("weights", "data", "features", "versions", "device", "threads"):
-        if _told(made[what]) != _told(now[what]):
-            print(f"other {what}: {made[what]} then, {now[what]} now", file=sys.stderr)
+        then = made.get(what, "not told")  # by another version
+        if _told(then) != _told(now[what]):
+            print(f"other {what}: {then} then, {now[what]} now", file=sys.stderr)
     width, fails = max(map(len, before), default=0), 0
     for each in found.figures:
         known, then, value = each.name in before, before.pop(each.name, None), finite(each.value)
@@ -287,7 +296,7 @@ def _again(args: argparse.Namespace) -> int:
     for name in before:
         print(f"{name:{width}}  {before[name]!r:>22}  {'':>22}  DOES NOT HOLD")
     fails += len(before)
-    changed = made["weights"] != now["weights"]
+    changed = weights != now["weights"]
     verdict = "other weights" if changed else f"{fails} of {len(found.figures)} do not hold" if fails else "all hold"
     print(f"{verdict}, to {HOLDS:g}")
     return int(bool(fails) or changed)

@@ -336,11 +336,12 @@ def writable(folder: str) -> Path:
     if not folder:
         raise UserError("--out is empty; name a folder")
     out = Path(folder)
-    there = next(path for path in (out.absolute(), *out.absolute().parents) if os.path.exists(path))
+    there = next(path for path in (out.absolute(), *out.absolute().parents) if os.path.lexists(path))
     if long := [name for name in out.parts if len(os.fsencode(name)) > 255]:
         raise UserError(f"--out: {long[0][:20]}... has {len(long[0])} letters, too many for a folder's name")
     if not there.is_dir():
-        raise UserError(f"--out {out}: {there.name} is a file; name a folder")
+        what = "a file" if there.exists() else "a link to what is not there"
+        raise UserError(f"--out {out}: {there.name} is {what}; name a folder")
     if not os.access(there, os.W_OK | os.X_OK):
         raise UserError(f"--out {out}: nothing can be written in {there}; name another folder")
     return out

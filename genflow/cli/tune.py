@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -52,6 +53,8 @@ def run(args: argparse.Namespace) -> int:
     from genflow.samplers.tuning import hand_made, tune
 
     flow, settings = open_velocity(args)
+    if not os.access(args.run, os.W_OK | os.X_OK):
+        raise UserError(f"nothing can be written in {args.run}, where the grid is kept; tune a copy of it")
     last, first = last_time(flow), flow.t_max
     prompts = heard(args, flow)
     rows = [i for i in range(args.images) if i % 3 != 2] + list(range(2, args.images, 3))  # the last third checks

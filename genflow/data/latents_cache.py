@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -270,7 +270,8 @@ def _ours(path: Path) -> Iterator[bool]:
     locked = path.with_name(f".{path.name}.lock")
     with locked.open("a") as file:
         held = lock(file, wait=False)
-        if held is False:
+        removed = held and not _is(file, locked)  # by one who failed, as we opened it: the next takes a new file
+        if held is False or removed:
             yield False
             return
         if held:
@@ -280,3 +281,11 @@ def _ours(path: Path) -> Iterator[bool]:
             yield not path.is_file()
         finally:
             locked.unlink(missing_ok=True)
+
+
+def _is(file: IO[Any], path: Path) -> bool:
+    """Whether an open file is the one that a path names."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False

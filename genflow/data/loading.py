@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import multiprocessing
 import signal
@@ -246,6 +247,21 @@ def _raising(reader: Iterable[Batch | UserError]) -> Iterator[Batch]:
         if isinstance(batch, UserError):
             raise batch
         yield batch
+
+
+@contextlib.contextmanager
+def lost_workers_told() -> Iterator[None]:
+    """Turns torch's error of a worker that was killed, raised wherever the main process is by then, into a UserError."""
+    try:
+        yield
+    except RuntimeError as error:
+        words = str(error).strip()
+        if not words.startswith("DataLoader worker") or "shared memory" in words:
+            raise
+        raise UserError(
+            f"{words.removesuffix('.')}. If it was for want of memory, fewer train.workers take less. Start the run again: "
+            "it goes on from its newest checkpoint"
+        ) from error
 
 
 def _ignore_interrupts(_worker: int) -> None:

@@ -24,7 +24,7 @@ def is_factor(name: str) -> bool:
 def lora_scale(config: Mapping[str, Any]) -> float | None:
     """alpha / rank of a LoRA run, by its config.json; None where it is none."""
     section = (config.get("train") or {}).get("lora")
-    return None if section is None else (section["alpha"] or section["rank"]) / section["rank"]
+    return None if section is None else (section.get("alpha") or section["rank"]) / section["rank"]
 
 
 def whole(config: Mapping[str, Any]) -> dict[str, Any]:

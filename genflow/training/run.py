@@ -18,13 +18,14 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin, ProjectConfiguration
 
 from genflow.config import dump, load, to_dict
+from genflow.data.loading import lost_workers_told
 from genflow.data.locks import lock
 from genflow.errors import UserError, nearest
-from genflow.flows.store import newest_checkpoint, read_config
+from genflow.flows.store import GUARD, newest_checkpoint, read_config
 from genflow.flows.trained import resolved
 from genflow.registry import api_export
 from genflow.saving import replacing
-from genflow.training.config import FITTED, RunConfig
+from genflow.training.config import FITTED, RunConfig, TrainConfig
 from genflow.training.loop import Trainer
 from genflow.training.precision import float32_products, resolve_precision
 from genflow.training.ranks import all_or_none, from_main, join_processes, lost_ranks_told, same_on_all
@@ -66,7 +67,7 @@ def train(config: str | Path | RunConfig, overrides: Sequence[str] = ()) -> Path
     does, and where it is not one of them that is wrong, but a process that is lost, every one that is left.
     """
     device = join_processes()
-    with lost_ranks_told(), watched():
+    with lost_ranks_told(), lost_workers_told(), watched():
         return _train_together(config, overrides, device)
 
 
@@ -109,10 +110,14 @@ def _with_precision(asked: RunConfig, device: torch.device) -> tuple[RunConfig, 
 
 
 def _make_folder(run: Path) -> None:
+    """Raises UserError also for a checkpoint, which goes when newer ones come, with all that is in it."""
+    if (run / GUARD).exists():
+        raise UserError(f"{run} is a checkpoint; name its run's folder as `out` to go on with that, or another folder")
     try:
         run.mkdir(parents=True, exist_ok=True)
     except FileExistsError as error:
-        raise UserError(f"{run} is a file; name another folder as `out`") from error
+        what = "a file" if run.exists() else "a link to what is not there, or below one"
+        raise UserError(f"{run} is {what}; name another folder as `out`") from error
     except OSError as error:
         raise UserError(f"cannot make the run's folder {run}: {error.strerror}") from error
 
@@ -208,14 +213,15 @@ def _as_saved(config: RunConfig, run: Path) -> RunConfig:
     if folder is None:
         return config
     saved = read_config(folder)
+    then = {**to_dict(TrainConfig()), **saved.get("train", {})}  # what another version did not know
     if config.train.precision == "auto":
-        config = replace(config, train=replace(config.train, precision=saved["train"]["precision"]))
+        config = replace(config, train=replace(config.train, precision=then["precision"]))
     asked = _leaves(to_dict(config))
-    for key, value in _leaves(saved).items():
+    for key, value in _leaves({**saved, "train": then}).items():
         mine = asked.get(key, "nothing of the kind")
         told = mine is None and key.removeprefix("model.") in FITTED  # left to the data, the text and the flow
         # Of which there is none yet.
-        told |= key.startswith("train.validation_") and not saved["train"]["validate_every"]
+        told |= key.startswith("train.validation_") and not then["validate_every"]
         told |= key == "init" and "base" in saved  # whose weights, wherever they are by now, are looked at
         if key not in FREE and not key.startswith(("shape", "sample.", "base.")) and mine != value and not told:
             raise UserError(

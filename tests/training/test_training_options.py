@@ -18,7 +18,7 @@ from genflow.cli import main
 from genflow.config import load
 from genflow.data.locks import lock
 from genflow.errors import UserError
-from genflow.flows.store import newest_checkpoint
+from genflow.flows.store import finish_checkpoint, newest_checkpoint
 from genflow.training.config import RunConfig
 from genflow.training.run import train
 
@@ -173,6 +173,54 @@ def test_workers_end_with_the_run_also_where_an_error_is_kept(tiny, monkeypatch)
     for each in left:
         each.kill()
     assert not left and kept.tb is not None
+
+
+def test_a_worker_that_was_killed_is_told_in_one_line(tiny, monkeypatch):
+    from genflow.training.loop import Trainer
+
+    def killing(self, micro):
+        for worker in multiprocessing.active_children():
+            worker.kill()
+        time.sleep(60)  # torch's word comes into whatever the main process does
+
+    monkeypatch.setattr(Trainer, "_optimise", killing)
+    with pytest.raises(
+        UserError, match=r"^DataLoader worker .* is killed by signal: Killed\. .*goes on from its newest"
+    ):
+        train(tiny("train.workers=1"))
+
+
+@pytest.mark.parametrize("lost", ["precision", "validate_every"])
+def test_a_run_of_a_version_that_knew_less_goes_on(tiny, lost):
+    folder = newest_checkpoint(train(tiny()))
+    config = json.loads((folder / "config.json").read_text())
+    del config["train"][lost]
+    (folder / "config.json").write_text(json.dumps(config))
+    finish_checkpoint(folder)
+    assert newest_checkpoint(train(tiny("train.steps=8", "train.precision=auto"))).name == "step-00000008"
+
+
+def test_what_an_older_version_did_not_know_had_its_default(tiny):
+    folder = newest_checkpoint(train(tiny()))
+    config = json.loads((folder / "config.json").read_text())
+    del config["train"]["ema"]
+    (folder / "config.json").write_text(json.dumps(config))
+    finish_checkpoint(folder)
+    with pytest.raises(UserError, match=r"holds a run with train\.ema=0\.05, this config says 0\.2"):
+        train(tiny("train.steps=8", "train.ema=0.2"))
+
+
+def test_a_run_does_not_go_into_a_checkpoint_of_another(tiny):
+    folder = newest_checkpoint(train(tiny()))
+    with pytest.raises(UserError, match=r"step-00000004 is a checkpoint; name its run's folder"):
+        train(tiny(f"out={folder}"))
+
+
+def test_a_link_to_nothing_is_no_place_for_a_run(tiny, tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "unmounted")
+    for out in ("link", "link/run"):
+        with pytest.raises(UserError, match="is a link to what is not there, or below one; name another folder"):
+            train(tiny(f"out={tmp_path / out}"))
 
 
 def test_a_worker_does_not_hold_what_its_parent_did(tmp_path):
