@@ -37,7 +37,7 @@ from genflow.networks.autoencoders import TinyAutoencoderConfig
 from genflow.networks.bottlenecks import GaussianConfig, PlainConfig, gaussian_kl
 from genflow.networks.discriminator import PatchDiscriminator, adaptive_weight, hinge
 from genflow.networks.feature_graph import FeatureGraph, PerceptualDistance
-from genflow.networks.quantizers import FSQConfig
+from genflow.networks.quantizers import FSQConfig, VQConfig
 from genflow.networks.unet import UNetConfig
 from genflow.samplers import psnr
 from genflow.text.none import NoTextConfig
@@ -292,6 +292,16 @@ def test_pictures_that_would_come_back_in_another_size_are_refused():
         for shape in ((2, 1, 16, 16), (3, 16, 16)):
             with pytest.raises(UserError, match="the model is of pictures of 3 channels, not of"):
                 go(torch.zeros(shape))
+
+
+@pytest.mark.parametrize("bottleneck", [GaussianConfig(4), FSQConfig((5, 4)), VQConfig(12, 3)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_an_autoencoder_that_is_cast_still_encodes_and_decodes(bottleneck, dtype):
+    flow, x = flow_of(bottleneck), batch().x
+    z, y = flow.encode(x), flow.decode(flow.encode(x))
+    flow.to(dtype)
+    assert float(((flow.encode(x) - z).abs() < 0.05).float().mean()) > 0.9  # but for latents between two codes
+    torch.testing.assert_close(flow.decode(z), y, rtol=0, atol=0.05)
 
 
 def test_an_autoencoder_draws_nothing_and_has_no_likelihood(run):

@@ -225,6 +225,26 @@ def test_groups_that_do_not_divide_an_autoencoder_cost_one_line(tmp_path):
             KLNetworkConfig(**how, in_channels=3, latent_channels=4).build()
 
 
+@pytest.mark.parametrize(
+    ("how", "says"),
+    [
+        ({"layers": 0}, "layers = 0 is too few; the least is 1"),
+        ({"latent_channels": -1}, "latent_channels = -1 is too few"),
+        ({"picture_channels": 0}, "picture_channels = 0 is too few"),
+        ({"scale": 0.0}, "scale = 0.0 and shift = 0.0609 must be finite, and scale not 0"),
+        ({"shift": float("nan")}, "shift = nan must be finite"),
+    ],
+)
+def test_an_autoencoder_of_numbers_that_cannot_be_costs_one_line(how, says):
+    with pytest.raises(UserError, match=f"autoencoder kl: .*{says}"):
+        KLAutoencoderConfig(**how).build()
+
+
+def test_a_kl_autoencoder_to_train_has_a_block_a_level():
+    with pytest.raises(UserError, match="kl_autoencoder: layers = 0 is too few"):
+        KLNetworkConfig(layers=0, in_channels=3, latent_channels=4).build()
+
+
 def test_weights_of_latents_that_are_scaled_otherwise_are_refused(tmp_path, pipe):
     model, text = open_checkpoint(pipe).model, SD3TextConfig(folder=str(pipe))
     vae = {"channels": (32, 64), "latent_channels": model.in_channels}

@@ -23,7 +23,9 @@ from genflow.flows.reflow import draw_pairs
 from genflow.flows.sampling import SolveConfig
 from genflow.functional import Rng
 from genflow.networks.mmdit import MMDiTConfig
+from genflow.networks.token_transformer import TokenTransformerConfig
 from genflow.networks.unet import UNetConfig
+from genflow.networks.velocity import MLPVelocityConfig
 from genflow.samplers import cfg, euler, psnr
 from genflow.samplers.grids import log_snr_uniform
 from genflow.text.none import NoTextConfig
@@ -135,3 +137,12 @@ def test_what_cannot_be_is_refused():
 def test_the_density_of_times_is_nothing_at_the_ends():
     t = torch.tensor([0.0, 0.5, 1.0])
     assert LogitNormal().pdf(t).tolist() == pytest.approx([0, 4 / math.sqrt(2 * math.pi), 0])
+
+
+@pytest.mark.parametrize(
+    ("config", "name"),
+    [(UNetConfig, "pooled_dim"), (MLPVelocityConfig, "pooled_dim"), (TokenTransformerConfig, "context_dim")],
+)
+def test_a_condition_of_fewer_than_no_numbers_is_refused(config, name):
+    with pytest.raises(UserError, match=f"^{name} = -1 is too few; the least is 0$"):
+        config(**{name: -1})

@@ -119,3 +119,13 @@ def test_latents_of_a_velocity_may_leave_the_range_of_pictures():
     z = flow.flow.sample([""], seeds=[0, 1], steps=2).x
     assert_close(z, noise_from_seeds([0, 1], (4, 8, 8)))
     assert float(z.abs().max()) > 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_latent_flow_that_is_cast_as_a_whole_still_goes_there_and_back(dtype):
+    flow, x = tarflow(), batch().x
+    z, y = flow.to_latents(x), flow.reconstruct(x)
+    flow.to(dtype)
+    for got, wanted in ((flow.to_latents(x), z), (flow.reconstruct(x), y)):
+        assert got.dtype == torch.float32
+        assert_close(got, wanted, rtol=0, atol=0.05)

@@ -368,6 +368,32 @@ def test_shift_and_sizes_come_from_the_scheduler_in_place():
     assert idiom.config["shift"] == 3.0 and idiom.config["sampler"] == "rk4"
 
 
+def test_a_shift_of_ones_own_over_a_multistep_schedulers_is_still_there_when_it_is_read_again(tmp_path):
+    multistep = diffusers.UniPCMultistepScheduler(**FLOW, flow_shift=3.0)
+    ours = as_scheduler("heun", like=multistep, shift=5.0)
+    ours.save_pretrained(tmp_path)
+    assert GenflowScheduler.from_pretrained(tmp_path).config["shift"] == 5.0
+    assert as_scheduler("euler", like=ours).config["shift"] == 5.0
+    assert diffusers.UniPCMultistepScheduler.from_config(ours.config).config["flow_shift"] == 5.0
+
+
+@pytest.mark.parametrize("how", [{"shift": 3.0}, {}])
+def test_a_shift_that_was_set_on_a_scheduler_is_the_one_that_is_taken_over(how):
+    euler = diffusers.FlowMatchEulerDiscreteScheduler(**how)
+    euler.set_shift(5.0)
+    assert as_scheduler("heun", like=euler).config["shift"] == 5.0
+    solution = from_scheduler(euler)(lambda x, t: torch.ones_like(x), torch.zeros(1, 1, 2, 2), 4, record=True)
+    euler.set_timesteps(4)
+    assert solution.trajectory.times == euler.sigmas.tolist()
+
+
+def test_settings_that_a_scheduler_takes_over_are_not_said_to_be_ignored(monkeypatch):
+    said = []
+    monkeypatch.setattr(diffusers.configuration_utils.logger, "warning", said.append)
+    as_scheduler("heun", like=diffusers.UniPCMultistepScheduler(**FLOW, flow_shift=3.0))
+    assert said == []
+
+
 def adaptive_by_hand(velocity, x, grid, *, progress=None, record=False):
     solve = Solve(velocity, x, grid, progress, record)
     for t, t_next in solve:

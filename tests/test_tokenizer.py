@@ -216,6 +216,20 @@ def test_a_trained_tokenizer_encodes_alike_alone_and_in_a_batch_and_decodes_what
         torch.testing.assert_close(tokenizer.decode(codes).clamp(-1, 1), flow.reconstruct(x))
 
 
+def test_a_tokenizer_that_is_cast_to_half_precision_still_codes_and_decodes(run):
+    tokenizer, flow = (
+        TrainedTokenizerConfig(str(run)).build().eval().bfloat16(),
+        TrainedTokenizerConfig(str(run)).flow(),
+    )
+    x = torch.rand(5, 3, 16, 16) * 2 - 1
+    with torch.no_grad():
+        codes = flow.codes(x)
+        assert float((tokenizer.encode(x) == codes).float().mean()) > 0.9
+        torch.testing.assert_close(
+            tokenizer.decode(codes).float(), flow.decode(tokenizer.bottleneck.embed(codes)), rtol=0, atol=0.05
+        )
+
+
 def test_a_resolved_tokenizer_needs_its_run_for_its_weights_only(run, tmp_path):
     config = resolved(TrainedTokenizerConfig(str(run)))
     assert set(config.recipe) == {"model", "bottleneck"} and len(config.sha256) == 64

@@ -18,7 +18,7 @@ from torch.func import functional_call
 from genflow.conditions import Condition
 from genflow.config import Choice
 from genflow.errors import UserError
-from genflow.flows.base import Batch, Flow, LossOutput, evaluating
+from genflow.flows.base import Batch, Flow, LossOutput, dtype_of, evaluating
 from genflow.flows.fidelity import SIDE, ssim
 from genflow.functional import Rng
 from genflow.networks.autoencoders import EncoderDecoder
@@ -232,13 +232,13 @@ class AutoencoderFlow(Flow):
         """
         check_pictures(self.network, x.shape[1:])
         with evaluating(self), torch.autocast(self.device.type, enabled=False):
-            return self._squeezed(x.float().to(self.device)).z
+            return self._squeezed(x.to(self.device, dtype_of(self.network))).z
 
     @torch.no_grad()
     def decode(self, z: Tensor, condition: Condition | None = None) -> Tensor:
         """Latents to pictures in [-1, 1]."""
         with evaluating(self), torch.autocast(self.device.type, enabled=False):
-            return self.network.decode(z.float().to(self.device)).float().clamp(-1, 1)
+            return self.network.decode(z.to(self.device, dtype_of(self.network))).float().clamp(-1, 1)
 
     def reconstruct(self, x: Tensor) -> Tensor:
         """Pictures there and back, float32 in [-1, 1]."""
@@ -251,7 +251,7 @@ class AutoencoderFlow(Flow):
         if not isinstance(self.bottleneck, Quantizer):
             raise UserError(f"codes: a {type(self.bottleneck).__name__} has none; take bottleneck fsq or vq")
         with evaluating(self), torch.autocast(self.device.type, enabled=False):
-            return self.bottleneck.codes(self.network.encode(x.float().to(self.device)))
+            return self.bottleneck.codes(self.network.encode(x.to(self.device, dtype_of(self.network))).float())
 
     def measure(self, x: Tensor) -> None:
         """Take the scale and shift of the latents from pictures, as training does by itself."""

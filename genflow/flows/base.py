@@ -124,6 +124,11 @@ class Flow(nn.Module, ABC):
         raise UserError(f"decode: {self.no_inverse}")
 
 
+def dtype_of(network: nn.Module) -> torch.dtype:
+    """In which a network computes."""
+    return next((p.dtype for p in network.parameters()), torch.float32)
+
+
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
     """Inside, the module and all below it are in eval mode; after, each is as it was."""

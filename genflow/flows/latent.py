@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from genflow.conditions import Condition
 from genflow.config import Choice
 from genflow.errors import UserError
-from genflow.flows.base import Batch, Flow, LossOutput, evaluating
+from genflow.flows.base import Batch, Flow, LossOutput, dtype_of, evaluating
 from genflow.flows.couplings import Paired
 from genflow.flows.rectified import RectifiedFlowConfig
 from genflow.flows.sampling import of_size
@@ -132,8 +132,8 @@ class LatentFlow(Flow):
         """
         _latent_shape(self.autoencoder, x.shape[1:])
         with torch.autocast(x.device.type, enabled=False):
-            mean, std = self.autoencoder.posterior(x.float())
-        return (mean + std * noise - self.autoencoder.shift) * self.autoencoder.scale
+            mean, std = self.autoencoder.posterior(x.to(dtype_of(self.autoencoder)))
+        return (mean.float() + std.float() * noise - self.autoencoder.shift) * self.autoencoder.scale
 
     @torch.no_grad()
     def to_pictures(self, z: Tensor, *, tile: int | None = None) -> Tensor:
@@ -143,7 +143,8 @@ class LatentFlow(Flow):
         """
         decode = self.autoencoder.decode if tile is None else self.autoencoder.tiled(tile)
         with torch.autocast(z.device.type, enabled=False):
-            return decode(z.float() / self.autoencoder.scale + self.autoencoder.shift).clamp(-1, 1)
+            z = z.float() / self.autoencoder.scale + self.autoencoder.shift
+            return decode(z.to(dtype_of(self.autoencoder))).float().clamp(-1, 1)
 
     def reconstruct(self, x: Tensor) -> Tensor:
         """Pictures there and back through the autoencoder: no sample can be truer."""

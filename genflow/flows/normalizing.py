@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from genflow.conditions import Condition
 from genflow.config import Choice
 from genflow.errors import UserError
-from genflow.flows.base import Batch, LossOutput, evaluating
+from genflow.flows.base import Batch, LossOutput, dtype_of, evaluating
 from genflow.flows.bijections.base import Bijection
 from genflow.flows.bijections.continuous import CNF
 from genflow.flows.bijections.marginals import Marginals
@@ -149,8 +149,7 @@ class NormalizingFlow(ConditionedFlow):
     @property
     def _dtype(self) -> torch.dtype:
         """In which samples go through the network: its own, or float32 where that is wider."""
-        own = next((p.dtype for p in self.network.parameters()), torch.float32)
-        return torch.promote_types(own, torch.float32)
+        return torch.promote_types(dtype_of(self.network), torch.float32)
 
     def _continuous(self, x: Tensor, rng: Rng, position: Tensor) -> tuple[Tensor, Tensor | float]:
         """y with noise within its cells, and log q of that noise."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from genflow.conditions import Condition
 from genflow.config import Choice, from_dict
 from genflow.errors import UserError
-from genflow.flows.base import Batch, LossOutput, evaluating
+from genflow.flows.base import Batch, LossOutput, dtype_of, evaluating
 from genflow.flows.bijections.base import Bijection
 from genflow.flows.conditioned import ConditionedFlow, check_hearing
 from genflow.flows.couplings import Coupling, Independent, Paired, heard
@@ -106,7 +106,7 @@ class RectifiedFlow(ConditionedFlow):
     @property
     def dtype(self) -> torch.dtype:
         """In which the network computes."""
-        return next((p.dtype for p in self.network.parameters()), torch.float32)
+        return dtype_of(self.network)
 
     def velocity(self, z: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """v = dz/dt of the straight path at (z, t) under an embedded condition. z: B x C x H x W; t: B. As z."""

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from genflow.config import Choice, from_dict
 from genflow.errors import UserError
 from genflow.flows.autoencoder import AutoencoderFlow, check_parts
+from genflow.flows.base import dtype_of
 from genflow.flows.latent import Autoencoder
 from genflow.flows.store import EMA, MODEL, find_model, load
 from genflow.flows.tokenizer import Tokenizer
@@ -146,11 +147,11 @@ class TrainedTokenizer(Tokenizer):
 
     def encode(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
-            return self.bottleneck.codes(self.network.encode(x))
+            return self.bottleneck.codes(self.network.encode(x.to(dtype_of(self.network))).float())
 
     def decode(self, codes: Tensor) -> Tensor:
         with torch.autocast(codes.device.type, enabled=False):
-            return self.network.decode(self.bottleneck.embed(codes))
+            return self.network.decode(self.bottleneck.embed(codes).to(dtype_of(self.network)))
 
 
 def resolved(config: T) -> T:

@@ -69,7 +69,11 @@ class KLAutoencoder(Autoencoder):
         from diffusers import AutoencoderKL
 
         super().__init__()
-        _check_groups("autoencoder kl", config.channels, config.groups)
+        _check_sizes("autoencoder kl", config)
+        if not (math.isfinite(config.scale) and config.scale) or not math.isfinite(config.shift):
+            raise UserError(
+                f"autoencoder kl: scale = {config.scale} and shift = {config.shift} must be finite, and scale not 0"
+            )
         self.picture_channels, self.channels = config.picture_channels, config.latent_channels
         self.factor = 2 ** (len(config.channels) - 1)
         self.scale, self.shift = config.scale, config.shift
@@ -131,7 +135,7 @@ class KLNetwork(EncoderDecoder):
         if config.in_channels is None or config.latent_channels is None:
             missing = "in_channels" if config.in_channels is None else "latent_channels"
             raise UserError(f"kl_autoencoder: {missing} is not set, and no data set or bottleneck is there to tell it")
-        _check_groups("kl_autoencoder", config.channels, config.groups)
+        _check_sizes("kl_autoencoder", config)
         self.in_channels, self.latent_channels = config.in_channels, config.latent_channels
         self.encoder_channels = 2 * config.latent_channels
         if config.encoder_channels not in (None, self.encoder_channels):
@@ -163,9 +167,13 @@ class KLNetwork(EncoderDecoder):
         return _tiled(self.module, tile, self.factor)
 
 
-def _check_groups(name: str, channels: tuple[int, ...], groups: int) -> None:
+def _check_sizes(name: str, config: KLAutoencoderConfig | KLNetworkConfig) -> None:
+    channels, groups = config.channels, config.groups
     if groups < 1 or not channels or any(width < 1 or width % groups for width in channels):
         raise UserError(f"{name}: channels = {list(channels)} must be multiples of groups = {groups}, 1 or more")
+    for field in ("layers", "latent_channels", "picture_channels", "in_channels"):
+        if (value := getattr(config, field, None)) is not None and value < 1:
+            raise UserError(f"{name}: {field} = {value} is too few; the least is 1")
 
 
 def _tiled(module: Any, tile: int, factor: int) -> Callable[[Tensor], Tensor]:

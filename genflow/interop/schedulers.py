@@ -12,7 +12,8 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from copy import deepcopy
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -56,7 +57,9 @@ def as_scheduler(
     rest as in `GenflowScheduler`, which says what is raised.
     """
     config = _config_of(like) if like is not None else {}
-    own = {} if shift is None else {"shift": shift, "use_dynamic_shifting": False}
+    # What set_shift has set is in no config.
+    own = {"shift": like.shift} if like is not None and hasattr(like, "set_shift") else {}
+    own |= {} if shift is None else {"shift": shift, "use_dynamic_shifting": False}
     return GenflowScheduler.from_config(config, sampler=sampler, grid=grid, options=options, **own)
 
 
@@ -77,6 +80,8 @@ class GenflowScheduler(SchedulerMixin, ConfigMixin):
     another scheduler that has no meaning here.
     """
 
+    # Whose settings diffusers is not to call ignored.
+    _compatibles: ClassVar[list[str]] = ["DPMSolverMultistepScheduler", "UniPCMultistepScheduler"]
     order = 1  # evaluations per step; pipelines read it after set_timesteps
     init_noise_sigma = 1.0
 
@@ -110,7 +115,8 @@ class GenflowScheduler(SchedulerMixin, ConfigMixin):
         """diffusers' own, from any flow scheduler's config. Raises UserError for a setting with no meaning here."""
         _check_flow(config, FOREIGN)
         if "flow_shift" in config:  # the multistep schedulers' name
-            config = {**config, "shift": config["flow_shift"]}
+            shift = kwargs.get("shift", config["flow_shift"])
+            config = {**config, "shift": shift, "flow_shift": shift}  # which is saved too, and read again
         return super().from_config(dict(config), return_unused_kwargs=return_unused_kwargs, **kwargs)
 
     def set_timesteps(
@@ -348,20 +354,22 @@ def from_scheduler(scheduler: ConfigMixin) -> Sampler:
 
 def _planned(scheduler: Any, grid: Sequence[float] | int) -> Any:
     """A fresh copy of a scheduler, with its steps set."""
-    name, config, copy = type(scheduler).__name__, scheduler.config, type(scheduler).from_config
+    name, config = type(scheduler).__name__, scheduler.config
     if isinstance(grid, int | np.integer):
         if config.get("use_dynamic_shifting"):
             raise UserError(f"the shift of this {name} depends on the picture's size; give a grid of times instead")
         if grid < 1:
             raise UserError(f"steps = {grid} is too few; the nearest possible number is 1")
-        solver = copy(config)
+        solver = deepcopy(scheduler)
         solver.set_timesteps(grid)
     else:
         times = check_grid(grid)
         if "sigmas" not in inspect.signature(scheduler.set_timesteps).parameters:
             raise UserError(f"{name} makes its own times only: give the number of steps, {len(times) - 1}, not a grid")
         unshifted = {"shift": 1.0, "flow_shift": 1.0, "use_dynamic_shifting": False}
-        solver = copy(config, **{key: value for key, value in unshifted.items() if key in config})
+        solver = type(scheduler).from_config(
+            config, **{key: value for key, value in unshifted.items() if key in config}
+        )
         solver.set_timesteps(sigmas=np.array(times[:-1]))
         if not np.allclose(solver.sigmas.tolist(), times, rtol=0, atol=1e-5):
             raise UserError(f"{name} bends the grid: it becomes {[round(s, 4) for s in solver.sigmas.tolist()]}")

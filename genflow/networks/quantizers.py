@@ -179,8 +179,9 @@ class VQ(Quantizer):
         self.counts.fill_(1.0)
 
     def codes(self, h: Tensor) -> Tensor:
-        centre = self.codebook.mean(0)  # far from 0 the products would leave no digits for what counts
-        rows, codebook = _rows(h) - centre, self.codebook - centre
+        codebook = self.codebook.to(h.dtype)
+        centre = codebook.mean(0)  # far from 0 the products would leave no digits for what counts
+        rows, codebook = _rows(h) - centre, codebook - centre
         # |h - e|^2 without |h|^2, which is the same for all codes
         distance = codebook.square().sum(1) - 2 * rows @ codebook.T
         return distance.argmin(1).view(len(h), *h.shape[2:])

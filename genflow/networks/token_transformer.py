@@ -24,6 +24,7 @@ from genflow.registry import api_export, network_export
 
 CAUSAL = Mask(causal=True)
 EPS = 1e-6  # of the norms
+_LEAST = {"vocabulary": 2, "width": 1, "layers": 1, "heads": 1, "mtp": 0, "context_dim": 0}
 
 
 @network_export("token_transformer")
@@ -47,7 +48,7 @@ class TokenTransformerConfig:
     attention: Annotated[str, Named("attention", also=("auto",))] = "auto"
 
     def __post_init__(self) -> None:
-        for name, least in (("vocabulary", 2), ("width", 1), ("layers", 1), ("heads", 1), ("mtp", 0)):
+        for name, least in _LEAST.items():
             if (value := getattr(self, name)) is not None and value < least:
                 raise UserError(f"{name} = {value} is too few; the least is {least}")
         if self.grid is not None and min(self.grid) < 1:

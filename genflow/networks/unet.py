@@ -44,8 +44,8 @@ class UNetConfig:
     attention: Annotated[str, Named("attention", also=("auto",))] = "auto"
 
     def __post_init__(self) -> None:
-        for name, least in (("channels", 1), ("blocks", 1), ("attention_size", 0)):
-            if (value := getattr(self, name)) < least:
+        for name, least in (("channels", 1), ("blocks", 1), ("attention_size", 0), ("pooled_dim", 0)):
+            if (value := getattr(self, name)) is not None and value < least:
                 raise UserError(f"{name} = {value} is too few; the least is {least}")
         if self.channels % 2:
             raise UserError(f"channels = {self.channels} must be even; try {self.channels + 1}")

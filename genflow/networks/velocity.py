@@ -32,9 +32,9 @@ class MLPVelocityConfig:
     pooled_dim: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("hidden", "depth", "mlp_ratio"):
-            if (value := getattr(self, name)) < 1:
-                raise UserError(f"{name} = {value} is too few; the least is 1")
+        for name, least in (("hidden", 1), ("depth", 1), ("mlp_ratio", 1), ("pooled_dim", 0)):
+            if (value := getattr(self, name)) is not None and value < least:
+                raise UserError(f"{name} = {value} is too few; the least is {least}")
 
     def build(self) -> MLPVelocity:
         """The network, freshly initialised. Raises UserError for a shape that is not a vector's."""
