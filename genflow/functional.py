@@ -206,6 +206,13 @@ class Rng:
         return torch.from_numpy(np.stack(rows)) if rows else _nothing(shape)
 
 
+def row_hash(rows: Tensor, stream: str) -> Tensor:
+    """64 bits of each row: B x N -> B int64, on its device."""
+    bits = rows.float().contiguous().view(torch.int32) if rows.is_floating_point() else rows
+    factor = Rng(0).bits(stream, torch.arange(bits.shape[1], device="cpu")).to(bits.device) | 1
+    return mix((bits.long() * factor).sum(1))
+
+
 @api_export("noise_from_seeds")
 def noise_from_seeds(seeds: Sequence[int], shape: Sequence[int], *, step: int = 0, stream: str = "noise") -> Tensor:
     """The noise of each seed's picture: B x *shape float32, row i a function of seeds[i], shape, step and stream only.

@@ -242,6 +242,12 @@ def test_a_fingerprint_is_of_a_rows_own_numbers():
     assert (fingerprint(moved) != marks).tolist() == [i == 7 for i in range(50)]
 
 
+@pytest.mark.parametrize("values", [(0.0, 1.0), (0.0, 1.0, 2.0, 3.0)])
+def test_rows_of_few_values_have_fingerprints_of_their_own(values):
+    x = torch.cartesian_prod(*[torch.tensor(values)] * (10 if len(values) == 2 else 5))
+    assert len(fingerprint(x).unique()) == len(x)
+
+
 def test_probing_holds_within_and_no_longer():
     with probing(Rng(1), torch.arange(3)) as penalties:
         assert current_probing().penalties is penalties

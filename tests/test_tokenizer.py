@@ -90,6 +90,7 @@ def test_the_codes_of_what_the_decoder_reads_are_the_codes(row):
         (lambda: FSQConfig(()), "3 levels or more"),
         (lambda: FSQConfig((8, 2)), "3 levels or more"),
         (lambda: FSQConfig((1000,) * 3), "too many"),
+        (lambda: FSQConfig((1002, 5)), "never reached; give fewer"),
         (lambda: VQConfig(1), "vocabulary = 1"),
         (lambda: VQConfig(decay=1.0), "decay"),
         (lambda: VQConfig(channels=0), "channels = 0"),

@@ -146,6 +146,18 @@ def test_the_tails_of_a_blurred_board_are_alike_on_both_sides():
     torch.testing.assert_close(board.log_prob(x), board.log_prob(-x), rtol=1e-9, atol=0)
 
 
+@pytest.mark.parametrize("noise", [0.01, 0.1])
+def test_a_blurred_board_has_a_density_however_far_from_it(noise):
+    board = Toy2DConfig(kind="checkerboard", noise=noise).density()
+    x = torch.tensor([[9.0, 0.3], [9.0 + noise / 2, 0.3], [0.4, -30.0], [-0.8, 0.6]], dtype=torch.float64)
+    log_p = board.log_prob(x)
+    assert log_p.isfinite().all()
+    tail = torch.special.log_ndtr(
+        (board.x[-1] - x[:2, 0]) / noise
+    )  # of the nearest edge, beside which all else is nothing
+    torch.testing.assert_close(log_p[1] - log_p[0], tail[1] - tail[0], rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("kind", sorted(CLASSES))
 def test_captions_are_the_parts_each_as_often(kind):
     dataset = Toy2DConfig(kind=kind, n=8000).build()

@@ -23,6 +23,7 @@ Curve = Callable[[Tensor, Tensor], Tensor]  # which of the curves, N, and how fa
 NOISE = (0.01, 0.5)  # what can be asked for: less needs too many nodes, more hides the shape
 SIDE = 512  # pixels of a picture taken as a density, at most
 EDGE = 2**-14  # of a pixel's side, that rounding to float32 must not carry a point over
+FAINT = 1e-280  # a density near underflow
 ROOM = 2**22  # numbers of a quadrature at a time
 
 
@@ -125,16 +126,27 @@ class Pixels(PlaneDensity):
             inside = (row >= 0) & (row < self.p.shape[0]) & (column >= 0) & (column < self.p.shape[1])
             p = torch.where(inside, self.p[row * inside, column * inside], 0.0)
         else:  # the noise blurs along each axis by itself
-            across, down = self._mass(x[:, :1] - self.x), self._mass(x[:, 1:] - self.y.flip(0)).flip(1)
-            p = ((down @ self.p) * across).sum(1)
+            across, down = self._log_mass(x[:, :1] - self.x), self._log_mass(x[:, 1:] - self.y.flip(0)).flip(1)
+            p = ((down.exp() @ self.p) * across.exp()).sum(1)
+            if len(far := (p < FAINT).nonzero().squeeze(1)):
+                return (p / self.side**2).log().index_copy(0, far, self._far(across[far], down[far]))
         return (p / self.side**2).log()
 
-    def _mass(self, from_edges: Tensor) -> Tensor:
-        """How much of a Gaussian around a point lies between neighbouring edges. N x K + 1, falling -> N x K."""
+    def _far(self, across: Tensor, down: Tensor) -> Tensor:
+        """The log density from the logs of the masses, where the masses themselves would be 0."""
+        width, log_p = self.p.shape[1], self.p.flatten()[self.filled].log()
+        rows = zip(*(each.split(max(ROOM // len(log_p), 1)) for each in (across, down)), strict=True)
+        log = [(log_p + a[:, self.filled % width] + d[:, self.filled // width]).logsumexp(1) for a, d in rows]
+        return torch.cat(log) - 2 * math.log(self.side)
+
+    def _log_mass(self, from_edges: Tensor) -> Tensor:
+        """The log of how much of a Gaussian around a point lies between neighbouring edges. N x K + 1, falling -> N x K."""
         high, low = from_edges[:, :-1] / self.noise, from_edges[:, 1:] / self.noise
         flip = low > 0  # both far out in the upper tail, where differences of ndtr cancel
         high, low = torch.where(flip, -low, high), torch.where(flip, -high, low)
-        return torch.special.ndtr(high) - torch.special.ndtr(low)
+        log_high = torch.special.log_ndtr(high)
+        below = (torch.special.log_ndtr(low) - log_high).nan_to_num(-math.inf)  # both are -inf at the ends of float64
+        return log_high + (-torch.expm1(below)).log()
 
 
 class Pinwheel(PlaneDensity):

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from genflow.conditions import Condition
 from genflow.errors import UserError
-from genflow.functional import Rng, mix
+from genflow.functional import mix, row_hash
 from genflow.registry import coupling_export
 
 
@@ -163,13 +163,6 @@ def equal_rows(condition: Condition) -> Tensor:
     hashed = sum(row_hash(part, name) for part, name in zip(parts, ("tokens", "mask", "pooled"), strict=True))
     assert isinstance(hashed, Tensor)
     return (hashed[:, None] == hashed).to(torch.uint8).argmax(1)
-
-
-def row_hash(rows: Tensor, stream: str) -> Tensor:
-    """64 bits of each row: B x N -> B int64, on its device."""
-    bits = rows.float().contiguous().view(torch.int32) if rows.is_floating_point() else rows
-    factor = Rng(0).bits(stream, torch.arange(bits.shape[1], device="cpu")).to(bits.device) | 1
-    return mix((bits.long() * factor).sum(1))
 
 
 def optimal_assignment(cost: Tensor, group: Tensor) -> Tensor:

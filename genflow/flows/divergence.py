@@ -18,7 +18,7 @@ from torch import Tensor
 from genflow.attention import attention_backend
 from genflow.errors import UserError, nearest
 from genflow.flows.bijections.jacobian import check_recording
-from genflow.functional import Rng
+from genflow.functional import Rng, row_hash
 from genflow.registry import api_export
 from genflow.samplers.solution import Velocity
 
@@ -213,9 +213,7 @@ def _gaussian(rng: Rng, stream: str, index: Tensor, shape: torch.Size) -> Tensor
 
 def fingerprint(x: Tensor) -> Tensor:
     """A counter for each row from its own numbers, B int64: the same alone and in any batch."""
-    bits = x.detach().float().unsqueeze(-1).flatten(1).contiguous().view(torch.int32).to(torch.int64)
-    odd = (2 * torch.arange(bits.shape[1], device=x.device) + 1) * 0x1E3779B97F4A7C15
-    return ((bits ^ (bits << 29)) * odd).sum(1)
+    return row_hash(x.detach().unsqueeze(-1).flatten(1), "fingerprint")
 
 
 class Probing(NamedTuple):

@@ -28,8 +28,9 @@ class Likelihood:
 
     log_prob: log p(x); ladj: log |det dz/dx|; z: like x, the noise that x came from. standard_error: of log_prob from the
     draws of the divergence's estimator: 0 for the exact one, NaN for a single draw. error: the estimate of the quadrature's
-    in ladj. nfe: evaluations of the velocity of the longest solve;
-    divergences: evaluations with the divergence. rtol, atol: as asked.
+    in ladj alone; the path has one of its own in z and ladj, which is not estimated and may be larger: compare with smaller
+    rtol and atol. nfe: evaluations of the velocity of the longest solve; divergences: evaluations with the divergence.
+    rtol, atol: as asked.
     """
 
     log_prob: Tensor
@@ -61,9 +62,9 @@ def velocity_log_prob(
 
     (Chen et al. 2018, arXiv 1806.07366; Song et al. 2021, arXiv 2011.13456, eq. 39.) x: B x ..., float32 or wider.
     velocity, compact: as for the adaptive samplers. divergence, draws: see `Divergence`; the noise of a row hangs on seed
-    and its numbers, and is the same along the whole path. solver, rtol, atol: an adaptive sampler's; ladj is integrated to
-    D (atol + rtol) + rtol |ladj| nats. end: where the path ends instead, in end z, as a model that is asked no further
-    draws from there. No gradient: a CNF's forward has one.
+    and its numbers, and is the same along the whole path. solver, rtol, atol: an adaptive sampler's; the quadrature of ladj
+    goes to D (atol + rtol) + rtol |ladj| nats. end: where the path ends instead, in end z, as a model that is asked no
+    further draws from there. No gradient: a CNF's forward has one.
 
     Raises UserError for tolerances below the noise of the arithmetic, a velocity with dropout or batch statistics in
     training mode, one that is not finite (naming samples and t), one whose divergence does not integrate, and for x that

@@ -16,6 +16,7 @@ from genflow.networks.bottlenecks import Bottleneck, Squeezed, check_channels, o
 from genflow.registry import genflow_export
 
 SHRINK = 1e-3  # how far within half a level of its end values FSQ's bound stays
+MOST_LEVELS = 1000  # of a channel: with more, that bound does not reach the outermost
 STEEP = 2.0  # up to where its bound has a slope worth the name, and within which all levels are
 DEAD = 0.03  # a code that is used less than this part of its even share is put elsewhere
 
@@ -68,6 +69,11 @@ class FSQConfig:
     def __post_init__(self) -> None:
         if not self.levels or min(self.levels) < 3:
             raise UserError(f"levels = {list(self.levels)}: each channel needs 3 levels or more; try 8, 5, 5, 5")
+        if max(self.levels) > MOST_LEVELS:
+            raise UserError(
+                f"levels = {list(self.levels)}: the outermost of more than {MOST_LEVELS} levels are never reached; "
+                "give fewer, and more channels"
+            )
         if not 0 <= self.saturation < math.inf:
             raise UserError(f"saturation = {self.saturation} must be 0 or more, and finite; 0.25 is usual")
         if math.prod(self.levels) > 2**24:

@@ -106,9 +106,10 @@ def unipc(
     """UniPC in predicted data (Zhao et al. 2023, arXiv 2302.04867): N evaluations.
 
     The predictor UniP of order 2 or 3; and when the step's end has been evaluated, the corrector UniC, with that same
-    evaluation, one order higher: UniPC-2 is of third order, UniPC-3 of fourth. The last step is predicted only, and the
-    recorded states are the predicted ones. variant: B(h) = -h or exp(-h) - 1, on which only steps with one difference
-    depend (UniP-2, UniC-1). lower_order_final acts for any number of steps; without it the last step has full order.
+    evaluation, one order higher: UniPC-2 is of third order, UniPC-3 of fourth but for its first step, which leaves the whole
+    third. The last step is predicted only, and the recorded states are the predicted ones. variant: B(h) = -h or
+    exp(-h) - 1, on which only steps with one difference depend (UniP-2, UniC-1). lower_order_final acts for any number of
+    steps and leaves the whole second; without it the last step has full order.
 
     The step that leaves t = 1 is corrected as in bh2 always, since bh1 has no limit there; one that leaves t = 0, or
     has an edge of the velocity in it, is not corrected.
