@@ -88,10 +88,22 @@ def test_what_is_of_grey_levels_is_refused_in_latents():
         tarflow(marginals=True)
 
 
-def test_no_autocast_rounds_the_latents_that_training_sees():
+def mmdit():
     network = MMDiTConfig(depth=1, hidden=16, heads=2, in_channels=4, sample_size=4, context_dim=8, pooled_dim=8)
-    text = NoTextConfig().build()
-    flow = LatentFlowConfig(VAE, RectifiedFlowConfig()).build(network.build(), text, shape=(3, 16, 16))
+    return LatentFlowConfig(VAE, RectifiedFlowConfig()).build(
+        network.build(), NoTextConfig().build(), shape=(3, 16, 16)
+    )
+
+
+def test_a_size_that_the_networks_patches_do_not_divide_is_told_in_pixels():
+    with pytest.raises(
+        UserError, match="22 x 22 is no multiple of 4, the autoencoder's 2 x the network's 2; try 24 x 24"
+    ):
+        mmdit().sample([""], seeds=[0], steps=1, size=22)
+
+
+def test_no_autocast_rounds_the_latents_that_training_sees():
+    flow = mmdit()
     x = batch().x
     with torch.autocast("cpu", torch.bfloat16):
         under = flow.to_latents(x)

@@ -134,6 +134,15 @@ def test_restart_stays_within_its_grid():
     assert max(seen) == pytest.approx(0.15)
 
 
+@pytest.mark.parametrize("first", [0.999, 0.9933071490757153, 0.0468])
+def test_the_interval_that_restart_advises_is_one_that_it_takes(first):
+    grid = [first, first / 2, 0.0]
+    with pytest.raises(UserError, match="reaches above the grid") as refused:
+        restart(falling, draw(2, 3), grid, seeds=[0, 1], interval=(0.0, 1.0))
+    lo, hi = str(refused.value).partition("; try ")[2].strip("()").split(", ")
+    restart(falling, draw(2, 3), grid, seeds=[0, 1], interval=(float(lo), float(hi)))
+
+
 def test_speculative_guesses_at_no_step_without_noise():
     calls = []
 

@@ -80,18 +80,29 @@ class LatentFlowConfig:
         return LatentFlow(self, self.flow.build(network, text, shape=inner), autoencoder)
 
 
-def _latent_shape(autoencoder: Autoencoder, shape: Sequence[int]) -> tuple[int, int, int]:
-    """The latents' shape of pictures of a shape. Raises UserError for one that has none."""
+def _latent_shape(autoencoder: Autoencoder, shape: Sequence[int], sides: int = 1) -> tuple[int, int, int]:
+    """The latents' shape of pictures of a shape, its sides multiples of `sides`. Raises UserError for one that has none."""
     factor, channels = autoencoder.factor, autoencoder.picture_channels
     if len(shape) != 3 or shape[0] != channels:
         raise UserError(
             f"flow latent: the autoencoder makes pictures of {channels} channels, not samples of {tuple(shape)}"
         )
     _, height, width = shape
-    if height % factor or width % factor or min(height, width) < 1:
-        near = f"{max(round(height / factor), 1) * factor} x {max(round(width / factor), 1) * factor}"
-        raise UserError(f"flow latent: {height} x {width} is no multiple of the autoencoder's {factor}; try {near}")
+    step = factor * sides
+    if height % step or width % step or min(height, width) < 1:
+        near = f"{max(round(height / step), 1) * step} x {max(round(width / step), 1) * step}"
+        what = (
+            f"the autoencoder's {factor}"
+            if sides == 1
+            else f"{step}, the autoencoder's {factor} x the network's {sides}"
+        )
+        raise UserError(f"flow latent: {height} x {width} is no multiple of {what}; try {near}")
     return autoencoder.channels, height // factor, width // factor
+
+
+def sides_of(network: nn.Module) -> int:
+    """What the sides of all that a network takes are multiples of: of its patches, or for as often as it halves them."""
+    return max(getattr(network, name, 1) for name in ("patch_size", "multiple", "factor"))
 
 
 @api_export("LatentFlow")
@@ -195,7 +206,8 @@ class LatentFlow(Flow):
         if size is not None:
             if velocity_flow(self) is None:
                 raise UserError(f"size = {size}: a {type(self.flow).__name__} has one size of pictures; leave size out")
-            how["size"] = _latent_shape(self.autoencoder, of_size(self.shape, size))[1:]
+            asked, sides = of_size(self.shape, size), sides_of(self.network)
+            how["size"] = _latent_shape(self.autoencoder, asked, sides)[1:]
         solution = self.flow.sample(prompts, seeds=seeds, **how)
         with evaluating(self):
             # one by one: a decoder's activations at 1024 x 1024 are of gigabytes

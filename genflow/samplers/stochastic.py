@@ -170,7 +170,7 @@ def restart(
         near = (hi, lo) if 0 <= hi < lo <= 1 else (0.1, 0.3)
         raise UserError(f"restart interval = ({lo}, {hi}) is not 0 <= lo < hi <= 1; try {near}")
     if hi > (first := solve.grid[0]):
-        below_it = f"({first / 3:.2g}, {first:.2g})"
+        below_it = f"({first / 3:.2g}, {first})"
         raise UserError(
             f"restart interval = ({lo}, {hi}) reaches above the grid, which starts at {first}; try {below_it}"
         )

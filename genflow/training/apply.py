@@ -13,6 +13,7 @@ from genflow.data.latents import LatentDataset
 from genflow.data.loading import of_one_shape
 from genflow.errors import UserError
 from genflow.flows.bijections.base import Bijection
+from genflow.flows.latent import sides_of
 from genflow.layers.float8 import MULTIPLE
 from genflow.layers.modulation import Linear
 from genflow.networks.autoencoders import EncoderDecoder
@@ -33,7 +34,7 @@ def check_shapes(dataset: Any, flow: nn.Module, network: nn.Module, shape: Seque
             return
         raise UserError("data.buckets: the model takes samples of one shape; leave buckets out")
     factor = getattr(getattr(flow, "autoencoder", None), "factor", 1)
-    least = factor * max(getattr(network, name, 1) for name in ("patch_size", "multiple", "factor"))
+    least = factor * sides_of(network)
     if of_one_shape(dataset):
         if any(side % least for side in shape[1:]):
             near = " x ".join(str(max(round(side / least), 1) * least) for side in shape[1:])
