@@ -15,3 +15,10 @@ def nearest(name: str, options: Iterable[str]) -> str:
     options = sorted(options)
     close = difflib.get_close_matches(name, options, n=1) or [o for o in options if name and o.startswith(name)]
     return f" Did you mean {close[0]!r}?" if close else f" Choose from: {', '.join(options) or 'nothing'}."
+
+
+def check_least(given: object, **least: int) -> None:
+    """Raises UserError for an attribute that is less than it may be; one that is None is not asked for."""
+    for name, number in least.items():
+        if (value := getattr(given, name)) is not None and value < number:
+            raise UserError(f"{name} = {value} is too few; the least is {number}")

@@ -31,6 +31,11 @@ def sent(x: Tensor, device: torch.device | str) -> Tensor:
     return x.to(device, non_blocking=x.device.type == "cpu" and within != "mps")  # pytorch#189690
 
 
+def wide(x: Tensor) -> Tensor:
+    """x in float32, or wider where it is."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 NARROW = {"mps"}  # kinds of device without float64
 
 

@@ -12,6 +12,7 @@ from genflow.errors import UserError
 from genflow.samplers import cfg, reversed
 from genflow.samplers.adaptive import bosh3, dopri5, tsit5
 from genflow.samplers.tableaus import BOSH3, DOPRI5, TSIT5
+from tests.noise import normal
 
 SOLVERS = [bosh3, dopri5, tsit5]
 ORDER = {bosh3: 3, dopri5: 5, tsit5: 5}
@@ -42,10 +43,6 @@ class Counted:
         self.rows.append(len(x))
         self.times += t.tolist()
         return self.velocity(x, t)
-
-
-def normal(*shape, seed=0):
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.fixture

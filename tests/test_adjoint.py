@@ -9,12 +9,9 @@ from torch import nn
 from genflow.errors import UserError
 from genflow.flows.adjoint import GRADIENTS, checkpointed
 from genflow.flows.stepping import TABLEAUS, Stepping, march
+from tests.noise import normal
 
 SPAN = [(0.0, 1.0), (1.0, 0.2)]
-
-
-def normal(*shape, seed=0):
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
 class Problem:

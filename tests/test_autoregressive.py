@@ -12,6 +12,7 @@ from genflow.flows.bijections.autoregressive import InverseAutoregressive, Maske
 from genflow.flows.bijections.base import Inverse
 from genflow.flows.models.maf import MAFConfig
 from genflow.networks.made import MADE
+from tests.noise import shaken
 from tests.test_made import copy_zuko
 
 KINDS = list(product(("affine", "spline"), (False, True)))
@@ -19,10 +20,7 @@ KINDS = list(product(("affine", "spline"), (False, True)))
 
 def layer(features=5, condition_dim=0, noise=0.3, dtype=torch.float64, **options):
     made = MaskedAutoregressive((features,), condition_dim=condition_dim, hidden=(20, 20, 20), **options)
-    with torch.no_grad():
-        for p in made.parameters():
-            p.add_(torch.randn_like(p) * noise)
-    return made.to(dtype)
+    return shaken(made, noise).to(dtype)
 
 
 def inputs(features=5, condition_dim=0, n=6, dtype=torch.float64):
@@ -86,9 +84,8 @@ def test_each_number_hangs_on_those_before_it_alone(reverse):
 
 def test_pictures_are_read_number_by_number():
     made = MaskedAutoregressive((2, 3, 3), hidden=(40,)).double()
+    shaken(made, 0.2)
     with torch.no_grad():
-        for p in made.parameters():
-            p.add_(torch.randn_like(p) * 0.2)
         x = torch.randn(3, 2, 3, 3, dtype=torch.float64).to(memory_format=torch.channels_last)
         z, _ = made(x)
         assert z.shape == x.shape
@@ -104,9 +101,7 @@ def test_pictures_are_read_number_by_number():
 def test_iaf_is_maf_turned_round(univariate):
     torch.manual_seed(3)
     iaf = InverseAutoregressive((5,), hidden=(20, 20), univariate=univariate, reverse=True).double()
-    with torch.no_grad():
-        for p in iaf.parameters():
-            p.add_(torch.randn_like(p) * 0.3)
+    shaken(iaf, 0.3)
     maf = MaskedAutoregressive((5,), hidden=(20, 20), univariate=univariate, reverse=True).double()
     maf.load_state_dict({name.removeprefix("bijection."): p for name, p in iaf.state_dict().items()})
     x, _ = inputs()
@@ -185,9 +180,8 @@ def test_a_maf_is_a_chain_with_an_exact_inverse(univariate, residual):
     )
     flow = config.build().double()
     x, c = inputs(4, 2, n=32)
+    shaken(flow)
     with torch.no_grad():
-        for p in flow.parameters():
-            p.add_(torch.randn_like(p) * 0.1)
         flow.initialise(3 * x + 1, c)
         z, ladj = flow(x, c)
         back, back_ladj = flow.inverse(z, c)

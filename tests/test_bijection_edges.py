@@ -28,6 +28,7 @@ from genflow.functional import Rng
 from genflow.networks.lipschitz import ContractedLinear
 from genflow.networks.quantizers import VQConfig
 from genflow.text.none import NoTextConfig
+from tests.noise import shaken
 
 PICTURES = (1, 4, 4)
 
@@ -35,13 +36,6 @@ PICTURES = (1, 4, 4)
 def normalizing(model, **config):
     network = replace(model, shape=PICTURES, condition_dim=0).build()
     return NormalizingFlowConfig(**config).build(network, NoTextConfig().build(), shape=PICTURES)
-
-
-def shaken(module, noise=0.3):
-    with torch.no_grad():
-        for p in module.parameters():
-            p.add_(noise * torch.randn_like(p))
-    return module
 
 
 @pytest.mark.parametrize(
@@ -96,7 +90,7 @@ def test_sampling_leaves_the_inverse_of_a_tarflow_as_it_was():
     torch.manual_seed(0)
     flow = normalizing(TarFlowConfig(blocks=2, layers=1, width=16, heads=1, patch=1)).eval()
     z = torch.randn(3, *PICTURES)
-    shaken(flow.network)
+    shaken(flow.network, 0.3)
     before = flow.decode(z)
     for inverse in ("jacobi", "measured", "measured"):
         flow.sample([""], seeds=[0], inverse=inverse)
@@ -211,7 +205,7 @@ def test_marginals_have_a_density_however_far_away(far):
 
 def test_a_vit_coupling_takes_half_precision_and_refuses_other_pictures():
     torch.manual_seed(0)
-    made, x = shaken(ViTCoupling((2, 4, 4), width=16, depth=1, heads=1, patch=2)), torch.rand(3, 2, 4, 4)
+    made, x = shaken(ViTCoupling((2, 4, 4), width=16, depth=1, heads=1, patch=2), 0.3), torch.rand(3, 2, 4, 4)
     half = x.bfloat16()
     z, ladj = made(half)
     assert z.dtype == ladj.dtype == torch.float32

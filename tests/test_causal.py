@@ -7,15 +7,13 @@ import torch
 
 from genflow.errors import UserError
 from genflow.networks.causal import CausalTransformer
+from tests.noise import shaken
 
 
 def make(dtype=torch.float64, **options):
     torch.manual_seed(0)
     net = CausalTransformer(3, 4, 10, width=32, heads=2, **options).to(dtype).eval()
-    with torch.no_grad():
-        for p in net.parameters():
-            p.add_(0.2 * torch.randn_like(p))
-    return net
+    return shaken(net, 0.2)
 
 
 def data(rows=2, tokens=10, dtype=torch.float64):

@@ -16,25 +16,15 @@ from genflow.flows.stepping import Stepping
 from genflow.flows.velocity_likelihood import _clenshaw_curtis, path_integral, velocity_log_prob
 from genflow.functional import Rng
 from genflow.networks.ode_nets import ConcatSquash
+from tests.noise import normal, shaken
 
 KINDS = ["exact", "hutchinson", "hutchinson_gaussian", "hutch++"]
 TIGHT = {"rtol": 1e-9, "atol": 1e-9}
 
 
-def normal(*shape, seed=0):
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-
-
-def perturbed(module, scale=0.3):
-    with torch.no_grad():
-        for i, p in enumerate(module.parameters()):
-            p.add_(scale * normal(*p.shape, seed=i).to(p.dtype))
-    return module
-
-
 def flow(shape=(3,), condition_dim=0, hidden=(8, 8), **options):
     net = ConcatSquash(shape, condition_dim, hidden=hidden)
-    return perturbed(CNF(shape, net, condition_dim=condition_dim, **options).double())
+    return shaken(CNF(shape, net, condition_dim=condition_dim, **options).double(), 0.3)
 
 
 class Linear(nn.Module):
@@ -97,7 +87,7 @@ def test_estimators_are_exact_where_the_jacobian_is_a_number(kind):
 
 
 def test_a_density_integrates_to_one():
-    cnf = perturbed(flow((2,), rtol=1e-6, atol=1e-6))
+    cnf = shaken(flow((2,), rtol=1e-6, atol=1e-6), 0.3)
     side = torch.linspace(-6, 6, 61, dtype=torch.float64)
     grid = torch.cartesian_prod(side, side)
     with torch.no_grad():

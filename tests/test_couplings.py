@@ -13,17 +13,10 @@ from genflow.flows.bijections.base import Chain
 from genflow.flows.bijections.coupling import AdditiveCoupling, AffineCoupling, SplineCoupling
 from genflow.flows.bijections.splines import MIN_SLOPE
 from genflow.networks.couplers import MLP, ConvNet, ResidualConvNet, ResidualMLP
+from tests.noise import shaken
 
 COUPLINGS = [AdditiveCoupling, AffineCoupling, SplineCoupling]
 NETWORKS = [MLP, ResidualMLP, ConvNet, ResidualConvNet]
-
-
-def shaken(module, scale=0.1):
-    """Weights that do something, in float64."""
-    with torch.no_grad():
-        for p in module.parameters():
-            p.add_(torch.randn_like(p) * scale)
-    return module.double()
 
 
 def data(*shape):
@@ -51,15 +44,17 @@ def kept_places(coupling, shape):
     ],
 )
 def test_the_mask_says_what_is_kept(shape, mask, kept, flip):
-    coupling = shaken(AffineCoupling(shape, mask=mask, flip=flip))
+    coupling = shaken(AffineCoupling(shape, mask=mask, flip=flip)).double()
     place = torch.meshgrid(*(torch.arange(n) for n in shape), indexing="ij")
     assert torch.equal(kept_places(coupling, shape), kept(place) != flip)
 
 
 def test_the_default_mask_is_halves_and_a_checkerboard_for_one_channel():
-    assert kept_places(shaken(AffineCoupling((4,))), (4,)).tolist() == [True, True, False, False]
-    assert kept_places(shaken(AffineCoupling((2, 2, 2))), (2, 2, 2))[:, 0, 0].tolist() == [True, False]
-    assert kept_places(shaken(AffineCoupling((1, 2, 2))), (1, 2, 2)).tolist() == [[[True, False], [False, True]]]
+    assert kept_places(shaken(AffineCoupling((4,))).double(), (4,)).tolist() == [True, True, False, False]
+    assert kept_places(shaken(AffineCoupling((2, 2, 2))).double(), (2, 2, 2))[:, 0, 0].tolist() == [True, False]
+    assert kept_places(shaken(AffineCoupling((1, 2, 2))).double(), (1, 2, 2)).tolist() == [
+        [[True, False], [False, True]]
+    ]
 
 
 @pytest.mark.parametrize("make", COUPLINGS)
@@ -67,7 +62,7 @@ def test_the_default_mask_is_halves_and_a_checkerboard_for_one_channel():
 @pytest.mark.parametrize("flip", [False, True])
 def test_every_mask_goes_back_with_the_volume_of_its_jacobian(make, mask, flip):
     shape = (3, 3, 2)
-    coupling = shaken(make(shape, mask=mask, flip=flip, condition_dim=2))
+    coupling = shaken(make(shape, mask=mask, flip=flip, condition_dim=2)).double()
     x, condition = data(*shape), data(2)
     z, ladj = coupling(x, condition)
     back, back_ladj = coupling.inverse(z, condition)
@@ -87,7 +82,7 @@ def test_a_new_coupling_is_the_identity(make, shape):
 
 
 def test_an_additive_coupling_keeps_volumes():
-    coupling = shaken(AdditiveCoupling((4,)))
+    coupling = shaken(AdditiveCoupling((4,))).double()
     x = data(4)
     assert not torch.equal(coupling(x)[0], x) and torch.equal(coupling(x)[1], torch.zeros(4, dtype=torch.float64))
 
@@ -107,7 +102,7 @@ class Told(nn.Module):
 
 
 def test_affine_numbers_are_zukos():
-    coupling = shaken(AffineCoupling((5,)))
+    coupling = shaken(AffineCoupling((5,))).double()
 
     def meta(kept):
         shift, u = coupling.network(kept).chunk(2, 1)
@@ -122,7 +117,7 @@ def test_affine_numbers_are_zukos():
 
 def test_affine_numbers_of_pictures_are_normflows():
     normflows = pytest.importorskip("normflows")
-    coupling = shaken(AffineCoupling((4, 3, 3), mask="halves", network=partial(ConvNet, hidden=8)))
+    coupling = shaken(AffineCoupling((4, 3, 3), mask="halves", network=partial(ConvNet, hidden=8))).double()
 
     def arrange(parameters):
         shift, u = parameters.unbind(1)
@@ -140,7 +135,7 @@ def test_spline_numbers_are_nflows(transform_kept):
     pytest.importorskip("nflows")
     from nflows.transforms import PiecewiseRationalQuadraticCDF, PiecewiseRationalQuadraticCouplingTransform
 
-    coupling = shaken(SplineCoupling((5,), transform_kept=transform_kept))
+    coupling = shaken(SplineCoupling((5,), transform_kept=transform_kept)).double()
     one = torch.cat([torch.zeros(16), torch.full((7,), math.log(math.expm1(1 - MIN_SLOPE)))]).double()
 
     def arrange(parameters):
@@ -172,7 +167,7 @@ def test_spline_numbers_are_nflows(transform_kept):
 @pytest.mark.parametrize("make", COUPLINGS)
 @pytest.mark.parametrize("shape", [(6,), (1, 4, 4)])
 def test_the_map_is_float32_around_a_bf16_network(make, shape):
-    coupling = shaken(make(shape), 0.02).float()
+    coupling = shaken(make(shape), 0.02)
     x = data(*shape).float()
     with torch.autocast("cpu", torch.bfloat16):
         seen = []
@@ -214,7 +209,7 @@ def test_scales_are_bounded_with_finite_gradients_whatever_the_network_says(valu
 
 @pytest.mark.parametrize("make", COUPLINGS)
 def test_without_gradients_nothing_is_kept(make):
-    coupling = shaken(make((4,)))
+    coupling = shaken(make((4,))).double()
     with torch.no_grad():
         z, ladj = coupling(data(4))
     assert z.grad_fn is None and ladj.grad_fn is None
@@ -222,7 +217,7 @@ def test_without_gradients_nothing_is_kept(make):
 
 @pytest.mark.parametrize("make", COUPLINGS)
 def test_a_coupling_works_under_torch_func(make):
-    coupling = shaken(make((4,)))
+    coupling = shaken(make((4,))).double()
     x = data(4)
     jacobians = torch.func.vmap(torch.func.jacrev(lambda a: coupling(a[None])[0][0]))(x)
     torch.testing.assert_close(torch.linalg.slogdet(jacobians).logabsdet, coupling(x)[1])
@@ -242,7 +237,7 @@ def test_networks_start_at_zero_and_see_the_condition(network, condition_dim):
     assert y.shape == (4, 6, *shape[1:]) and y.count_nonzero() == 0
     y.sum().backward()
     assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in net.parameters())
-    net = shaken(net).float()
+    net = shaken(net)
     if condition is not None:
         assert not torch.equal(net(x, condition), net(x, condition.flip(0)))
 

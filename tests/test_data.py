@@ -18,13 +18,7 @@ from genflow.data.emoji import EmojiConfig
 from genflow.data.folders import FolderConfig
 from genflow.data.images import BadImage, decode, fit
 from genflow.errors import UserError
-
-
-def png(color: str | tuple = "red", size: tuple[int, int] = (16, 16), mode: str = "RGB", **save: object) -> bytes:
-    out = io.BytesIO()
-    Image.new(mode, size, color).save(out, "PNG", **save)
-    return out.getvalue()
-
+from tests.pictures import png
 
 # ---------------------------------------------------------------------------------------------------------- the emoji
 

@@ -18,6 +18,7 @@ from genflow.flows.dequantization import (
 )
 from genflow.functional import Rng
 from genflow.registry import resolve
+from tests.noise import shaken
 
 SHAPE = (1, 1, 3)  # three pixels
 
@@ -25,13 +26,6 @@ SHAPE = (1, 1, 3)  # three pixels
 def grid(k):
     """Grey levels as pictures in [-1, 1]."""
     return torch.as_tensor(k, dtype=torch.float32) / 127.5 - 1
-
-
-def perturbed(module):
-    generator = torch.Generator().manual_seed(1)
-    for p in module.parameters():
-        p.data += 0.1 * torch.randn(p.shape, generator=generator, dtype=p.dtype)
-    return module
 
 
 @pytest.fixture
@@ -111,7 +105,7 @@ class Extremes(Rng):
 def test_every_level_comes_back_from_its_cell(levels, rng):
     k = torch.arange(256)
     for config in (UniformDequantization(levels), VariationalDequantization(hidden=4, levels=levels)):
-        module = perturbed(config.build((1, 1, 1)))
+        module = shaken(config.build((1, 1, 1)))
         with torch.no_grad():
             y, _ = module(grid(k).view(-1, 1, 1, 1), rng, k)
         assert y.dtype == torch.float32 and y.min() >= -1 and y.max() < 1
@@ -129,7 +123,7 @@ def test_cells_are_divided_by_256():
     "config", [UniformDequantization(), VariationalDequantization(hidden=4), GaussianDequantization()]
 )
 def test_noise_hangs_on_the_position_alone(config):
-    module = perturbed(config.build((3, 4, 4)))
+    module = shaken(config.build((3, 4, 4)))
     k = torch.randint(256, (5, 3, 4, 4), generator=torch.Generator().manual_seed(0))
     x, position = grid(k), torch.tensor([3, 7, 0, 2**40, 9])
     with torch.no_grad():
@@ -146,7 +140,7 @@ def test_noise_hangs_on_the_position_alone(config):
 
 @pytest.mark.parametrize("config", [UniformDequantization(), VariationalDequantization(hidden=4)])
 def test_noise_is_float32_inside_autocast(config):
-    module = perturbed(config.build((3, 4, 4)))
+    module = shaken(config.build((3, 4, 4)))
     x, position = grid(torch.full((2, 3, 4, 4), 255)), torch.arange(2)
     with torch.no_grad():
         expected = module(x, Rng(0), position)
@@ -178,7 +172,7 @@ def test_variational_noise_starts_as_the_uniform():
 
 
 def test_log_q_is_the_jacobian_of_the_warp():
-    module = perturbed(VariationalDequantization(hidden=6, steps=3).build((2, 2, 2))).double()
+    module = shaken(VariationalDequantization(hidden=6, steps=3).build((2, 2, 2))).double()
     generator = torch.Generator().manual_seed(0)
     v = torch.randn(8, dtype=torch.float64, generator=generator)
     k = torch.randint(256, (1, 2, 2, 2), generator=generator).double()
@@ -195,7 +189,7 @@ def test_log_q_is_the_jacobian_of_the_warp():
 
 def test_q_integrates_to_one_over_the_cell():
     """The integral of du = l(v) / q(u) dv over all logistic noise v, l its density, is the area of the cell."""
-    module = perturbed(perturbed(VariationalDequantization(hidden=6).build((1, 1, 2)))).double()
+    module = shaken(VariationalDequantization(hidden=6).build((1, 1, 2))).double()
     axis = torch.linspace(-40, 40, 251, dtype=torch.float64)
     v = torch.cartesian_prod(axis, axis)
     with torch.no_grad():
@@ -276,7 +270,7 @@ def test_autocast_does_not_reach_the_noise():
     """A cell of 256 levels is as wide as a step of bfloat16."""
     x = grid(torch.randint(0, 256, (4, 1, 8, 8), generator=torch.Generator().manual_seed(0)))
     for config in (UniformDequantization(), VariationalDequantization(hidden=8), GaussianDequantization()):
-        module = perturbed(config.build((1, 8, 8))).eval()
+        module = shaken(config.build((1, 8, 8))).eval()
         y, log_q = module(x, Rng(0), torch.arange(4))
         with torch.autocast("cpu", torch.bfloat16):
             y_under, log_q_under = module(x, Rng(0), torch.arange(4))

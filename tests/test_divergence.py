@@ -13,19 +13,9 @@ from genflow.flows.divergence import Divergence, current_probing, fingerprint, m
 from genflow.functional import Rng
 from genflow.networks.mmdit import MMDiTConfig
 from genflow.networks.ode_nets import ConcatSquash
+from tests.noise import normal, shaken
 
 KINDS = ["exact", "hutchinson", "hutchinson_gaussian", "hutch++"]
-
-
-def normal(*shape, seed=0):
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-
-
-def perturbed(net, scale=0.3):
-    with torch.no_grad():
-        for i, p in enumerate(net.parameters()):
-            p.add_(scale * normal(*p.shape, seed=i).to(p.dtype))
-    return net
 
 
 def jacobian(velocity, x, t):
@@ -80,7 +70,7 @@ def test_the_exact_divergence_of_a_convolution_is_the_trace_of_autograds_jacobia
 @pytest.mark.parametrize("activation", ["tanh", "softplus"])
 @pytest.mark.parametrize("shape, condition_dim", [((5,), 0), ((5,), 3), ((2, 4, 3), 0), ((1, 4, 3), 2)])
 def test_pushing_tangents_forward_gives_what_autograd_gives_backwards(shape, condition_dim, activation):
-    net = perturbed(ConcatSquash(shape, condition_dim, hidden=(7, 6), activation=activation).double())
+    net = shaken(ConcatSquash(shape, condition_dim, hidden=(7, 6), activation=activation).double(), 0.3)
     x, t = normal(3, *shape), torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)
     condition = normal(3, condition_dim, seed=5) if condition_dim else None
     plain = lambda x, t: net(x, t, condition[: len(x)] if condition is not None and len(x) == 3 else condition)
@@ -100,13 +90,13 @@ def test_pushing_tangents_forward_gives_what_autograd_gives_backwards(shape, con
 
 @pytest.mark.parametrize("shape", [(3,), (1, 4, 3), (2, 4, 3)])
 def test_the_jacobian_of_every_row_is_that_of_vmap(shape):
-    net, x, t = perturbed(ConcatSquash(shape, hidden=(7, 6)).double()), normal(2, *shape), normal(2)
+    net, x, t = shaken(ConcatSquash(shape, hidden=(7, 6)).double(), 0.3), normal(2, *shape), normal(2)
     each = torch.func.vmap(torch.func.jacrev(lambda x, t: net(x[None], t[None])[0]))(x, t)
     torch.testing.assert_close(each.view(2, x[0].numel(), -1), jacobian(net, x, t))
 
 
 def test_one_time_for_all_rows_is_that_time_for_each():
-    net = perturbed(ConcatSquash((3,), hidden=(5,)).double())
+    net = shaken(ConcatSquash((3,), hidden=(5,)).double(), 0.3)
     x, tangents, one = normal(4, 3), normal(1, 4, 3, seed=1), torch.full((1,), 0.3, dtype=torch.float64)
     for f in (net, lambda x, t: torch.cat(net.pushforward(x, t, tangents)[1:])):
         torch.testing.assert_close(f(x, one), f(x, one.expand(4)))
@@ -158,7 +148,7 @@ def test_attention_inside_a_differentiated_divergence_needs_nothing_of_the_user(
 @pytest.mark.parametrize(("kind", "draws"), [("exact", 1), ("hutchinson", 2), ("hutch++", 1), ("hutch++", 2)])
 def test_a_transformer_has_the_same_divergence_without_gradients(kind, draws, dtype):
     config = MMDiTConfig(depth=2, hidden=32, heads=2, in_channels=2, context_dim=8, pooled_dim=6, sample_size=4)
-    net = perturbed(config.build(), 0.1).to(dtype)
+    net = shaken(config.build(), 0.1).to(dtype)
     context, pooled = normal(2, 3, 8, seed=1).to(dtype), normal(2, 6, seed=2).to(dtype)
     x, t, estimator = normal(2, 2, 4, 4).float(), torch.full((2,), 0.5), Divergence(kind, draws=draws)
 

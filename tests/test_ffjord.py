@@ -13,6 +13,7 @@ from genflow.flows.normalizing import NormalizingFlowConfig, standard_normal
 from genflow.functional import Rng
 from genflow.networks.ode_nets import ConcatSquash, _to_one_channel
 from genflow.text.none import NoTextConfig
+from tests.noise import shaken
 
 
 @pytest.mark.parametrize("shape, condition_dim", [((3,), 0), ((3,), 2), ((2, 4, 4), 0), ((1, 4, 4), 2)])
@@ -20,9 +21,8 @@ def test_it_is_a_bijection_of_its_shape(shape, condition_dim):
     torch.manual_seed(0)
     model = FFJORDConfig(shape, condition_dim, blocks=2, hidden=(6, 6), divergence="exact").build()
     assert isinstance(model, Bijection) and model.condition_dim == condition_dim
+    shaken(model, 0.2)
     with torch.no_grad():
-        for p in model.parameters():
-            p.add_(0.2 * torch.randn_like(p))
         x, condition = torch.randn(3, *shape), torch.randn(3, condition_dim) if condition_dim else None
         z, ladj = model(x, condition)
         back, ladj_back = model.inverse(z, condition)
@@ -36,9 +36,8 @@ def test_its_blocks_draw_their_own_noise():
     model = FFJORDConfig((4,), 0, blocks=2).build()
     first, second = model
     second.load_state_dict(first.state_dict())
+    shaken(first, 0.3)
     with torch.no_grad():
-        for p in first.parameters():
-            p.add_(0.3 * torch.randn_like(p))
         second.load_state_dict(first.state_dict())
         x = torch.randn(3, 4)
         assert not torch.equal(first(x)[1], second(x)[1])
@@ -48,9 +47,8 @@ def test_rounding_in_a_block_does_not_choose_the_noise_of_the_next():
     torch.manual_seed(0)
     model = FFJORDConfig((4,), 0, blocks=3, rtol=1e-3, atol=1e-3).build()
     flow = NormalizingFlowConfig().build(model, NoTextConfig().build(), shape=(4,))
+    shaken(model, 0.3)
     with torch.no_grad():
-        for p in model.parameters():
-            p.add_(0.3 * torch.randn_like(p))
         x = torch.randn(32, 4)
         together, alone = flow.log_prob(x), torch.cat([flow.log_prob(row) for row in x.split(1)])
     torch.testing.assert_close(alone, together, rtol=0, atol=1e-3)

@@ -14,13 +14,7 @@ from genflow.flows.bijections.coupling import AdditiveCoupling, AffineCoupling
 from genflow.flows.bijections.glow_step import GlowStep
 from genflow.flows.bijections.shapes import Split
 from genflow.flows.models.glow import GlowConfig
-
-
-def shaken(module: nn.Module, by: float = 0.1) -> nn.Module:
-    with torch.no_grad():
-        for p in module.parameters():
-            p.add_(torch.randn_like(p) * by)
-    return module
+from tests.noise import shaken
 
 
 def rows(n: int, *shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:

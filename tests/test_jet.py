@@ -10,19 +10,13 @@ from genflow.flows.bijections.memory import reversible
 from genflow.flows.models.jet import JetConfig
 from genflow.networks.vit import ViT
 from genflow.registry import resolve
+from tests.noise import shaken
 
 DIVISIONS = ["channels", "checker", "rows", "columns"]
 
 
-def perturbed(module, std=0.1):
-    generator = torch.Generator().manual_seed(1)
-    for p in module.parameters():
-        p.data += std * torch.randn(p.shape, generator=generator, dtype=p.dtype)
-    return module
-
-
 def coupling(shape=(1, 4, 6), dtype=torch.float64, **options):
-    return perturbed(ViTCoupling(shape, patch=2, width=8, depth=1, **options)).to(dtype)
+    return shaken(ViTCoupling(shape, patch=2, width=8, depth=1, **options)).to(dtype)
 
 
 def pictures(shape, rows=3, dtype=torch.float64):
@@ -121,7 +115,7 @@ def jet(**changes):
 
 
 def test_a_jet_inverts_and_counts_its_volume():
-    flow, x, condition = perturbed(jet().build()).double(), pictures((1, 4, 4)), pictures((2,))
+    flow, x, condition = shaken(jet().build()).double(), pictures((1, 4, 4)), pictures((2,))
     z, ladj = flow(x, condition)
     back, back_ladj = flow.inverse(z, condition)
     torch.testing.assert_close(back, x, rtol=0, atol=1e-10)
@@ -145,7 +139,7 @@ def test_every_few_couplings_divide_the_tokens():
 
 
 def test_the_random_divisions_are_part_of_a_checkpoint():
-    flow, other = perturbed(jet().build()), perturbed(jet(seed=1).build())
+    flow, other = shaken(jet().build()), shaken(jet(seed=1).build())
     assert any(not torch.equal(a.kept, b.kept) for a, b in zip(flow, other))
     assert torch.equal(next(iter(flow)).kept, next(iter(jet().build())).kept)
     assert not torch.equal(*(list(flow)[i].kept for i in (0, 2)))
@@ -155,7 +149,7 @@ def test_the_random_divisions_are_part_of_a_checkpoint():
 
 
 def test_a_jet_trains_and_under_the_invertible_checkpoint_alike():
-    flow = perturbed(jet().build()).double()
+    flow = shaken(jet().build()).double()
     x, condition = pictures((1, 4, 4), rows=6), pictures((2,), rows=6)
     found = []
     for model in (flow, reversible(flow)):
@@ -213,7 +207,7 @@ def test_a_vit_knows_where_its_tokens_are_and_starts_at_zero():
     vit = ViT(5, 3, 2, width=8, depth=2, heads=2)
     x = torch.randn(2, 5, 3)
     assert vit(x).shape == (2, 5, 2) and vit(x).count_nonzero() == 0
-    perturbed(vit)
+    shaken(vit)
     out, turned = vit(x), vit(x.flip(1)).flip(1)
     assert (out - turned).abs().max() > 1e-2
     vit.positions.data.zero_()

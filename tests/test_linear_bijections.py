@@ -9,13 +9,7 @@ from genflow.errors import UserError
 from genflow.flows.bijections.elementwise import Affine
 from genflow.flows.bijections.linear import InvertibleConv1x1, Permutation
 from genflow.flows.bijections.shapes import Split, Squeeze
-
-
-def shaken(module: torch.nn.Module) -> torch.nn.Module:
-    with torch.no_grad():
-        for p in module.parameters():
-            p.add_(torch.randn_like(p) * 0.2)
-    return module.double()
+from tests.noise import shaken
 
 
 def test_a_convolution_starts_as_a_rotation():
@@ -26,17 +20,17 @@ def test_a_convolution_starts_as_a_rotation():
 
 
 def test_convolution_is_the_matrix_at_every_place_and_its_volume_that_of_slogdet():
-    conv, x = shaken(InvertibleConv1x1((5, 3, 2))), torch.randn(4, 5, 3, 2, dtype=torch.float64)
+    conv, x = shaken(InvertibleConv1x1((5, 3, 2)), 0.2).double(), torch.randn(4, 5, 3, 2, dtype=torch.float64)
     z, ladj = conv(x)
     weight = conv.weight()
     torch.testing.assert_close(z, torch.einsum("ij,bjhw->bihw", weight, x))
     torch.testing.assert_close(ladj, 6 * torch.linalg.slogdet(weight)[1].expand(4))
-    vectors = shaken(InvertibleConv1x1((5,)))
+    vectors = shaken(InvertibleConv1x1((5,)), 0.2).double()
     torch.testing.assert_close(vectors(x[:, :, 0, 0])[0], x[:, :, 0, 0] @ vectors.weight().T)
 
 
 def test_the_inverse_is_the_inverse_matrix():
-    conv = shaken(InvertibleConv1x1((7, 2, 2)))
+    conv = shaken(InvertibleConv1x1((7, 2, 2)), 0.2).double()
     torch.testing.assert_close(conv.inverse_weight(), torch.linalg.inv(conv.weight()))
 
 
@@ -108,7 +102,7 @@ def test_squeeze_refuses_sizes_and_names_the_nearest(shape, factor, words):
 def test_split_standardises_one_half_given_the_other(shape):
     kept = (shape[0] + 1) // 2
     inner = Affine((kept, *shape[1:]), scale=2.0)
-    split = shaken(Split(shape, inner, condition_dim=3))
+    split = shaken(Split(shape, inner, condition_dim=3), 0.2).double()
     x, condition = torch.randn(5, *shape, dtype=torch.float64), torch.randn(5, 3, dtype=torch.float64)
     z, ladj = split(x, condition)
     mean, log_sigma = split._moments(x[:, :kept], condition)

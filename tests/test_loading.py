@@ -17,13 +17,7 @@ from genflow.data.loading import StreamSampler, epoch_order, loader
 from genflow.data.prepared import PreparedConditions
 from genflow.errors import UserError
 from genflow.text.trained import LearnedTextConfig
-
-
-def png(color: str | tuple = "red", size: tuple[int, int] = (16, 16)) -> bytes:
-    out = io.BytesIO()
-    Image.new("RGB", size, color).save(out, "PNG")
-    return out.getvalue()
-
+from tests.pictures import png
 
 # ----------------------------------------------------------------------------------------------------------- the stream
 

@@ -8,13 +8,7 @@ from hypothesis import strategies as st
 
 from genflow.errors import UserError
 from genflow.networks.made import MADE
-
-
-def perturbed(network):
-    with torch.no_grad():
-        for p in network.parameters():
-            p.add_(torch.randn_like(p) * 0.5)
-    return network.double()
+from tests.noise import shaken
 
 
 def dependencies(network, features, condition=None):
@@ -39,7 +33,7 @@ def test_parameters_hang_on_no_features_but_those_before(order, width, depth, co
     torch.manual_seed(0)
     hidden = (width,) * (2 * depth - 1 if residual else depth)
     D = len(order)
-    network = perturbed(MADE(D, 3, condition_dim, hidden=hidden, order=order, residual=residual))
+    network = shaken(MADE(D, 3, condition_dim, hidden=hidden, order=order, residual=residual), 0.5).double()
     condition = torch.randn(1, condition_dim, dtype=torch.float64) if condition_dim else None
     places = torch.tensor(order)
     allowed = places.unsqueeze(1) > places
@@ -53,14 +47,14 @@ def test_parameters_hang_on_all_features_before(depth, residual):
     torch.manual_seed(0)
     order = [2, 0, 3, 1]
     hidden = (64,) * (2 * depth - 1 if residual else depth)  # so many that no path is dead at every point
-    network = perturbed(MADE(4, 3, hidden=hidden, order=order, residual=residual))
+    network = shaken(MADE(4, 3, hidden=hidden, order=order, residual=residual), 0.5).double()
     places = torch.tensor(order)
     assert torch.equal(dependencies(network, 4, None), places.unsqueeze(1) > places)
 
 
 @pytest.mark.parametrize("residual", [False, True])
 def test_every_feature_hears_the_condition_through_a_hidden_layer(residual):
-    network = perturbed(MADE(4, 2, 3, hidden=(32, 32, 32), residual=residual))
+    network = shaken(MADE(4, 2, 3, hidden=(32, 32, 32), residual=residual), 0.5).double()
     x, condition = torch.randn(1, 4, dtype=torch.float64), torch.randn(1, 3, dtype=torch.float64)
     jacobian = torch.autograd.functional.jacobian(lambda c: network(x, c)[0], condition)[:, :, 0]
     assert (jacobian != 0).any(0).all()
@@ -69,7 +63,7 @@ def test_every_feature_hears_the_condition_through_a_hidden_layer(residual):
 
 
 def test_narrow_layers_still_reach_the_last_features():
-    network = perturbed(MADE(30, 1, hidden=(10, 10)))
+    network = shaken(MADE(30, 1, hidden=(10, 10)), 0.5).double()
     x = torch.randn(1, 30, dtype=torch.float64, requires_grad=True)
     grad = torch.autograd.grad(network(x)[0, 0, -1], x)[0][0]
     assert grad[-1] == 0 and grad[:-1].any()
@@ -80,7 +74,7 @@ def test_narrow_layers_still_reach_the_last_features():
 @pytest.mark.parametrize("condition_dim", [0, 2])
 @pytest.mark.parametrize("residual", [False, True])
 def test_an_ancestral_pass_finds_the_fixed_point_that_full_passes_find(order, condition_dim, residual):
-    network = perturbed(MADE(4, 2, condition_dim, hidden=(9, 9, 9), order=order, residual=residual))
+    network = shaken(MADE(4, 2, condition_dim, hidden=(9, 9, 9), order=order, residual=residual), 0.5).double()
     noise = torch.randn(5, 4, dtype=torch.float64)
     condition = torch.randn(5, condition_dim, dtype=torch.float64) if condition_dim else None
 

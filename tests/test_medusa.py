@@ -23,6 +23,7 @@ from genflow.functional import Rng
 from genflow.networks.token_transformer import MedusaHeads, MedusaHeadsConfig, TokenTransformerConfig
 from genflow.text.trained import LearnedTextConfig
 from genflow.training.run import train
+from tests.noise import shaken
 
 PROMPTS = ["dark", "light", "mixed", "dark", "light", "mixed"]
 
@@ -32,9 +33,7 @@ def heads(flow, n=3, seed=1):
     network = MedusaHeads(n, flow.network.config.width, flow.network.vocabulary)
     medusa = MedusaFlow(MedusaFlowConfig("base"), network, flow).double().eval()
     flow.tokenizer.float()
-    with torch.no_grad():
-        for p in network.parameters():
-            p.add_(0.2 * torch.randn_like(p))
+    shaken(network, 0.2)
     return medusa
 
 

@@ -10,17 +10,16 @@ from genflow.errors import UserError
 from genflow.flows.models.nsf import NSFConfig
 from genflow.flows.models.realnvp import RealNVPConfig
 from genflow.registry import resolve
+from tests.noise import shaken
 
 AR = partial(NSFConfig, kind="autoregressive")
 MODELS = pytest.mark.parametrize("config", [NSFConfig, RealNVPConfig])
 
 
-def shaken(config, shape, condition_dim=0, scale=0.05, **fields):
+def fitted(config, shape, condition_dim=0, scale=0.05, **fields):
     """A model in float64, fitted to a batch, its weights doing something."""
     model = config(shape=shape, condition_dim=condition_dim, hidden=16, **fields).build().double()
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(torch.randn_like(p) * scale)
+    shaken(model, scale)
     model.initialise(*data(shape, condition_dim, 32))
     return model
 
@@ -39,7 +38,7 @@ def log_prob(model, x, condition=None):
 @pytest.mark.parametrize("shape", [(2,), (5,), (1, 8, 4), (3, 4, 4)])
 @pytest.mark.parametrize("condition_dim", [0, 3])
 def test_it_goes_back_with_the_volume_of_its_jacobian(config, shape, condition_dim):
-    model = shaken(config, shape, condition_dim)
+    model = fitted(config, shape, condition_dim)
     assert model.condition_dim == condition_dim
     x, condition = data(shape, condition_dim)
     z, ladj = model(x, condition)
@@ -56,7 +55,7 @@ def test_it_goes_back_with_the_volume_of_its_jacobian(config, shape, condition_d
 @MODELS
 @pytest.mark.parametrize("shape", [(6,), (1, 8, 8)])
 def test_every_number_hangs_on_every_other(config, shape):
-    model = shaken(config, shape, scale=0.2)
+    model = fitted(config, shape, scale=0.2)
     x, _ = data(shape, rows=1)
     jacobian = torch.autograd.functional.jacobian(lambda a: model(a)[0], x).view(x.numel(), x.numel())
     assert (jacobian != 0).double().mean() > 0.9
@@ -73,7 +72,7 @@ def test_a_new_model_sends_a_batch_to_mean_zero_and_variance_one(config):
 
 @MODELS
 def test_its_density_integrates_to_one(config):
-    model = shaken(config, (2,), scale=0.1)
+    model = fitted(config, (2,), scale=0.1)
     line = torch.linspace(-8, 8, 301, dtype=torch.float64)
     grid = torch.cartesian_prod(line, line)
     with torch.no_grad():
@@ -128,7 +127,7 @@ def test_training_stays_finite_around_bf16_networks_and_outliers(config, shape):
 
 @pytest.mark.parametrize("condition_dim", [0, 3])
 def test_the_autoregressive_kind_goes_back_with_the_volume_of_its_jacobian(condition_dim):
-    model = shaken(AR, (3,), condition_dim)
+    model = fitted(AR, (3,), condition_dim)
     x, condition = data((3,), condition_dim)
     z, ladj = model(x, condition)
     torch.testing.assert_close(model.inverse(z, condition)[0], x, rtol=0, atol=1e-9)

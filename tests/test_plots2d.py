@@ -38,6 +38,7 @@ from genflow.functional import noise_from_seeds
 from genflow.networks.velocity import MLPVelocityConfig
 from genflow.text.none import NoTextConfig
 from genflow.text.trained import LabelsConfig
+from tests.noise import shaken
 
 matplotlib = pytest.importorskip("matplotlib")
 SQUARE = (-4.0, 4.0, -4.0, 4.0)
@@ -253,8 +254,7 @@ def saved(folder, model, flow, text, *, data=DATA, kind="toy2d", sample=None):
     """A folder with a small model that has learned nothing. model, flow, text: registered names and configs."""
     shape = list(model[1].shape)
     built = flow[1].build(model[1].build(), text[1].build(), shape=shape)
-    for p in built.parameters():
-        p.data += 0.1 * torch.randn_like(p)
+    shaken(built)
     sections = {"model": model, "flow": flow, "text": text, "data": (kind, data)}
     config = {key: {"name": name, **genflow.config.to_dict(each)} for key, (name, each) in sections.items()}
     save_model(folder, config={**config, "sample": sample or {}, "shape": shape}, state=built.state_dict())

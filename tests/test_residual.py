@@ -13,19 +13,13 @@ from genflow.flows.bijections.residual import ResidualBlock
 from genflow.flows.divergence import probing
 from genflow.functional import Rng
 from genflow.networks.lipschitz import ContractedConv2d, ContractedLinear, LipschitzNet, LipSwish
+from tests.noise import shaken
 
 F64 = torch.float64
 
 
-def perturbed(module, noise=0.1):
-    with torch.no_grad():
-        for p in module.parameters():
-            p.add_(torch.randn_like(p) * noise)
-    return module.to(F64)
-
-
 def block(shape=(6,), noise=0.3, training=False, **options):
-    return perturbed(ResidualBlock(shape, **{"hidden": (24, 24), **options}), noise).train(training)
+    return shaken(ResidualBlock(shape, **{"hidden": (24, 24), **options}), noise).to(F64).train(training)
 
 
 def operator(layer):
@@ -48,7 +42,7 @@ LAYERS = [
 @pytest.mark.parametrize("build", LAYERS)
 @pytest.mark.parametrize("training", [False, True])
 def test_the_spectral_norm_of_a_layer_is_its_bound(build, training):
-    layer = perturbed(build(), 0.3).train(training)
+    layer = shaken(build(), 0.3).to(F64).train(training)
     for _ in range(1 if not training else 60):  # in training the direction follows the weights step by step
         with torch.no_grad():
             layer.weight.mul_(1.0)
@@ -69,7 +63,7 @@ def test_a_layer_that_is_short_enough_stays_as_it_is(build):
 
 
 def test_gradients_pass_through_the_norm():
-    layer = perturbed(ContractedLinear(5, 4, 0.9), 0.5).eval()
+    layer = shaken(ContractedLinear(5, 4, 0.9), 0.5).to(F64).eval()
     x = torch.randn(3, 5, dtype=F64)
 
     def output(weight):
@@ -88,7 +82,7 @@ def test_gradients_pass_through_the_norm():
 
 
 def test_evaluation_leaves_the_state_and_training_moves_it():
-    layer = perturbed(ContractedLinear(12, 20, 0.9), 0.3)
+    layer = shaken(ContractedLinear(12, 20, 0.9), 0.3).to(F64)
     before = layer.direction.clone()
     x = torch.randn(2, 12, dtype=F64)
     first = layer.eval()(x)

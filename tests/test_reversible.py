@@ -11,6 +11,7 @@ from genflow.flows.bijections.base import Bijection, Chain, per_sample, zero_lad
 from genflow.flows.bijections.memory import Reversible, reversible
 from genflow.flows.models.glow import GlowConfig
 from genflow.registry import resolve
+from tests.noise import shaken
 
 CONDITION = 3
 
@@ -154,8 +155,7 @@ def test_a_kept_input_is_not_computed_again():
 
 def test_a_glow_of_two_levels_has_the_gradients_of_plain_autograd():
     plain = GlowConfig(levels=2, steps=2, hidden=8, shape=(1, 8, 8), condition_dim=CONDITION).build().double()
-    for p in plain.parameters():
-        p.data += 0.1 * torch.randn_like(p)
+    shaken(plain)
     twin = reversible(copy.deepcopy(plain))
     assert len([m for m in twin.modules() if type(m) is Reversible]) == 2
     x, condition = torch.randn(3, 1, 8, 8, dtype=torch.float64), torch.randn(3, CONDITION, dtype=torch.float64)

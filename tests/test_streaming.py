@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 
 from genflow.data import streaming
 from genflow.data.buckets import Buckets
@@ -19,12 +18,7 @@ from genflow.data.prepared import PreparedConditions
 from genflow.data.streaming import WebDatasetConfig, stream_order
 from genflow.errors import UserError
 from genflow.text.trained import LearnedTextConfig
-
-
-def png(color: str | tuple = "red", size: tuple[int, int] = (16, 16)) -> bytes:
-    out = io.BytesIO()
-    Image.new("RGB", size, color).save(out, "PNG")
-    return out.getvalue()
+from tests.pictures import png
 
 
 def write(path: Path, samples: list[tuple[str, dict[str, bytes]]]) -> Path:

@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import io
 import logging
 import pickle
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from genflow.data.images import BadImage, fit
 from genflow.data.streaming import WebDatasetConfig
 from genflow.data.tables import HubConfig, ParquetConfig
 from genflow.data.vision import CIFAR10Config, FashionMNISTConfig, MNISTConfig
 from genflow.errors import UserError
-
-
-def png(color: str = "red") -> bytes:
-    out = io.BytesIO()
-    Image.new("RGB", (16, 16), color).save(out, "PNG")
-    return out.getvalue()
+from tests.pictures import png
 
 
 def test_parquet(tmp_path):

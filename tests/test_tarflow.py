@@ -10,6 +10,7 @@ import torch
 from genflow.errors import UserError
 from genflow.flows.bijections.transformer import TransformerAutoregressive, certificate, guide, tweedie
 from genflow.flows.models.tarflow import TarFlowConfig, measure_inverse
+from tests.noise import shaken
 
 SMALL = {"width": 32, "layers": 1, "heads": 2}
 VECTOR, SEQUENCE, PICTURE = (6,), (5, 3), (2, 8, 12)
@@ -17,10 +18,7 @@ VECTOR, SEQUENCE, PICTURE = (6,), (5, 3), (2, 8, 12)
 
 def randomise(bijection, std=0.1):
     torch.manual_seed(0)
-    with torch.no_grad():
-        for p in bijection.parameters():
-            p.add_(std * torch.randn_like(p))
-    return bijection.double().eval()
+    return shaken(bijection, std).double().eval()
 
 
 def make(shape, **options):

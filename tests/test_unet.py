@@ -11,6 +11,7 @@ from genflow.networks.unet import UNetConfig
 from genflow.networks.velocity import MLPVelocityConfig
 from genflow.training.apply import checkpointed
 from genflow.training.config import fit_to
+from tests.noise import shaken
 
 UNET = {"channels": 8, "channel_mult": (1, 2), "blocks": 1, "attention_size": 4, "shape": (3, 8, 8)}
 NETWORKS = {
@@ -25,10 +26,7 @@ def awake(config):
     """A network whose zeros are not zeros, so that every path through it shows."""
     torch.manual_seed(0)
     network = config.build()
-    with torch.no_grad():
-        for p in network.parameters():
-            p.add_(0.1 * torch.randn_like(p))
-    return network.double().eval()
+    return shaken(network).double().eval()
 
 
 def ask(network, x, t=0.3, pooled=None):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from genflow.errors import UserError
-from genflow.functional import Rng, double, mix, noise_from_seeds
+from genflow.functional import Rng, double, mix, noise_from_seeds, wide
 from genflow.registry import api_export
 
 
@@ -46,7 +46,7 @@ class TokenLaw:
 
     def __call__(self, logits: Tensor, null: Tensor | None = None) -> Tensor:
         """logits, and the null ones where guidance is not 1: ... x V -> probabilities, ... x V, float32 or wider."""
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        logits = wide(logits)
         if self.guidance != 1:
             if null is None:
                 raise UserError(f"guidance = {self.guidance} needs the logits without a condition; 1 is none")

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from genflow.errors import UserError, nearest
+from genflow.errors import UserError, check_least, nearest
 from genflow.registry import api_export
 
 if TYPE_CHECKING:
@@ -60,9 +60,7 @@ class Plan:
     likelihood: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for what, least in (("n", 1), ("k", 1), ("batch", 1), ("seed", 0)):
-            if (value := getattr(self, what)) is not None and value < least:
-                raise UserError(f"{what} = {value} is too few; the least is {least}")
+        check_least(self, n=1, k=1, batch=1, seed=0)
         if self.dtype not in ("fp32", "bf16"):
             raise UserError(f"no dtype {self.dtype!r} to sample in; choose fp32 or bf16")
         if wrong := [name for name in self.metrics if name not in METRICS]:

@@ -17,7 +17,7 @@ from torch.func import functional_call
 
 from genflow.conditions import Condition
 from genflow.config import Choice
-from genflow.errors import UserError
+from genflow.errors import UserError, check_least
 from genflow.flows.base import Batch, Flow, LossOutput, dtype_of, evaluating
 from genflow.flows.fidelity import SIDE, ssim
 from genflow.functional import Rng
@@ -67,9 +67,7 @@ class DiscriminatorConfig:
     def __post_init__(self) -> None:
         if not 0 < self.weight < float("inf"):
             raise UserError(f"weight = {self.weight} must be positive; leave discriminator out for none")
-        for name, least in (("start", 0), ("width", 1), ("layers", 1)):
-            if (value := getattr(self, name)) < least:
-                raise UserError(f"{name} = {value} is too few; the least is {least}")
+        check_least(self, start=0, width=1, layers=1)
 
 
 @flow_export("autoencoder")

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from genflow.conditions import Condition
 from genflow.errors import UserError
-from genflow.functional import mix, row_hash
+from genflow.functional import mix, row_hash, wide
 from genflow.registry import coupling_export
 
 
@@ -146,7 +146,7 @@ def transport_cost(
         )
     group = torch.zeros(len(x), dtype=torch.int64, device=x.device)
     with torch.autocast(x.device.type, enabled=False):
-        a, b = (each.flatten(1).to(torch.promote_types(each.dtype, torch.float32)) for each in (x, noise))
+        a, b = (wide(each.flatten(1)) for each in (x, noise))
         cost = (a - a.mean(0)) @ (b - b.mean(0)).T  # far from 0 the products would leave no digits for what counts
         cost *= -2 / a.shape[1]
         if condition is not None and weight:

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from genflow.errors import UserError
+from genflow.errors import UserError, check_least
 from genflow.flows.bijections.base import per_sample
 from genflow.functional import Rng
 from genflow.registry import api_export, dequantization_export
@@ -150,9 +150,7 @@ class VariationalDequantization:
 
     def __post_init__(self) -> None:
         _check_levels(self.levels)
-        for name, value in (("hidden", self.hidden), ("steps", self.steps)):
-            if value < 1:
-                raise UserError(f"{name} = {value} is too few; the least is 1")
+        check_least(self, hidden=1, steps=1)
 
     def build(self, shape: Sequence[int]) -> Dequantizer:
         """shape: C x H x W of the pictures."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from genflow.errors import UserError
+from genflow.functional import wide
 
 # How the factors of a matrix are called in a run's checkpoints, after the name of its module (peft's names).
 A, B = ".lora_A.default.weight", ".lora_B.default.weight"
@@ -63,4 +64,4 @@ def merge(model: nn.Module, factors: Factors, where: Path) -> None:
             )
     for name, (a, b) in factors.items():
         weight = weights[name]
-        weight.copy_(weight.to(torch.promote_types(weight.dtype, torch.float32)) + (b @ a).to(weight.device))
+        weight.copy_(wide(weight) + (b @ a).to(weight.device))

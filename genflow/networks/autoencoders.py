@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from genflow.errors import UserError
+from genflow.errors import UserError, check_least
 from genflow.registry import network_export
 
 SOFT = 3.0  # latents are bent to -3 .. 3 before the decoder
@@ -69,9 +69,7 @@ class TinyAutoencoderConfig:
     latent_channels: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("width", "blocks", "in_channels", "encoder_channels", "latent_channels"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise UserError(f"{name} = {value} is too few; the least is 1")
+        check_least(self, width=1, blocks=1, in_channels=1, encoder_channels=1, latent_channels=1)
 
     def build(self) -> TinyAutoencoder:
         """The network, freshly initialised. Raises UserError where the number of channels is not known."""

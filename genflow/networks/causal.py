@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from genflow.attention import Mask, attention
 from genflow.errors import UserError
+from genflow.functional import wide
 from genflow.layers.modulation import EPS, MLP, QKV, Linear, gated_residual, joint_attention, modulated_norm
 from genflow.networks.cache import KeyValueCache
 from genflow.registry import api_export
@@ -84,8 +85,8 @@ class WideLinear(nn.Linear):
     """A linear layer in float32 or wider: what is read off a map is not rounded to half precision."""
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = torch.promote_types(self.weight.dtype, torch.float32)
-        return F.linear(x.to(wide), self.weight.to(wide), self.bias.to(wide))
+        weight = wide(self.weight)
+        return F.linear(x.to(weight.dtype), weight, wide(self.bias))
 
 
 CAUSAL = Mask(causal=True)

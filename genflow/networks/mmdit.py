@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from genflow.attention import Mask
 from genflow.config import Named
-from genflow.errors import UserError
+from genflow.errors import UserError, check_least
 from genflow.layers.embeddings import MLPEmbedder, PatchEmbed, sincos_2d, sinusoidal, unpatchify
 from genflow.layers.modulation import MLP, QKV, Linear, Modulation, gated_residual, joint_attention, modulated_norm
 from genflow.native.library import untransformed
@@ -48,10 +48,7 @@ class MMDiTConfig:
     attention: Annotated[str, Named("attention", also=("auto",))] = "auto"
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if str(field.type).startswith("int") and value is not None and value < 1:
-                raise UserError(f"{field.name} = {value} is too few; the least is 1")
+        check_least(self, **{field.name: 1 for field in fields(self) if str(field.type).startswith("int")})
 
     @property
     def sizes(self) -> tuple[int, int]:

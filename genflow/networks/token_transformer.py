@@ -17,14 +17,14 @@ from torch import Tensor, nn
 
 from genflow.attention import Mask, attention
 from genflow.config import Named
-from genflow.errors import UserError
+from genflow.errors import UserError, check_least
+from genflow.functional import wide
 from genflow.layers.modulation import Linear
 from genflow.networks.cache import KeyValueCache
 from genflow.registry import api_export, network_export
 
 CAUSAL = Mask(causal=True)
 EPS = 1e-6  # of the norms
-_LEAST = {"vocabulary": 2, "width": 1, "layers": 1, "heads": 1, "mtp": 0, "context_dim": 0}
 
 
 @network_export("token_transformer")
@@ -48,16 +48,14 @@ class TokenTransformerConfig:
     attention: Annotated[str, Named("attention", also=("auto",))] = "auto"
 
     def __post_init__(self) -> None:
-        for name, least in _LEAST.items():
-            if (value := getattr(self, name)) is not None and value < least:
-                raise UserError(f"{name} = {value} is too few; the least is {least}")
+        check_least(self, vocabulary=2, width=1, layers=1, heads=1, mtp=0, context_dim=0)
         if self.grid is not None and min(self.grid) < 1:
             raise UserError(f"grid = {list(self.grid)} must be the tokens' height and width, such as [8, 8]")
         if self.grid is not None and self.mtp >= (tokens := self.grid[0] * self.grid[1]):
             raise UserError(f"mtp = {self.mtp} looks beyond the {tokens} tokens; take {min(tokens - 1, 1)}")
-        heads = self.heads or max(self.width // 64, 1)
-        if self.width % (4 * heads):
-            near = max(round(self.width / (4 * heads)), 1) * 4 * heads
+        if self.width % (part := 4 * (heads := heads_of(self.width, self.heads))):
+            fit = (w for w in range(1, self.width + part + 1) if w % (4 * heads_of(w, self.heads)) == 0)
+            near = min(fit, key=lambda w: abs(w - self.width))
             raise UserError(
                 f"width = {self.width} is not a multiple of 4 x {heads} heads, as 2D positions need; try {near}"
             )
@@ -75,6 +73,11 @@ class TokenTransformerConfig:
         return TokenTransformer(self)
 
 
+def heads_of(width: int, heads: int | None) -> int:
+    """Of attention: as many as are asked for, or one for each 64 of the width."""
+    return heads or max(width // 64, 1)
+
+
 @api_export("TokenTransformer")
 class TokenTransformer(nn.Module):
     """Logits of each token after a text, the start symbol (`vocabulary`) and the tokens before it."""
@@ -84,7 +87,7 @@ class TokenTransformer(nn.Module):
         assert config.context_dim is not None and config.vocabulary is not None and config.grid is not None
         self.config, self.vocabulary = config, config.vocabulary
         self.tokens, width = config.grid[0] * config.grid[1], config.width
-        self.heads = config.heads or max(width // 64, 1)
+        self.heads = heads_of(width, config.heads)
         self.embed = nn.Embedding(config.vocabulary + 1, width)
         self.context = nn.Linear(config.context_dim, width) if config.context_dim else None
         self.padding = nn.Parameter(torch.zeros(width)) if config.context_dim else None
@@ -149,8 +152,8 @@ class TokenTransformer(nn.Module):
     def logits(self, h: Tensor) -> Tensor:
         """h: ... x width -> ... x V, in float32 or wider: what is drawn from is not rounded to half precision."""
         with torch.autocast(h.device.type, enabled=False):
-            wide = torch.promote_types(self.head.weight.dtype, torch.float32)
-            return F.linear(self.norm(h.to(self.norm.weight.dtype)).to(wide), self.head.weight.to(wide))
+            weight = wide(self.head.weight)
+            return F.linear(self.norm(h.to(self.norm.weight.dtype)).to(weight.dtype), weight)
 
     def rotation(self, places: Tensor | slice) -> tuple[Tensor, Tensor]:
         """cos and sin of places in the sequence of symbols, 0 the start: L or B x L -> L or B x 1 x L x head_dim."""
@@ -246,8 +249,7 @@ class MedusaHeadsConfig:
     vocabulary: int | None = None
 
     def __post_init__(self) -> None:
-        if self.heads < 1:
-            raise UserError(f"heads = {self.heads} is too few; the least is 1")
+        check_least(self, heads=1)
 
     def build(self) -> MedusaHeads:
         """Raises UserError for sizes that nobody told."""
@@ -271,7 +273,7 @@ class MedusaHeads(nn.Module):
     def forward(self, h: Tensor) -> Tensor:
         """Normed states, ... x width, to logits, ... x heads x V, float32 or wider."""
         logits = [outer(h + F.silu(inner(h))) for inner, outer in zip(self.inner, self.outer, strict=True)]
-        return torch.stack([a.to(torch.promote_types(a.dtype, torch.float32)) for a in logits], -2)
+        return torch.stack([wide(a) for a in logits], -2)
 
 
 def rotations(height: int, width: int, dim: int) -> Tensor:

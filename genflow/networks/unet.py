@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from genflow.attention import attention
 from genflow.config import Named
-from genflow.errors import UserError
+from genflow.errors import UserError, check_least
 from genflow.layers.embeddings import MLPEmbedder, sinusoidal
 from genflow.registry import api_export, network_export
 
@@ -44,9 +44,7 @@ class UNetConfig:
     attention: Annotated[str, Named("attention", also=("auto",))] = "auto"
 
     def __post_init__(self) -> None:
-        for name, least in (("channels", 1), ("blocks", 1), ("attention_size", 0), ("pooled_dim", 0)):
-            if (value := getattr(self, name)) is not None and value < least:
-                raise UserError(f"{name} = {value} is too few; the least is {least}")
+        check_least(self, channels=1, blocks=1, attention_size=0, pooled_dim=0)
         if self.channels % 2:
             raise UserError(f"channels = {self.channels} must be even; try {self.channels + 1}")
         if not self.channel_mult or min(self.channel_mult) < 1:

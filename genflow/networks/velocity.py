@@ -8,7 +8,7 @@ from typing import cast
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from genflow.errors import UserError
+from genflow.errors import UserError, check_least
 from genflow.layers.embeddings import MLPEmbedder, sinusoidal
 from genflow.layers.modulation import EPS
 from genflow.registry import api_export, network_export
@@ -32,9 +32,7 @@ class MLPVelocityConfig:
     pooled_dim: int | None = None
 
     def __post_init__(self) -> None:
-        for name, least in (("hidden", 1), ("depth", 1), ("mlp_ratio", 1), ("pooled_dim", 0)):
-            if (value := getattr(self, name)) is not None and value < least:
-                raise UserError(f"{name} = {value} is too few; the least is {least}")
+        check_least(self, hidden=1, depth=1, mlp_ratio=1, pooled_dim=0)
 
     def build(self) -> MLPVelocity:
         """The network, freshly initialised. Raises UserError for a shape that is not a vector's."""

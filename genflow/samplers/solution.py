@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from genflow.errors import UserError, nearest
-from genflow.functional import Time, noise_from_seeds, sent
+from genflow.functional import Time, noise_from_seeds, sent, wide
 from genflow.registry import resolve
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
@@ -140,7 +140,7 @@ def state(x: Tensor) -> Tensor:
         raise UserError(f"a solve begins at a {type(x).__name__}, not a tensor; torch.as_tensor(...) makes one of it")
     if not x.dim() or x.is_complex():
         raise UserError(f"a solve begins at B x ... real numbers, not at {x.dtype} of size {tuple(x.shape)}")
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return wide(x)
 
 
 class Solve:

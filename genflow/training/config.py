@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from torch import nn
 
 from genflow.config import Choice, Owned
-from genflow.errors import UserError
+from genflow.errors import UserError, check_least
 from genflow.flows.rectified import RectifiedFlowConfig
 from genflow.text.none import NoTextConfig
 from genflow.training.lora import LoRA
@@ -63,9 +63,7 @@ class TrainConfig:
     trackers: tuple[str, ...] = ("tensorboard",)  # of accelerate's; metrics.jsonl is always written
 
     def __post_init__(self) -> None:
-        for name, least in LEAST.items():
-            if (value := getattr(self, name)) < least:
-                raise UserError(f"{name} = {value} is too few; the least is {least}")
+        check_least(self, **LEAST)
         for name, most in MOST.items():
             if not 0 <= (value := getattr(self, name)) <= most:
                 raise UserError(f"{name} = {value} is not within 0 .. {most:g}")

@@ -28,29 +28,26 @@ from genflow.training.log import Log
 from genflow.training.loop import learning_rate
 from genflow.training.run import train
 
-
-def run_python(code: str, *arguments: str, check: bool = True) -> subprocess.CompletedProcess:
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, env=env)
-    assert not check or result.returncode == 0, result.stderr
-    return result
-
-
-TRAIN = "import sys; from genflow.cli import main; sys.exit(main(['train', *sys.argv[1:]]))"
-# Killed without warning, after so many backward passes: in the middle of a step where there are micro-batches.
-KILLED = """
-import os, signal, sys
+# Asked to end by a signal, after so many backward passes: in the middle of a step where there are micro-batches.
+SIGNALLED = """
+import os, sys
 import accelerate
 from genflow.cli import main
-backward, left = accelerate.Accelerator.backward, [int(sys.argv[1])]
+backward, left = accelerate.Accelerator.backward, [int(sys.argv[2])]
 def counted(*arguments, **options):
     left[0] -= 1
     if left[0] == 0:
-        os.kill(os.getpid(), signal.SIGKILL)
+        os.kill(os.getpid(), int(sys.argv[1]))
     backward(*arguments, **options)
 accelerate.Accelerator.backward = counted
-main(['train', *sys.argv[2:]])
+sys.exit(main(['train', *sys.argv[3:]]))
 """
+
+
+def ended_by(sent: signal.Signals, after: int, *arguments: str) -> subprocess.CompletedProcess:
+    """A run in a process of its own that is sent a signal after so many backward passes."""
+    words = [sys.executable, "-c", SIGNALLED, str(sent.value), str(after), *arguments]
+    return subprocess.run(words, capture_output=True, text=True)
 
 
 def contents(run: Path) -> dict:
@@ -74,16 +71,14 @@ def assert_same(a: dict, b: dict) -> None:
 
 
 @pytest.mark.parametrize(("accumulation", "killed_at", "workers"), [(1, 23, 0), (2, 54, 2)])
-def test_killed_and_resumed_is_the_same_run(config, tmp_path, accumulation, killed_at, workers):
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    shared = f"train.accumulation={accumulation}"
-    run_python(TRAIN, str(config), f"out={whole}", shared)
-    died = run_python(KILLED, str(killed_at), str(config), f"out={cut}", shared, check=False)
+def test_killed_and_resumed_is_the_same_run(config, tiny, tmp_path, accumulation, killed_at, workers):
+    cut, how = tmp_path / "cut", ("train.steps=40", f"train.accumulation={accumulation}")
+    died = ended_by(signal.SIGKILL, killed_at, str(config), f"out={cut}", *how)
     assert died.returncode == -signal.SIGKILL
     reached = newest_checkpoint(cut)
     assert reached is not None and reached.name != "step-00000040"
-    run_python(TRAIN, str(config), f"out={cut}", shared, f"train.workers={workers}")
-    assert_same(contents(whole), contents(cut))
+    train(tiny(*how, f"out={cut}", f"train.workers={workers}"))
+    assert_same(contents(train(tiny(*how))), contents(cut))
 
 
 def test_dropout_is_the_same_in_a_resumed_run(tiny):
@@ -95,23 +90,21 @@ def test_dropout_is_the_same_in_a_resumed_run(tiny):
     assert_same(contents(run), whole)
 
 
-def test_a_checkpoint_cut_short_is_passed_over(config, tmp_path):
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    run_python(TRAIN, str(config), f"out={whole}")
-    run_python(TRAIN, str(config), f"out={cut}", "train.steps=20")
+def test_a_checkpoint_cut_short_is_passed_over(tiny, tmp_path):
+    cut = train(tiny("train.steps=8", f"out={tmp_path / 'cut'}"))
     newest = newest_checkpoint(cut)
     weights = newest / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
-    assert newest_checkpoint(cut).name == "step-00000016"
-    run_python(TRAIN, str(config), f"out={cut}")
-    assert_same(contents(whole), contents(cut))
+    assert newest_checkpoint(cut).name == "step-00000004"
+    train(tiny("train.steps=12", f"out={cut}"))
+    assert_same(contents(train(tiny("train.steps=12"))), contents(cut))
 
 
 DDP = """
 import os, sys
 import torch
 from genflow.cli import main
-# Every rank's gradient, after the reduction, goes into a file.
+# Every rank's gradient, after the reduction, goes into a file of each run.
 clip, seen = torch.nn.utils.clip_grad_norm_, []
 def spy(parameters, *rest, **options):
     parameters = list(parameters)
@@ -119,51 +112,48 @@ def spy(parameters, *rest, **options):
     return clip(parameters, *rest, **options)
 torch.nn.utils.clip_grad_norm_ = spy
 torch.set_num_threads(1)
-code = main(['train', *sys.argv[2:]])
-torch.save(torch.stack(seen), f"{sys.argv[1]}.{os.environ.get('RANK', 0)}")
-sys.exit(code)
+for accumulation in (1, 2):
+    seen.clear()
+    run = f"{sys.argv[1]}{accumulation}"
+    code = main(['train', *sys.argv[2:], f"train.accumulation={accumulation}", f"out={run}"])
+    if code:
+        sys.exit(code)
+    torch.save(torch.stack(seen), f"{run}.{os.environ.get('RANK', 0)}")
 """
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
-def test_two_processes_are_one_process(config, tmp_path, accumulation):
-    shared = [str(config), "train.steps=20", "train.batch_size=8", f"train.accumulation={accumulation}"]
+def test_two_processes_are_one_process(config, tmp_path):
     script = tmp_path / "ddp.py"
     script.write_text(DDP)
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
-    one = [sys.executable, str(script), str(tmp_path / "one.grad"), *shared, f"out={tmp_path / 'one'}"]
+    env = {**os.environ, "PYTHONPATH": os.getcwd()}
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    two = [*launch, str(script), str(tmp_path / "two.grad"), *shared, f"out={tmp_path / 'two'}"]
-    said = []
-    for command in (one, two):
+    for name, words in (("one", [sys.executable]), ("two", launch)):
+        command = [*words, str(script), str(tmp_path / name), str(config), "train.steps=20"]
         result = subprocess.run(command, capture_output=True, text=True, env=env)
         assert result.returncode == 0, result.stderr[-3000:]
-        said.append(result.stderr)
-    assert "1 process(es)" in said[0] and "2 process(es)" in said[1]
-    a, b = contents(tmp_path / "one"), contents(tmp_path / "two")
-    assert a["step"] == b["step"] == "step-00000020"
-    for name in ("model.safetensors", "ema.safetensors"):
-        for key, value in a["tensors"][name].items():
-            assert (value - b["tensors"][name][key]).abs().max() <= 1e-6, f"{name}: {key}"
-    ranks = [torch.load(tmp_path / f"two.grad.{r}") for r in range(2)]
-    assert torch.equal(*ranks)
-    alone = torch.load(tmp_path / "one.grad.0")
-    assert (ranks[0][0] - alone[0]).abs().max() <= 1e-6 * alone[0].abs().max().clamp(min=1)
-    for x, y in zip(a["log"], b["log"], strict=True):
-        assert x["step"] == y["step"] and math.isclose(x["loss"], y["loss"], rel_tol=1e-4)
+        assert {"one": "1 process(es)", "two": "2 process(es)"}[name] in result.stderr
+    for accumulation in (1, 2):
+        one, two = (tmp_path / f"{name}{accumulation}" for name in ("one", "two"))
+        a, b = contents(one), contents(two)
+        assert a["step"] == b["step"] == "step-00000020"
+        for name in ("model.safetensors", "ema.safetensors"):
+            for key, value in a["tensors"][name].items():
+                assert (value - b["tensors"][name][key]).abs().max() <= 1e-6, f"{name}: {key}"
+        ranks = [torch.load(f"{two}.{r}") for r in range(2)]
+        assert torch.equal(*ranks)
+        alone = torch.load(f"{one}.0")
+        assert (ranks[0][0] - alone[0]).abs().max() <= 1e-6 * alone[0].abs().max().clamp(min=1)
+        for x, y in zip(a["log"], b["log"], strict=True):
+            assert x["step"] == y["step"] and math.isclose(x["loss"], y["loss"], rel_tol=1e-4)
 
 
-def test_ctrl_c_saves_and_goes_on(config, tmp_path):
-    interrupted = (
-        KILLED.replace("signal.SIGKILL", "signal.SIGINT").replace("main(['train'", "code = main(['train'")
-        + "sys.exit(code)\n"
-    )
-    result = run_python(interrupted, "18", str(config), f"out={tmp_path / 'cut'}", check=False)
+def test_ctrl_c_saves_and_goes_on(config, tiny, tmp_path):
+    cut, how = tmp_path / "cut", "train.steps=20"
+    result = ended_by(signal.SIGINT, 18, str(config), f"out={cut}", how)
     assert result.returncode == 130 and "to go on: genflow train" in result.stderr
-    assert newest_checkpoint(tmp_path / "cut").name == "step-00000018"
-    run_python(TRAIN, str(config), f"out={tmp_path / 'cut'}")
-    run_python(TRAIN, str(config), f"out={tmp_path / 'whole'}")
-    assert_same(contents(tmp_path / "whole"), contents(tmp_path / "cut"))
+    assert newest_checkpoint(cut).name == "step-00000018"
+    train(tiny(how, f"out={cut}"))
+    assert_same(contents(train(tiny(how))), contents(cut))
 
 
 def test_a_run_learns_and_leaves_what_it_should(tiny, tmp_path):

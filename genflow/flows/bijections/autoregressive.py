@@ -12,9 +12,10 @@ from torch.autograd.function import once_differentiable
 
 from genflow.errors import UserError, nearest
 from genflow.flows.bijections.base import Bijection, Inverse, check_condition, per_sample
-from genflow.flows.bijections.elementwise import channels_and_places, wide
+from genflow.flows.bijections.elementwise import channels_and_places
 from genflow.flows.bijections.jacobian import jacobian
 from genflow.flows.bijections.splines import rational_quadratic, rational_quadratic_inverse, spline_parameters
+from genflow.functional import wide
 from genflow.networks.made import MADE
 from genflow.registry import bijection_export
 

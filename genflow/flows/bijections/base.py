@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from genflow.errors import UserError
+from genflow.functional import wide
 from genflow.registry import bijection_export
 
 
@@ -129,8 +130,7 @@ def zero_ladj(x: Tensor) -> Tensor:
 
 def per_sample(log_scale: Tensor) -> Tensor:
     """The sum of each sample's log-scales: B x ... -> B, in float32 or wider."""
-    wide = log_scale.to(torch.promote_types(log_scale.dtype, torch.float32))
-    return wide.sum(tuple(range(1, wide.dim())))  # flattening would copy what is channels last
+    return wide(log_scale).sum(tuple(range(1, log_scale.dim())))  # flattening would copy what is channels last
 
 
 def check_condition(condition: Tensor | None, dim: int, rows: int) -> None:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from genflow.errors import UserError, nearest
 from genflow.flows.bijections.base import Bijection, check_condition, per_sample, zero_ladj
-from genflow.flows.bijections.elementwise import wide
 from genflow.flows.bijections.splines import rational_quadratic, rational_quadratic_inverse, spline_parameters
+from genflow.functional import wide
 from genflow.networks.couplers import MLP, ConvNet
 from genflow.registry import bijection_export
 

@@ -11,6 +11,7 @@ from torch.nn.functional import logsigmoid
 
 from genflow.errors import UserError
 from genflow.flows.bijections.base import Bijection, per_sample, zero_ladj
+from genflow.functional import wide
 from genflow.registry import bijection_export
 
 
@@ -135,11 +136,6 @@ class Logit(Bijection):
     def _log_slope(self, log_p: Tensor, log_rest: Tensor) -> Tensor:
         """Of logit(p), from log p and log(1 - p), which stay apart where p rounds to 1."""
         return math.log(0.5 - self.alpha) - log_p - log_rest
-
-
-def wide(x: Tensor) -> Tensor:
-    """x in float32, or wider where it is."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def over_channels(values: Tensor, x: Tensor) -> Tensor:

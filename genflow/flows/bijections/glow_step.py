@@ -13,8 +13,9 @@ from torch import Tensor
 from genflow.errors import UserError, nearest
 from genflow.flows.bijections.base import Bijection, check_condition
 from genflow.flows.bijections.coupling import AdditiveCoupling, AffineCoupling
-from genflow.flows.bijections.elementwise import ActNorm, wide
+from genflow.flows.bijections.elementwise import ActNorm
 from genflow.flows.bijections.linear import InvertibleConv1x1, mix
+from genflow.functional import wide
 from genflow.layers.affine import affine_half, affine_half_inverse
 from genflow.networks.couplers import MLP, ConvNet
 from genflow.registry import bijection_export

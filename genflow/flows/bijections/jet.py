@@ -15,7 +15,7 @@ from torch import Tensor
 
 from genflow.errors import UserError, nearest
 from genflow.flows.bijections.base import Bijection, check_condition, per_sample
-from genflow.flows.bijections.elementwise import wide
+from genflow.functional import wide
 from genflow.networks.vit import ViT
 from genflow.registry import bijection_export
 

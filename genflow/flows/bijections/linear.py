@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from genflow.flows.bijections.base import Bijection, zero_ladj
-from genflow.flows.bijections.elementwise import channels_and_places, wide
-from genflow.functional import double
+from genflow.flows.bijections.elementwise import channels_and_places
+from genflow.functional import double, wide
 from genflow.native.library import untransformed
 from genflow.registry import bijection_export
 from genflow.versions import alike

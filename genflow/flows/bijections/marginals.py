@@ -10,7 +10,7 @@ from torch import Tensor
 
 from genflow.errors import UserError
 from genflow.flows.bijections.base import Bijection, per_sample
-from genflow.flows.bijections.elementwise import wide
+from genflow.functional import wide
 from genflow.registry import bijection_export
 
 TAIL = 0.1  # how fast, in units of x, the density falls beyond [-1, 1]

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from genflow.errors import UserError
 from genflow.flows.bijections.base import Bijection, check_condition, per_sample, zero_ladj
-from genflow.flows.bijections.elementwise import channels_and_places, wide
+from genflow.flows.bijections.elementwise import channels_and_places
 from genflow.flows.bijections.jacobian import check_recording, jacobian
 from genflow.flows.divergence import current_probing, fingerprint
-from genflow.functional import Rng
+from genflow.functional import Rng, wide
 from genflow.networks.lipschitz import LipschitzNet
 from genflow.registry import bijection_export
 from genflow.samplers.fixed_point import fixed_point

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from genflow.errors import UserError
 from genflow.flows.bijections.base import Bijection, Chain, check_condition, per_sample, zero_ladj
-from genflow.flows.bijections.elementwise import channels_and_places, wide
+from genflow.flows.bijections.elementwise import channels_and_places
+from genflow.functional import wide
 from genflow.networks.couplers import zeroed
 from genflow.registry import bijection_export
 

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from genflow.errors import UserError, nearest
 from genflow.flows.bijections.base import Bijection, check_condition, per_sample
-from genflow.flows.bijections.elementwise import wide
 from genflow.flows.bijections.jacobian import check_recording
+from genflow.functional import wide
 from genflow.layers.embeddings import patchify
 from genflow.networks.causal import CausalTransformer
 from genflow.registry import api_export, bijection_export

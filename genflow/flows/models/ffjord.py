@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from genflow.errors import UserError
+from genflow.errors import UserError, check_least
 from genflow.flows.bijections.base import Bijection, Chain
 from genflow.flows.bijections.continuous import CNF
 from genflow.networks.ode_nets import ConcatSquash
@@ -44,8 +44,7 @@ class FFJORDConfig:
         """The flow. Raises UserError for fields that are missing or do not fit."""
         if self.shape is None or self.condition_dim is None:
             raise UserError("ffjord: shape and condition_dim are not set; the data and the text give them, or you do")
-        if self.blocks < 1:
-            raise UserError(f"ffjord: blocks = {self.blocks} must be 1 or more")
+        check_least(self, blocks=1)
         fits = "conv" if len(self.shape) == 3 else "mlp"
         if self.network not in (None, fits):
             raise UserError(f"ffjord: network {self.network!r} does not take samples of {self.shape}; {fits!r} does")

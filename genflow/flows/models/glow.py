@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from genflow.errors import UserError
+from genflow.errors import UserError, check_least
 from genflow.flows.bijections.base import Bijection
 from genflow.flows.bijections.glow_step import GlowStep
 from genflow.flows.bijections.shapes import multi_scale
@@ -29,9 +29,7 @@ class GlowConfig:
     condition_dim: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("levels", "steps", "hidden"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} = {getattr(self, name)} of glow must be 1 or more")
+        check_least(self, levels=1, steps=1, hidden=1)
 
     def build(self) -> Bijection:
         """The bijection; z has x's shape. Raises UserError for vectors and for pictures that the levels do not halve."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import cycle
 
-from genflow.errors import UserError
+from genflow.errors import UserError, check_least
 from genflow.flows.bijections.base import Chain
 from genflow.flows.bijections.jet import Division, ViTCoupling
 from genflow.registry import network_export
@@ -40,9 +40,7 @@ class JetConfig:
     condition_dim: int | None = None
 
     def __post_init__(self) -> None:
-        for name, least in (("patch", 1), ("couplings", 1), ("depth", 1), ("width", 1), ("spatial_every", 0)):
-            if getattr(self, name) < least:
-                raise UserError(f"{name} = {getattr(self, name)} is too few; the least is {least}")
+        check_least(self, patch=1, couplings=1, depth=1, width=1, spatial_every=0)
 
     def build(self) -> Chain:
         """The bijection, freshly initialised: the identity."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from genflow.errors import UserError
+from genflow.errors import UserError, check_least
 from genflow.flows.bijections.autoregressive import MaskedAutoregressive, Univariate
 from genflow.flows.bijections.base import Bijection, Chain
 from genflow.flows.bijections.elementwise import ActNorm
@@ -33,8 +33,7 @@ class MAFConfig:
     condition_dim: int | None = None
 
     def __post_init__(self) -> None:
-        if self.layers < 1:
-            raise UserError(f"layers = {self.layers} of maf must be 1 or more")
+        check_least(self, layers=1)
 
     def build(self) -> Bijection:
         """The bijection; z has x's shape. Raises UserError for a shape that is no sample's."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
-from genflow.errors import UserError, nearest
+from genflow.errors import UserError, check_least, nearest
 from genflow.flows.bijections.autoregressive import MaskedAutoregressive
 from genflow.flows.bijections.base import Bijection, Chain
 from genflow.flows.bijections.coupling import SplineCoupling
@@ -42,9 +42,7 @@ class NSFConfig:
     def __post_init__(self) -> None:
         if self.kind not in ("coupling", "autoregressive"):
             raise UserError(f"kind {self.kind!r} of nsf is none.{nearest(self.kind, ('coupling', 'autoregressive'))}")
-        for name in ("steps", "levels", "hidden", "blocks"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} = {getattr(self, name)} of nsf must be 1 or more")
+        check_least(self, steps=1, levels=1, hidden=1, blocks=1)
 
     @property
     def full_precision(self) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from genflow.errors import UserError
+from genflow.errors import UserError, check_least
 from genflow.flows.bijections.base import Bijection, Chain
 from genflow.flows.bijections.coupling import AffineCoupling, Coupler, Mask
 from genflow.flows.bijections.elementwise import ActNorm, Logit
@@ -35,9 +35,7 @@ class RealNVPConfig:
     condition_dim: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("levels", "steps", "hidden", "blocks"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} = {getattr(self, name)} of realnvp must be 1 or more")
+        check_least(self, levels=1, steps=1, hidden=1, blocks=1)
 
     def build(self) -> Bijection:
         """The bijection; z has x's shape. Raises UserError for what it cannot serve."""

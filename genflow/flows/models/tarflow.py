@@ -10,7 +10,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from genflow.errors import UserError
+from genflow.errors import UserError, check_least
 from genflow.flows.bijections.base import Bijection, zero_ladj
 from genflow.flows.bijections.marginals import Marginals
 from genflow.flows.bijections.transformer import (
@@ -45,9 +45,7 @@ class TarFlowConfig:
     condition_dim: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("patch", "blocks", "layers", "width"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} = {getattr(self, name)} of tarflow must be 1 or more")
+        check_least(self, patch=1, blocks=1, layers=1, width=1)
 
     def build(self) -> TarFlow:
         """The bijection, the identity at first. Raises UserError for a picture that the patches do not divide."""
