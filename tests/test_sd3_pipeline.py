@@ -90,7 +90,9 @@ def test_other_sizes_are_sizes_of_the_picture(folders):
     assert flow.shape == (3, 16, 16) and flow.flow.shape == (16, 8, 8)
     got = ours(flow, steps=3, guidance=4.0, size=(24, 12), **DOUBLE)
     assert_same_pictures(got, theirs(folders / "dual", 3, 4.0, size=(24, 12)))
-    with pytest.raises(UserError, match="25 x 12 is no multiple of the autoencoder's 2; try 24 x 12"):
+    with pytest.raises(
+        UserError, match="25 x 12 is no multiple of 4, the autoencoder's 2 x the network's 2; try 24 x 12"
+    ):
         flow.sample(PROMPTS, seeds=SEEDS, size=(25, 12))
 
 

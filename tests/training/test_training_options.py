@@ -557,7 +557,6 @@ def test_what_only_the_config_says_may_not_be_left_out_when_a_run_goes_on(tiny):
     [
         ("{name: mlp, hidden: 8, depth: 1, shape: [7]}", "shape = (7,)"),
         ("{name: mlp, hidden: 8, depth: 1, pooled_dim: 7}", "pooled_dim = 7"),
-        ("{name: mlp, hidden: 8, depth: 1, pooled_dim: -1}", "pooled_dim = -1"),
         ("{name: mmdit, depth: 1, hidden: 32, heads: 2, context_dim: 7}", "context_dim = 7"),
         ("{name: mmdit, depth: 1, hidden: 32, heads: 2, in_channels: 7}", "in_channels = 7"),
         ("{name: unet, channels: 8, channel_mult: [1, 2], shape: []}", "shape = ()"),
