@@ -27,9 +27,11 @@ class _Names(TorchFunctionMode):
     """Calls that name cuda are given the pretended device, and its tensors say that they are on cuda."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if getattr(func, "__self__", None) in (Tensor.device, Tensor.is_cuda):
-            ours = func(*args) == THERE if func.__self__ is Tensor.device else isinstance(args[0], pretend.Pretend)
-            return (CUDA if ours else func(*args)) if func.__self__ is Tensor.device else ours
+        asked = getattr(func, "__self__", None)
+        if asked is Tensor.is_cuda:
+            return isinstance(args[0], pretend.Pretend)
+        if asked is Tensor.device:
+            return CUDA if (device := func(*args)) == THERE else device
         if func is Tensor.cuda:
             return args[0].to(THERE)
         if func is Tensor.pin_memory:
@@ -39,15 +41,17 @@ class _Names(TorchFunctionMode):
         return func(*map(there, args), **{key: there(value) for key, value in (kwargs or {}).items()})
 
 
+def _kind(device_type: str) -> str:
+    return pretend.NAME if device_type == "cuda" else device_type
+
+
 class _Autocast(torch.autocast):
     def __init__(self, device_type: str, *args: Any, **how: Any) -> None:
-        super().__init__(there(device_type) if device_type != "cuda" else pretend.NAME, *args, **how)
+        super().__init__(_kind(device_type), *args, **how)
 
 
 def _named(function: Any) -> Any:
-    return lambda kind=None, *more: function(
-        *(() if kind is None else (pretend.NAME if kind == "cuda" else kind, *more))
-    )
+    return lambda *kind, **how: function(*(_kind(each) if isinstance(each, str) else each for each in kind), **how)
 
 
 def pytest_configure() -> None:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -21,7 +21,7 @@ from tqdm import tqdm
 from genflow.data.buckets import digest, digests, stamps
 from genflow.data.images import BadImage, ImageDataset
 from genflow.data.latents import DTYPES, HEAD, Encoder, names, read_head
-from genflow.data.locks import lock
+from genflow.data.locks import lock, still_at
 from genflow.data.sources import Pictures
 from genflow.errors import UserError
 from genflow.networks.identity import identity
@@ -270,7 +270,7 @@ def _ours(path: Path) -> Iterator[bool]:
     locked = path.with_name(f".{path.name}.lock")
     with locked.open("a") as file:
         held = lock(file, wait=False)
-        removed = held and not _is(file, locked)  # by one who failed, as we opened it: the next takes a new file
+        removed = held and not still_at(file, locked)  # by one who failed, as we opened it: the next takes a new file
         if held is False or removed:
             yield False
             return
@@ -281,11 +281,3 @@ def _ours(path: Path) -> Iterator[bool]:
             yield not path.is_file()
         finally:
             locked.unlink(missing_ok=True)
-
-
-def _is(file: IO[Any], path: Path) -> bool:
-    """Whether an open file is the one that a path names."""
-    try:
-        return os.path.samestat(os.fstat(file.fileno()), path.stat())
-    except FileNotFoundError:
-        return False

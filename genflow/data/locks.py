@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from multiprocessing.util import register_after_fork
+from pathlib import Path
 from typing import IO, Any
 
 try:
@@ -26,6 +28,14 @@ def lock(file: IO[Any], *, wait: bool) -> bool | None:
         return False
     except OSError:  # a file system without locks
         return None
+
+
+def still_at(file: IO[Any], path: Path) -> bool:
+    """Whether an open file is the one that a path names: another process may have removed it, and made a new one."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _close(file: IO[Any]) -> None:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from accelerate import Accelerator, PartialState
@@ -19,7 +18,7 @@ from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulation
 
 from genflow.config import dump, load, to_dict
 from genflow.data.loading import lost_workers_told
-from genflow.data.locks import lock
+from genflow.data.locks import lock, still_at
 from genflow.errors import UserError, nearest
 from genflow.flows.store import GUARD, newest_checkpoint, read_config
 from genflow.flows.trained import resolved
@@ -175,12 +174,13 @@ def _alone(run: Path) -> Iterator[Callable[[], None]]:
     if not PartialState().is_main_process:
         yield lambda: None
         return
-    path, mine = run / ".lock", None
+    path = run / ".lock"
+    mine: IO[str] | None = None
     with contextlib.ExitStack() as held:
 
         def hold() -> None:
             nonlocal mine
-            if mine and path.exists() and os.path.samestat(mine, path.stat()):
+            if mine is not None and still_at(mine, path):
                 return
             held.close()
             mine = None
@@ -188,14 +188,14 @@ def _alone(run: Path) -> Iterator[Callable[[], None]]:
             file = held.enter_context(path.open("a"))
             if lock(file, wait=False) is False:
                 raise UserError(f"{run} is being trained by another process; wait for it, or choose another `out`")
-            mine = path.stat()
+            mine = file
 
         hold()
         try:
             yield hold
         finally:
             # refused before there was anything to keep
-            if mine and run.is_dir() and [p.name for p in run.iterdir()] == [".lock"]:
+            if mine is not None and run.is_dir() and [p.name for p in run.iterdir()] == [".lock"]:
                 shutil.rmtree(run, ignore_errors=True)
 
 
