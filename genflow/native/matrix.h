@@ -54,7 +54,8 @@ struct Units {
     ~Units() { _tile_release(); }
 };
 
-// C (+)= A B of 16 M x 16 N numbers, over `steps` of 32. besides(s): other work, of which the units let some be done at every step.
+// C (+)= A B of 16 M x 16 N numbers, over `steps` of 32. besides(n): other work, of which the units let some be done after each of the
+// M N steps products of tiles, the n-th.
 template <int M, int N, class F = Nothing>
 inline void tiles(Tiles a, Tiles b, float* c, long ldc, long steps, bool add, F besides = {}) {
     asm volatile("" ::: "memory");  // compilers (GCC 12) do not see that a tile's load reads memory
@@ -70,19 +71,25 @@ inline void tiles(Tiles a, Tiles b, float* c, long ldc, long steps, bool add, F 
         if (M > 1 && N > 1) _tile_zero(3);
     }
     for (long s = 0; s < steps; s++, a.at += a.step, b.at += b.step) {
+        const long n = M * N * s;
         _tile_loadd(4, a.at, a.row * 2);
         _tile_loadd(6, b.at, b.row * 2);
         _tile_dpbf16ps(0, 4, 6);
+        besides(n);
         if (N > 1) {
             _tile_loadd(7, b.at + b.next, b.row * 2);
             _tile_dpbf16ps(1, 4, 7);
+            besides(n + 1);
         }
         if (M > 1) {
             _tile_loadd(5, a.at + a.next, a.row * 2);
             _tile_dpbf16ps(2, 5, 6);
-            if (N > 1) _tile_dpbf16ps(3, 5, 7);
+            besides(n + N);
         }
-        besides(s);
+        if (M > 1 && N > 1) {
+            _tile_dpbf16ps(3, 5, 7);
+            besides(n + 3);
+        }
     }
     _tile_stored(0, c, ldc * 4);
     if (N > 1) _tile_stored(1, c + 16, ldc * 4);
@@ -96,10 +103,10 @@ inline bool permitted() { return true; }
 
 struct Units {};
 
-// C (+)= A B of 16 M x 16 N numbers, over `steps` of 32; eight rows at a time stay in registers. besides(s): the same.
+// C (+)= A B of 16 M x 16 N numbers, over `steps` of 32; eight rows at a time stay in registers. besides(n): the same.
 template <int M, int N, class F = Nothing>
 inline void tiles(Tiles a, Tiles b, float* c, long ldc, long steps, bool add, F besides = {}) {
-    for (long s = 0; s < steps; s++) besides(s);
+    for (long n = 0; n < M * N * steps; n++) besides(n);
     for (int from = 0; from < 16 * M; from += 8) {
         const u16 *rows = a.at + from / 16 * a.next + from % 16 * a.row, *columns = b.at;
         float* to = c + from * ldc;
