@@ -8,6 +8,7 @@
 #ifdef GENFLOW_MATRIX
 
 #include <cmath>
+#include <type_traits>
 
 namespace {
 
@@ -66,34 +67,52 @@ struct Sequence {
     }
 };
 
-// 1 / the root of the mean square.
-inline float inverse_rms(const u16* x, const float* bias, long D, float eps) {
-    __m512 sum = _mm512_setzero_ps();
-    for (long d = 0; d < D; d += 16) {
-        const __m512 v = _mm512_add_ps(widened(x + d, D - d), floats(bias + d, D - d));
-        sum = _mm512_fmadd_ps(v, v, sum);
+constexpr long MOST = 16;  // vectors of sixteen numbers of a row
+
+// f(the number of vectors of a row), known to the compiler where it is usual, and else 0.
+template <class F>
+inline void by_width(long D, F f) {
+    switch (D) {
+        case 32: return f(std::integral_constant<int, 2>{});
+        case 48: return f(std::integral_constant<int, 3>{});
+        case 64: return f(std::integral_constant<int, 4>{});
+        case 128: return f(std::integral_constant<int, 8>{});
+        default: return f(std::integral_constant<int, 0>{});
     }
-    return 1 / std::sqrt(_mm512_reduce_add_ps(sum) / D + eps);
+}
+
+// 1 / the root of the mean square, of sums of squares.
+inline __m512 inverse_rms(__m512 squares, long D, float eps) { return _mm512_set1_ps(1 / std::sqrt(_mm512_reduce_add_ps(squares) / D + eps)); }
+
+// n rows with their bias, normed, as rows of W, zeros after them.
+template <int V>
+void read_biased(const Sequence& x, long from, long n, u16* y, long W) {
+    const long D = V ? 16 * V : x.D;
+    x.rows(from, n, [&](const Stream& s, long at, long i) {
+        const float* bias = s.bias + x.h * D;
+        __m512 v[V ? V : MOST], squares = _mm512_setzero_ps();
+        for (long d = 0, k = 0; d < D; d += 16, k++) {
+            v[k] = _mm512_add_ps(widened(s.at + at + d, D - d), floats(bias + d, D - d));
+            squares = _mm512_fmadd_ps(v[k], v[k], squares);
+        }
+        if (s.weight) {
+            const __m512 r = inverse_rms(squares, D, x.eps);
+            for (long d = 0, k = 0; d < D; d += 16, k++) v[k] = _mm512_mul_ps(_mm512_mul_ps(v[k], r), floats(s.weight + d, D - d));
+        }
+        for (long d = 0, k = 0; d < D; d += 16, k++) _mm256_storeu_si256((__m256i*)(y + i * W + d), half(v[k]));
+        if (W - D >= 16) _mm256_storeu_si256((__m256i*)(y + i * W + up(D, 16)), _mm256_setzero_si256());
+    });
 }
 
 // n rows as rows of W, followed by zeros up to `to` rows.
 void read_rows(const Sequence& x, long from, long n, u16* y, long W, long to) {
-    const long D = x.D, h = x.h;
-    x.rows(from, n, [&](const Stream& s, long at, long i) {
-        const u16* row = s.at + at;
-        u16* out = y + i * W;
-        if (!s.bias) {
-            for (long d = 0; d < W; d += 32) _mm512_storeu_si512(out + d, pairs_at(row, d, D));
-            return;
-        }
-        const float* bias = s.bias + h * D;
-        const __m512 r = _mm512_set1_ps(s.weight ? inverse_rms(row, bias, D, x.eps) : 1);
-        for (long d = 0; d < W; d += 16) {
-            __m512 v = _mm512_add_ps(widened(row + d, D - d), floats(bias + d, D - d));
-            if (s.weight) v = _mm512_mul_ps(_mm512_mul_ps(v, r), floats(s.weight + d, D - d));
-            _mm256_storeu_si256((__m256i*)(out + d), half(v));
-        }
-    });
+    if (x.streams->bias) {
+        by_width(x.D, [&](auto V) { read_biased<V>(x, from, n, y, W); });
+    } else {
+        x.rows(from, n, [&](const Stream& s, long at, long i) {
+            for (long d = 0; d < W; d += 32) _mm512_storeu_si512(y + i * W + d, pairs_at(s.at + at, d, x.D));
+        });
+    }
     std::memset(y + n * W, 0, 2 * (to - n) * W);
 }
 
@@ -106,36 +125,55 @@ void write_rows(const float* c, long ldc, const float* factor, const Sequence& y
 }
 
 // The same of gradients, through norm and bias: dx = r (g w - xhat mean(g w xhat)), xhat = r (x + bias); dw += g xhat, dbias += dx.
-void write_gradient(const float* c, long ldc, const Sequence& y, long from, long n) {
-    if (!y.streams->bias) return write_rows(c, ldc, nullptr, y, from, n);
-    const long D = y.D;
+template <int V>
+void write_biased(const float* c, long ldc, const Sequence& y, long from, long n) {
+    const long D = V ? 16 * V : y.D;
+    const Stream* last = nullptr;  // whose sums over rows are in registers
+    __m512 db[V ? V : MOST], dw[V ? V : MOST];
+    auto finish = [&] {
+        if (!last) return;
+        float *dbias = last->dbias + (y.b * 3 * y.H + y.h) * D, *dweight = last->dweight + (y.b * y.H + y.h) * D;
+        for (long d = 0, k = 0; d < D; d += 16, k++) {
+            add_to(dbias + d, D - d, db[k]);
+            if (last->weight) add_to(dweight + d, D - d, dw[k]);
+        }
+    };
     y.rows<1>(from, n, [&](const Stream& s, long at, long i) {
+        if (last != &s) {
+            finish();
+            last = &s;
+            for (long k = 0; 16 * k < D; k++) db[k] = dw[k] = _mm512_setzero_ps();
+        }
         const float *g = c + i * ldc, *bias = s.bias + y.h * D;
         const u16* x = s.x + at;
         for (long d = 0; d < D; d += 32) __builtin_prefetch(x + AHEAD * s.row + d);
-        float* dbias = s.dbias + (y.b * 3 * y.H + y.h) * D;
-        float* dweight = s.dweight + (y.b * y.H + y.h) * D;
-        __m512 sum = _mm512_setzero_ps(), r = _mm512_set1_ps(1);
+        __m512 dx[V ? V : MOST];
+        for (long d = 0, k = 0; d < D; d += 16, k++) dx[k] = _mm512_loadu_ps(g + d);
         if (s.weight) {
-            r = _mm512_set1_ps(inverse_rms(x, bias, D, y.eps));
-            for (long d = 0; d < D; d += 16) {
-                const __m512 v = _mm512_add_ps(widened(x + d, D - d), floats(bias + d, D - d));
-                const __m512 gx = _mm512_mul_ps(_mm512_loadu_ps(g + d), _mm512_mul_ps(r, v));
-                sum = _mm512_fmadd_ps(gx, floats(s.weight + d, D - d), sum);
-                add_to(dweight + d, D - d, gx);
+            __m512 v[V ? V : MOST], squares = _mm512_setzero_ps(), along = squares;
+            for (long d = 0, k = 0; d < D; d += 16, k++) {
+                v[k] = _mm512_add_ps(widened(x + d, D - d), floats(bias + d, D - d));
+                squares = _mm512_fmadd_ps(v[k], v[k], squares);
+                along = _mm512_fmadd_ps(_mm512_mul_ps(dx[k], floats(s.weight + d, D - d)), v[k], along);
             }
-            sum = _mm512_mul_ps(r, _mm512_set1_ps(_mm512_reduce_add_ps(sum) / D));
+            const __m512 r = inverse_rms(squares, D, y.eps);
+            const __m512 part = _mm512_mul_ps(_mm512_mul_ps(r, r), _mm512_set1_ps(_mm512_reduce_add_ps(along) / D));
+            for (long d = 0, k = 0; d < D; d += 16, k++) {
+                dw[k] = _mm512_fmadd_ps(_mm512_mul_ps(dx[k], r), v[k], dw[k]);
+                dx[k] = _mm512_mul_ps(r, _mm512_fnmadd_ps(v[k], part, _mm512_mul_ps(dx[k], floats(s.weight + d, D - d))));
+            }
         }
-        for (long d = 0; d < D; d += 16) {
-            __m512 dx = _mm512_loadu_ps(g + d);
-            if (s.weight) {
-                const __m512 v = _mm512_add_ps(widened(x + d, D - d), floats(bias + d, D - d));
-                dx = _mm512_mul_ps(r, _mm512_fnmadd_ps(v, sum, _mm512_mul_ps(dx, floats(s.weight + d, D - d))));
-            }
-            add_to(dbias + d, D - d, dx);
-            put(s.at + at + d, D - d, dx);
+        for (long d = 0, k = 0; d < D; d += 16, k++) {
+            db[k] = _mm512_add_ps(db[k], dx[k]);
+            put(s.at + at + d, D - d, dx[k]);
         }
     });
+    finish();
+}
+
+void write_gradient(const float* c, long ldc, const Sequence& y, long from, long n) {
+    if (!y.streams->bias) return write_rows(c, ldc, nullptr, y, from, n);
+    by_width(y.D, [&](auto V) { write_biased<V>(c, ldc, y, from, n); });
 }
 
 }  // namespace
