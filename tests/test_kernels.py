@@ -9,7 +9,16 @@ import torch
 from torch.autograd import forward_ad
 
 from genflow.layers.kernels import gelu_backward, trains_on_matrix_units, weight_gradient
-from genflow.layers.modulation import QKV, Linear, gated_residual, gelu, joint_attention, joint_heads, modulated_norm
+from genflow.layers.modulation import (
+    QKV,
+    Linear,
+    gated_residual,
+    gelu,
+    joint_attention,
+    joint_heads,
+    modulated_norm,
+    norm_beside,
+)
 from genflow.native import library as kernels
 
 pytestmark = pytest.mark.skipif(kernels.library() is None, reason="no C++ compiler here")
@@ -75,6 +84,7 @@ def _heads_case(dtype, *, norm, function=joint_heads):
 
 CASES = {
     "norm": lambda dtype: (modulated_norm, modulation_views(dtype)[:3], []),
+    "norm beside": lambda dtype: (norm_beside, modulation_views(dtype)[:3], []),
     "gate": _gate_case,
     "gelu": _gelu_case,
     "heads": lambda dtype: _heads_case(dtype, norm=False),

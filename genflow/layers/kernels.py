@@ -89,21 +89,28 @@ def weight_gradient(g: Tensor, x: Tensor) -> Tensor:
 
 
 class ModulatedNorm(torch.autograd.Function):
-    """(1 + scale) LN(x) + shift, of a contiguous x."""
+    """(1 + scale) LN(x) + shift, of a contiguous x; and x, whose gradient as that comes to the norm's in one pass."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, shift: Tensor, scale: Tensor, eps: float, plain: Callable) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, shift: Tensor, scale: Tensor, eps: float, plain: Callable
+    ) -> tuple[Tensor, Tensor]:
         y, mean, rstd = norm_forward(x, shift, scale, eps)
         ctx.save_for_backward(x, shift, scale, mean, rstd)
         ctx.plain = plain
-        return y
+        ctx.set_materialize_grads(False)
+        return y, x
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple:  # type: ignore[override]
+    def backward(ctx: Any, g: Tensor | None, past: Tensor | None) -> tuple:  # type: ignore[override]
         x, shift, scale, mean, rstd = ctx.saved_tensors
+        if g is None:
+            return past, None, None, None, None
         if by_formula(g):
-            return *again(ctx.plain, (x, shift, scale), (g,)), None, None
-        return *norm_backward(g.contiguous(), x, scale, mean, rstd), None, None
+            dx, *rest = again(ctx.plain, (x, shift, scale), (g,))
+            return dx if dx is None or past is None else dx + past, *rest, None, None
+        past = None if past is None else past.contiguous()
+        return *norm_backward(g.contiguous(), past, x, scale, mean, rstd), None, None
 
 
 @operator
@@ -122,11 +129,13 @@ def norm_forward(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> tuple[T
 
 
 @operator
-def norm_backward(g: Tensor, x: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def norm_backward(
+    g: Tensor, past: Tensor | None, x: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     B, L, H = x.shape
     scale, stride = _rows(scale)
     dx, dshift, dscale = torch.empty_like(x), x.new_empty(B, 1, H), x.new_empty(B, 1, H)
-    call("norm_backward", x.dtype, g, x, scale, stride, mean, rstd, dx, dshift, dscale, B, L, H)
+    call("norm_backward", x.dtype, g, past, x, scale, stride, mean, rstd, dx, dshift, dscale, B, L, H)
     return dx, dshift, dscale
 
 

@@ -32,9 +32,14 @@ class Modulation(nn.Linear):
 
 def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """(1 + scale) LN(x) + shift, LN without parameters. x: B x L x hidden; shift, scale: B x 1 x hidden."""
+    return norm_beside(x, shift, scale)[0]
+
+
+def norm_beside(x: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """modulated_norm, and x itself for the residual around it: the gradients of both become that of x in one pass."""
     if native.usable(x, shift, scale) and _fit(x, shift, scale):
         return native.run(kernels.ModulatedNorm, x.contiguous(), shift, scale, EPS, _modulated_norm)
-    return _modulated_norm(x, shift, scale)
+    return _modulated_norm(x, shift, scale), x
 
 
 def _fit(x: Tensor, *vectors: Tensor) -> bool:

@@ -32,8 +32,9 @@ void norm_forward(const T* x, const T* shift, const T* scale, long stride, T* y,
         }
 }
 
+// past: the gradient that x has beside, to which this comes; nullptr where there is none.
 template <class T>
-void norm_backward(const T* g, const T* x, const T* scale, long stride, const float* mean, const float* rstd, T* dx,
+void norm_backward(const T* g, const T* past, const T* x, const T* scale, long stride, const float* mean, const float* rstd, T* dx,
                    T* dshift, T* dscale, long B, long L, long H) {
 #pragma omp parallel for
     for (long b = 0; b < B; b++) {
@@ -53,10 +54,14 @@ void norm_backward(const T* g, const T* x, const T* scale, long stride, const fl
             }
             s1 /= H;
             s2 /= H;
-            for (long h = 0; h < H; h++) {
-                float xhat = (load(row[h]) - m) * r, gx = load(grow[h]) * (1 + load(sc[h]));
-                store(out + h, r * (gx - s1 - xhat * s2));
-            }
+            auto finish = [&](auto beside) {
+                for (long h = 0; h < H; h++) {
+                    float xhat = (load(row[h]) - m) * r, gx = load(grow[h]) * (1 + load(sc[h]));
+                    store(out + h, r * (gx - s1 - xhat * s2) + beside(h));
+                }
+            };
+            if (past) finish([&](long h) { return load(past[(b * L + l) * H + h]); });
+            else finish([](long) { return 0.0f; });
         }
         for (long h = 0; h < H; h++) store(dshift + b * H + h, ds[h]), store(dscale + b * H + h, dc[h]);
     }
@@ -266,8 +271,8 @@ void gelu_backward(const bf16* g, const bf16* x, const float* bias, bf16* dx, fl
 #define P1(T) (const T* x, const T* shift, const T* scale, long stride, T* y, float* mean, float* rstd, long B, long L, long H, float eps)
 #define A1(T) (x, shift, scale, stride, y, mean, rstd, B, L, H, eps)
 BOTH(norm_forward, P1, A1)
-#define P2(T) (const T* g, const T* x, const T* scale, long stride, const float* mean, const float* rstd, T* dx, T* dshift, T* dscale, long B, long L, long H)
-#define A2(T) (g, x, scale, stride, mean, rstd, dx, dshift, dscale, B, L, H)
+#define P2(T) (const T* g, const T* past, const T* x, const T* scale, long stride, const float* mean, const float* rstd, T* dx, T* dshift, T* dscale, long B, long L, long H)
+#define A2(T) (g, past, x, scale, stride, mean, rstd, dx, dshift, dscale, B, L, H)
 BOTH(norm_backward, P2, A2)
 #define P3(T) (const T* x, const T* gate, long stride, const T* y, const float* bias, T* out, long B, long L, long H)
 #define A3(T) (x, gate, stride, y, bias, out, B, L, H)

@@ -151,6 +151,9 @@ class Forgotten:
     def save_for_backward(self, *tensors: Tensor) -> None:
         pass
 
+    def set_materialize_grads(self, value: bool) -> None:
+        pass
+
 
 def run(function: type[torch.autograd.Function], *arguments: Any) -> Any:
     """function.apply(...), without autograd's bookkeeping where no gradient can be asked for."""
@@ -181,7 +184,10 @@ def operator(kernel: Callable[P, R]) -> Callable[P, R]:
 
 
 def call(name: str, dtype: torch.dtype, *arguments: Any) -> None:
-    """Run the kernel of this name for numbers of dtype. arguments: tensors, lists of them, numbers, tuples of integers."""
+    """Run the kernel of this name for numbers of dtype.
+
+    arguments: tensors or None, lists of tensors, numbers, tuples of integers.
+    """
     if any(type(a) is FakeTensor or (type(a) is list and FakeTensor in map(type, a)) for a in arguments):
         return
     converted = [
@@ -193,7 +199,7 @@ def call(name: str, dtype: torch.dtype, *arguments: Any) -> None:
         if isinstance(a, tuple)
         else (ctypes.c_void_p * len(a))(*(t.data_ptr() for t in a))
         if isinstance(a, list)
-        else ctypes.c_void_p(a.data_ptr())
+        else ctypes.c_void_p(None if a is None else a.data_ptr())
         for a in arguments
     ]
     lib = library()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from genflow.attention import Mask, attention
 from genflow.errors import UserError
 from genflow.functional import wide
-from genflow.layers.modulation import EPS, MLP, QKV, Linear, gated_residual, joint_attention, modulated_norm
+from genflow.layers.modulation import EPS, MLP, QKV, Linear, gated_residual, joint_attention, norm_beside
 from genflow.networks.cache import KeyValueCache
 from genflow.registry import api_export
 
@@ -107,9 +107,10 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x: B x L x width, and so the result."""
         m = self.modulation.to(x.dtype)[:, None, None].expand(-1, len(x), -1, -1).unbind()
-        (o,) = joint_attention([(self.qkv, modulated_norm(x, m[0], m[1]))], CAUSAL)
-        x = gated_residual(x, m[2], self.proj, o)
-        return gated_residual(x, m[5], self.mlp.fc2, self.mlp.hidden(modulated_norm(x, m[3], m[4])))
+        normed, x = norm_beside(x, m[0], m[1])
+        (o,) = joint_attention([(self.qkv, normed)], CAUSAL)
+        normed, x = norm_beside(gated_residual(x, m[2], self.proj, o), m[3], m[4])
+        return gated_residual(x, m[5], self.mlp.fc2, self.mlp.hidden(normed))
 
     def extend(self, x: Tensor, cache: KeyValueCache, layer: int) -> Tensor:
         """The same for the L tokens after those in the cache, in few calls, since for one token these are the cost."""

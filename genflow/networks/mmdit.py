@@ -15,7 +15,16 @@ from genflow.attention import Mask
 from genflow.config import Named
 from genflow.errors import UserError, check_least
 from genflow.layers.embeddings import MLPEmbedder, PatchEmbed, sincos_2d, sinusoidal, unpatchify
-from genflow.layers.modulation import MLP, QKV, Linear, Modulation, gated_residual, joint_attention, modulated_norm
+from genflow.layers.modulation import (
+    MLP,
+    QKV,
+    Linear,
+    Modulation,
+    gated_residual,
+    joint_attention,
+    modulated_norm,
+    norm_beside,
+)
 from genflow.native.library import untransformed
 from genflow.networks.caching import FirstBlockCache
 from genflow.registry import api_export, network_export
@@ -273,27 +282,27 @@ class JointBlock(nn.Module):
         """
         packed = (self.image_modulation(c), self.context_modulation(c)) if isinstance(c, Tensor) else c
         x_mod, context_mod = self.image_modulation.vectors(packed[0]), self.context_modulation.vectors(packed[1])
+        x_in, x = norm_beside(x, x_mod[0], x_mod[1])
+        context_in, context = norm_beside(context, context_mod[0], context_mod[1])
         x_out, context_out = joint_attention(
-            [
-                (self.image_attention.qkv, modulated_norm(x, x_mod[0], x_mod[1])),
-                (self.context_attention.qkv, modulated_norm(context, context_mod[0], context_mod[1])),
-            ],
-            mask,
-            default=self.backend,
+            [(self.image_attention.qkv, x_in), (self.context_attention.qkv, context_in)], mask, default=self.backend
         )
+        del x_in, context_in
         if self.image_attention2 is not None:
-            own_in = modulated_norm(x, x_mod[6], x_mod[7])
+            own_in, x = norm_beside(x, x_mod[6], x_mod[7])
             (own_out,) = joint_attention([(self.image_attention2.qkv, own_in)], default=self.backend)
         x = self.image_attention.add_to(x, x_mod[2], x_out)
         if self.image_attention2 is not None:
             x = self.image_attention2.add_to(x, x_mod[8], own_out)
         del x_out
-        hidden = self.image_mlp.hidden(modulated_norm(x, x_mod[3], x_mod[4]))
+        hidden, x = norm_beside(x, x_mod[3], x_mod[4])
+        hidden = self.image_mlp.hidden(hidden)
         x = gated_residual(x, x_mod[5], self.image_mlp.fc2, hidden)
 
         if self.context_mlp is not None:
             context = self.context_attention.add_to(context, context_mod[2], context_out)
-            hidden = self.context_mlp.hidden(modulated_norm(context, context_mod[3], context_mod[4]))
+            hidden, context = norm_beside(context, context_mod[3], context_mod[4])
+            hidden = self.context_mlp.hidden(hidden)
             context = gated_residual(context, context_mod[5], self.context_mlp.fc2, hidden)
         return x, context
 
