@@ -2,7 +2,7 @@
 
 #pragma once
 
-#if defined(__AVX512F__) && defined(__AVX512BF16__)
+#if defined(__AVX512DQ__) && defined(__AVX512BF16__)
 #define GENFLOW_WIDE
 
 #include <immintrin.h>
@@ -19,13 +19,13 @@ inline __m512 widened(const void* p) {
 
 // 2^x for |x| <= 126, to 3e-6 of it: a thousandth of what rounding to bf16 may change. NaN stays.
 inline __m512 power_of_two(__m512 x) {
-    const __m512 n = _mm512_roundscale_ps(x, 8), r = _mm512_sub_ps(x, n);
+    const __m512 r = _mm512_reduce_ps(x, 8);  // less the nearest integer
     __m512 p = _mm512_set1_ps(9.5701019e-3f);
     p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(5.5917862e-2f));
     p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(2.4024745e-1f));
     p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(6.9312181e-1f));
     p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(9.9999926e-1f));
-    return _mm512_scalef_ps(p, n);
+    return _mm512_scalef_ps(p, _mm512_sub_ps(x, r));
 }
 
 constexpr float LEAST = -100.0f;  // of a power: neither it nor a product with it is a denormal number, which are slow
