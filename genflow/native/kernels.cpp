@@ -4,7 +4,6 @@
 // sum over tokens belongs to one sample and is taken by one thread, so that results do not depend on their number.
 
 #include "kernels.h"
-#include "wide.h"
 
 namespace {
 
@@ -13,23 +12,30 @@ namespace {
 template <class T>
 void norm_forward(const T* x, const T* shift, const T* scale, long stride, T* y, float* mean, float* rstd, long B,
                   long L, long H, float eps) {
-#pragma omp parallel for collapse(2)
-    for (long b = 0; b < B; b++)
-        for (long l = 0; l < L; l++) {
-            const T *row = x + (b * L + l) * H, *sh = shift + b * stride, *sc = scale + b * stride;
-            T* out = y + (b * L + l) * H;
-            float sum = 0, square = 0;
-            for (long h = 0; h < H; h++) sum += load(row[h]);
-            float m = sum / H;
-            for (long h = 0; h < H; h++) {
-                float d = load(row[h]) - m;
-                square += d * d;
+#pragma omp parallel
+    {
+        std::vector<float> room(3 * H);
+        float *v = room.data(), *to = v + H, *by = to + H;
+        long of = -1;  // the sample that these are of
+#pragma omp for collapse(2)
+        for (long b = 0; b < B; b++)
+            for (long l = 0; l < L; l++) {
+                if (of != b) {
+                    for (long h = 0; h < H; h++) by[h] = 1 + load(scale[b * stride + h]), to[h] = load(shift[b * stride + h]);
+                    of = b;
+                }
+                const T* row = x + (b * L + l) * H;
+                float sum = 0, square = 0;
+                for (long h = 0; h < H; h++) sum += v[h] = load(row[h]);
+                float m = sum / H;
+                for (long h = 0; h < H; h++) square += (v[h] - m) * (v[h] - m);
+                float r = 1 / std::sqrt(square / H + eps);
+                for (long h = 0; h < H; h++) v[h] = (v[h] - m) * r * by[h] + to[h];
+                store_row(y + (b * L + l) * H, v, H);
+                mean[b * L + l] = m;
+                rstd[b * L + l] = r;
             }
-            float r = 1 / std::sqrt(square / H + eps);
-            for (long h = 0; h < H; h++) store(out + h, (load(row[h]) - m) * r * (1 + load(sc[h])) + load(sh[h]));
-            mean[b * L + l] = m;
-            rstd[b * L + l] = r;
-        }
+    }
 }
 
 // past: the gradient that x has beside, to which this comes; nullptr where there is none.
@@ -38,32 +44,30 @@ void norm_backward(const T* g, const T* past, const T* x, const T* scale, long s
                    T* dshift, T* dscale, long B, long L, long H) {
 #pragma omp parallel for
     for (long b = 0; b < B; b++) {
-        std::vector<float> sums(2 * H, 0.0f);
-        float *ds = sums.data(), *dc = ds + H;
-        const T* sc = scale + b * stride;
+        std::vector<float> room(5 * H, 0.0f);
+        float *ds = room.data(), *dc = ds + H, *by = dc + H, *hat = by + H, *v = hat + H;
+        for (long h = 0; h < H; h++) by[h] = 1 + load(scale[b * stride + h]);
         for (long l = 0; l < L; l++) {
             const T *row = x + (b * L + l) * H, *grow = g + (b * L + l) * H;
-            T* out = dx + (b * L + l) * H;
             float m = mean[b * L + l], r = rstd[b * L + l], s1 = 0, s2 = 0;
             for (long h = 0; h < H; h++) {
-                float xhat = (load(row[h]) - m) * r, gh = load(grow[h]), gx = gh * (1 + load(sc[h]));
+                float xhat = (load(row[h]) - m) * r, gh = load(grow[h]), gx = gh * by[h];
                 ds[h] += gh;
                 dc[h] += gh * xhat;
                 s1 += gx;
                 s2 += gx * xhat;
+                hat[h] = xhat;
+                v[h] = gx;
             }
             s1 /= H;
             s2 /= H;
-            auto finish = [&](auto beside) {
-                for (long h = 0; h < H; h++) {
-                    float xhat = (load(row[h]) - m) * r, gx = load(grow[h]) * (1 + load(sc[h]));
-                    store(out + h, r * (gx - s1 - xhat * s2) + beside(h));
-                }
-            };
-            if (past) finish([&](long h) { return load(past[(b * L + l) * H + h]); });
-            else finish([](long) { return 0.0f; });
+            for (long h = 0; h < H; h++) v[h] = r * (v[h] - s1 - hat[h] * s2);
+            if (past)
+                for (long h = 0; h < H; h++) v[h] += load(past[(b * L + l) * H + h]);
+            store_row(dx + (b * L + l) * H, v, H);
         }
-        for (long h = 0; h < H; h++) store(dshift + b * H + h, ds[h]), store(dscale + b * H + h, dc[h]);
+        store_row(dshift + b * H, ds, H);
+        store_row(dscale + b * H, dc, H);
     }
 }
 

@@ -7,6 +7,8 @@
 #include <cstring>
 #include <vector>
 
+#include "wide.h"
+
 namespace {
 
 struct bf16 {
@@ -26,6 +28,16 @@ inline void store(bf16* p, float x) {
     std::memcpy(&bits, &x, 4);
     uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;  // to nearest, ties to even
     p->bits = uint16_t((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
+}
+
+// Of n floats.
+inline void store_row(float* y, const float* x, long n) { std::memcpy(y, x, 4 * n); }
+inline void store_row(bf16* y, const float* x, long n) {
+    long i = 0;
+#ifdef GENFLOW_WIDE
+    for (; i + 16 <= n; i += 16) _mm256_storeu_si256((__m256i*)(y + i), half(_mm512_loadu_ps(x + i)));
+#endif
+    for (; i < n; i++) store(y + i, x[i]);
 }
 
 // exp(x) for |x| <= 60, to 2 ulp: 2^n times a polynomial; written so that compilers vectorise it.
