@@ -283,7 +283,7 @@ void each_head(const Problem& x, F work) {
     {
         void* memory = std::aligned_alloc(64, up(scratch(Lq, Lk, up(x.D, 32)), 64));
         [[maybe_unused]] const Units units;
-#pragma omp for collapse(2) schedule(static)
+#pragma omp for collapse(2) schedule(dynamic)
         for (long b = 0; b < x.B; b++)
             for (long h = 0; h < x.H; h++) {
                 const auto of = [&](const std::vector<Stream>& s) { return Sequence{s.data(), b, h, x.H, x.D, x.eps}; };
