@@ -14,6 +14,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from genflow.attention import attention
+from genflow.cli import bench as cli_bench
 from genflow.cli import bench_attention, bench_flows, bench_mmdit, main
 from genflow.errors import UserError
 from genflow.evaluation import bench
@@ -110,6 +111,16 @@ def test_a_ratio_is_taken_pair_by_pair():
 def test_the_peak_of_matrix_products_is_the_best_of_the_sizes_tried():
     peak = matrix_peak(torch.float32, CPU, seconds=0)
     assert peak.by_size == {512: peak.tflops} and peak.size == 512 and peak.tflops > 0
+
+
+def test_what_a_task_reaches_of_square_products_is_taken_round_by_round():
+    peak = matrix_peak(torch.float32, CPU, seconds=0)
+    multiply, flops = bench.square_products(peak, torch.float32, CPU, seconds=3 * 2 * peak.size**3 / peak.tflops / 1e12)
+    assert flops == 3 * 2 * peak.size**3 and multiply() is None
+    # The machine was ten times slower in the second round; against the best peak one would say 1/12.
+    task = Task("work", "works", 1, flops=2 * 10**12)
+    result = bench.Result({"work": {"a": [4.0, 40.0]}}, {}, {}, {}, {"work": [1.0, 0.1]})
+    assert cli_bench._of_products(result, task, "a") == pytest.approx(0.5)
 
 
 def answering(answers: dict[str, float], name: str) -> Side:
@@ -235,6 +246,7 @@ def test_training_beside_diffusers_is_printed_and_kept(quick, capsys, tmp_path):
     assert {*training["seconds"]} == {"genflow", "diffusers"} and len(training["seconds"]["genflow"]) == 1
     assert contest["sides"]["genflow"]["parameters"] == contest["sides"]["diffusers"]["parameters"]
     assert training["agreement"]["diffusers"] < 0.05
+    assert "in turn" in out and len(training["products_tflops"]) == 1
 
 
 @emulated

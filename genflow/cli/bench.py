@@ -127,7 +127,7 @@ def run(args: argparse.Namespace) -> int:
             say("matrix products")
             counted = any(task.flops for task in contest.tasks)
             peak = matrix_peak(contest.dtype, args.device) if counted else None
-            result = measure(contest, args.rounds, args.device, say=say)
+            result = measure(contest, args.rounds, args.device, peak=peak, say=say)
             if peak is not None:  # again, for what disturbs a machine comes and goes
                 say("matrix products")
                 peak = max(peak, matrix_peak(contest.dtype, args.device))
@@ -189,6 +189,7 @@ class _Progress:
         from tqdm import tqdm
 
         runs = len(contest.tasks) * (len(contest.sides) * (rounds + 2) + len(contest.pairs))
+        runs += sum(rounds + 2 for task in contest.tasks if task.flops)
         pieces = 2 + runs + len(contest.sides) * (2 if contest.memory else 1) + len(contest.also)
         self.bar = tqdm(total=pieces, unit="run", dynamic_ncols=True, leave=False, disable=None, file=sys.stderr)
 
@@ -220,7 +221,10 @@ def _report(contest: Contest, result: Result, peak: MatrixPeak | None) -> None:
 
     dtype = str(contest.dtype)[6:]
     if peak is not None:
-        print(f"peak of matrix products in {dtype}: {peak.tflops:.2f} TFLOP/s ({peak.size} x {peak.size})")
+        print(
+            f"peak of matrix products in {dtype}: {peak.tflops:.2f} TFLOP/s ({peak.size} x {peak.size}); "
+            "in turn: of what they reach in the same rounds"
+        )
     for name, side in result.sides.items():
         if side.note or len({each.parameters for each in result.sides.values()}) > 1:
             print(f"  {name:24}{side.parameters:,} parameters{', ' * bool(side.note)}{side.note}")
@@ -250,11 +254,19 @@ def _row(contest: Contest, task: Task, result: Result, peak: MatrixPeak | None, 
     if task.flops and peak is not None:
         rate = task.flops / seconds / 1e12
         row |= {"TFLOP/s": f"{rate:.3f}", "of peak": f"{rate / peak.tflops:.0%}"}
+        row["in turn"] = f"{_of_products(result, task, name):.0%}"
     if task.name == contest.memory:
         row["peak MiB"] = f"{result.memory[name]:.0f}" if name in result.memory else "-"
     if task.name in side.error:
         row["error"] = f"{side.error[task.name]:.1e}"
     return row
+
+
+def _of_products(result: Result, task: Task, name: str) -> float:
+    """A side's operations a second, of those of square products in the same round: the median of all rounds."""
+    assert task.flops
+    rounds = zip(result.seconds[task.name][name], result.products[task.name], strict=True)
+    return statistics.median(task.flops / seconds / 1e12 / products for seconds, products in rounds)
 
 
 def _report_memory(contest: Contest, result: Result) -> None:
@@ -278,6 +290,7 @@ def _kept(contest: Contest, result: Result, peak: MatrixPeak | None) -> dict[str
             "flops": task.flops,
             "calls": task.calls,
             "seconds": times,
+            "products_tflops": result.products.get(task.name, []),
             "rate": {name: task.count / statistics.median(each) for name, each in times.items()},
             "ratios": {f"{a} / {b}": ratio(times[a], times[b])._asdict() for a, b in contest.pairs},
             "agreement": result.agreement.get(task.name, {}),

@@ -107,19 +107,30 @@ class MatrixPeak(NamedTuple):
 
 @dataclass(frozen=True)
 class Result:
-    """What a contest gave. seconds: by task and side, every run; memory: MiB by side; agreement: by task and peer."""
+    """What a contest gave.
+
+    seconds: by task and side, every run; memory: MiB by side; agreement: by task and peer; products: by task, TFLOP/s of
+    square products in each round.
+    """
 
     seconds: dict[str, dict[str, list[float]]]
     memory: dict[str, float]
     agreement: dict[str, dict[str, float]]
     sides: dict[str, Side]
+    products: dict[str, list[float]] = field(default_factory=dict)
 
 
 def measure(
-    contest: Contest, rounds: int, device: torch.device, *, say: Callable[[str], object] = lambda what: None
+    contest: Contest,
+    rounds: int,
+    device: torch.device,
+    *,
+    peak: MatrixPeak | None = None,
+    say: Callable[[str], object] = lambda what: None,
 ) -> Result:
     """Memory first, then every task of all sides in turn. say: called with what is being done, before each piece of it.
 
+    peak: products of its size take their turn beside tasks whose flops are known, for a machine's pace may change.
     Raises UserError where answers that should be one differ, or a side's process dies.
     """
     memory: dict[str, float] = {}
@@ -133,6 +144,7 @@ def measure(
         sides[name] = contest.build(name)
     agreement: dict[str, dict[str, float]] = {}
     seconds: dict[str, dict[str, list[float]]] = {}
+    products: dict[str, list[float]] = {}
     for task in contest.tasks:
         for own, peer in contest.pairs:
             if task.name in sides[own].answers and task.name in sides[peer].answers:
@@ -145,8 +157,14 @@ def measure(
                     )
                 agreement.setdefault(task.name, {})[peer] = off
         runs = {name: side.tasks[task.name] for name, side in sides.items() if task.name in side.tasks}
-        seconds[task.name] = alternate(runs, rounds, device, say=partial(_say, say, task.name))
-    return Result(seconds, memory, agreement, sides)
+        if peak is None or not task.flops:
+            seconds[task.name] = alternate(runs, rounds, device, say=partial(_say, say, task.name))
+            continue
+        multiply, flops = square_products(peak, contest.dtype, device)
+        timed = alternate({"matrix products": multiply, **runs}, rounds, device, say=partial(_say, say, task.name))
+        products[task.name] = [flops / each / 1e12 for each in timed.pop("matrix products")]
+        seconds[task.name] = timed
+    return Result(seconds, memory, agreement, sides, products)
 
 
 def _say(say: Callable[[str], object], task: str, name: str) -> None:
@@ -259,6 +277,21 @@ def matrix_peak(dtype: torch.dtype, device: torch.device, *, seconds: float = 2.
             break
     size = max(best, key=lambda each: best[each])
     return MatrixPeak(best[size], size, best)
+
+
+def square_products(
+    peak: MatrixPeak, dtype: torch.dtype, device: torch.device, *, seconds: float = 0.2
+) -> tuple[Callable[[], object], float]:
+    """Products of the peak's size, for about so many seconds at the peak, and their floating-point operations."""
+    a, b = (torch.randn(peak.size, peak.size, device=device).to(dtype) for _ in range(2))
+    one = 2 * peak.size**3
+    times = max(1, round(seconds * peak.tflops * 1e12 / one))
+
+    def multiply() -> None:
+        for _ in range(times):
+            torch.mm(a, b.mT)
+
+    return multiply, times * one
 
 
 def machine(device: torch.device, *libraries: str) -> dict[str, Any]:
