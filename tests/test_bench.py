@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 import sys
+import time
 from functools import partial
 
 import pytest
@@ -115,12 +116,23 @@ def test_the_peak_of_matrix_products_is_the_best_of_the_sizes_tried():
 
 def test_what_a_task_reaches_of_square_products_is_taken_round_by_round():
     peak = matrix_peak(torch.float32, CPU, seconds=0)
-    multiply, flops = bench.square_products(peak, torch.float32, CPU, seconds=3 * 2 * peak.size**3 / peak.tflops / 1e12)
+    squares = bench.square_products(peak, torch.float32, CPU, seconds=3 * 2 * peak.size**3 / peak.tflops / 1e12)
+    ((multiply, flops),) = squares.values()
     assert flops == 3 * 2 * peak.size**3 and multiply() is None
     # The machine was ten times slower in the second round; against the best peak one would say 1/12.
     task = Task("work", "works", 1, flops=2 * 10**12)
     result = bench.Result({"work": {"a": [4.0, 40.0]}}, {}, {}, {}, {"work": [1.0, 0.1]})
     assert cli_bench._of_products(result, task, "a") == pytest.approx(0.5)
+
+
+def test_the_fastest_size_of_products_is_what_a_round_has(monkeypatch):
+    squares = {1: (lambda: time.sleep(0.02), 1e10), 2: (lambda: None, 2e10)}
+    monkeypatch.setattr(bench, "square_products", lambda *_: squares)
+    side = Side({"adding": lambda: None})
+    contest = Contest("sums", ("ours",), lambda name: side, (Task("adding", "sums", 1, flops=1),), torch.float32)
+    result = measure(contest, 3, CPU, peak=bench.MatrixPeak(1.0, 1, {1: 1.0}))
+    assert [*result.seconds["adding"]] == ["ours"] and len(result.products["adding"]) == 3
+    assert min(result.products["adding"]) > 1e10 / 0.02 / 1e12
 
 
 def answering(answers: dict[str, float], name: str) -> Side:

@@ -8,7 +8,6 @@ import math
 import os
 import statistics
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -123,13 +122,15 @@ def run(args: argparse.Namespace) -> int:
     kept: dict[str, Any] = {"what": args.what, "settings": settings, "machine": about, "contests": []}
     for contest in contests:
         print(f"\n{contest.title}", flush=True)
-        with _Progress(contest, args.rounds) as say, float32_products("fp32"):
-            say("matrix products")
-            counted = any(task.flops for task in contest.tasks)
+        with _Progress(contest, args.rounds) as progress, float32_products("fp32"):
+            progress.say("matrix products")
+            counted = sum(task.flops is not None for task in contest.tasks)
             peak = matrix_peak(contest.dtype, args.device) if counted else None
-            result = measure(contest, args.rounds, args.device, peak=peak, say=say)
+            if peak is not None:
+                progress.more(counted * len(peak.by_size) * (args.rounds + 2))
+            result = measure(contest, args.rounds, args.device, peak=peak, say=progress.say)
             if peak is not None:  # again, for what disturbs a machine comes and goes
-                say("matrix products")
+                progress.say("matrix products")
                 peak = max(peak, matrix_peak(contest.dtype, args.device))
         _report(contest, result, peak)
         kept["contests"].append(_kept(contest, result, peak))
@@ -189,12 +190,14 @@ class _Progress:
         from tqdm import tqdm
 
         runs = len(contest.tasks) * (len(contest.sides) * (rounds + 2) + len(contest.pairs))
-        runs += sum(rounds + 2 for task in contest.tasks if task.flops)
         pieces = 2 + runs + len(contest.sides) * (2 if contest.memory else 1) + len(contest.also)
         self.bar = tqdm(total=pieces, unit="run", dynamic_ncols=True, leave=False, disable=None, file=sys.stderr)
 
-    def __enter__(self) -> Callable[[str], object]:
-        return self.say
+    def __enter__(self) -> _Progress:
+        return self
+
+    def more(self, pieces: int) -> None:
+        self.bar.total = (self.bar.total or 0) + pieces
 
     def say(self, what: str) -> None:
         self.bar.set_description(what)

@@ -110,7 +110,7 @@ class Result:
     """What a contest gave.
 
     seconds: by task and side, every run; memory: MiB by side; agreement: by task and peer; products: by task, TFLOP/s of
-    square products in each round.
+    square products in each round, of the size that was the fastest in it.
     """
 
     seconds: dict[str, dict[str, list[float]]]
@@ -130,7 +130,7 @@ def measure(
 ) -> Result:
     """Memory first, then every task of all sides in turn. say: called with what is being done, before each piece of it.
 
-    peak: products of its size take their turn beside tasks whose flops are known, for a machine's pace may change.
+    peak: products of its sizes take their turn beside tasks whose flops are known, for a machine's pace may change.
     Raises UserError where answers that should be one differ, or a side's process dies.
     """
     memory: dict[str, float] = {}
@@ -160,9 +160,13 @@ def measure(
         if peak is None or not task.flops:
             seconds[task.name] = alternate(runs, rounds, device, say=partial(_say, say, task.name))
             continue
-        multiply, flops = square_products(peak, contest.dtype, device)
-        timed = alternate({"matrix products": multiply, **runs}, rounds, device, say=partial(_say, say, task.name))
-        products[task.name] = [flops / each / 1e12 for each in timed.pop("matrix products")]
+        squares = square_products(peak, contest.dtype, device)
+        sizes = {f"matrix products of {size}": run for size, (run, _) in squares.items()}
+        timed = alternate({**sizes, **runs}, rounds, device, say=partial(_say, say, task.name))
+        rates = [
+            [flops / t / 1e12 for t in timed.pop(n)] for n, (_, flops) in zip(sizes, squares.values(), strict=True)
+        ]
+        products[task.name] = [max(each) for each in zip(*rates, strict=True)]
         seconds[task.name] = timed
     return Result(seconds, memory, agreement, sides, products)
 
@@ -280,18 +284,21 @@ def matrix_peak(dtype: torch.dtype, device: torch.device, *, seconds: float = 2.
 
 
 def square_products(
-    peak: MatrixPeak, dtype: torch.dtype, device: torch.device, *, seconds: float = 0.2
-) -> tuple[Callable[[], object], float]:
-    """Products of the peak's size, for about so many seconds at the peak, and their floating-point operations."""
-    a, b = (torch.randn(peak.size, peak.size, device=device).to(dtype) for _ in range(2))
-    one = 2 * peak.size**3
-    times = max(1, round(seconds * peak.tflops * 1e12 / one))
+    peak: MatrixPeak, dtype: torch.dtype, device: torch.device, *, seconds: float = 0.1
+) -> dict[int, tuple[Callable[[], object], float]]:
+    """By each size that was tried for the peak: products for about so many seconds at the peak, and their operations."""
 
-    def multiply() -> None:
+    def multiply(a: Tensor, b: Tensor, times: int) -> None:
         for _ in range(times):
             torch.mm(a, b.mT)
 
-    return multiply, times * one
+    found: dict[int, tuple[Callable[[], object], float]] = {}
+    for size in peak.by_size:
+        a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+        one = 2 * size**3
+        times = max(1, round(seconds * peak.tflops * 1e12 / one))
+        found[size] = partial(multiply, a, b, times), times * one
+    return found
 
 
 def machine(device: torch.device, *libraries: str) -> dict[str, Any]:
