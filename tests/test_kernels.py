@@ -202,6 +202,29 @@ def test_many_cotangents_at_once_are_as_one_by_one(case, dtype):
     assert (got - each).abs().max() <= (2**-6 if dtype == torch.bfloat16 else 1e-5) * each.abs().max()
 
 
+class Pair(torch.autograd.Function):
+    """Both as they are; the gradient of one that nobody uses is zeros, the same for all cotangents."""
+
+    @staticmethod
+    def forward(ctx, a, b):
+        return a.clone(), b.clone()
+
+    @staticmethod
+    def backward(ctx, *grads):
+        return grads
+
+
+@pytest.mark.parametrize("used", [0, 1])
+def test_many_cotangents_may_come_to_a_norm_or_to_what_is_beside_it_alone(used):
+    inputs = modulation_views(torch.float32)[:3]
+    output = Pair.apply(*norm_beside(*inputs))[used]
+    many = torch.randn(3, *output.shape, generator=torch.Generator().manual_seed(3))
+    grad = partial(torch.autograd.grad, output, inputs, retain_graph=True)
+    each = [torch.stack(grads) for grads in zip(*map(grad, many), strict=True)]
+    for got, expected in zip(grad(many, is_grads_batched=True), each, strict=True):
+        assert (got - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
 def identity() -> Linear:
     made = Linear(H, H)
     torch.nn.init.eye_(made.weight)

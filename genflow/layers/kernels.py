@@ -106,7 +106,7 @@ class ModulatedNorm(torch.autograd.Function):
         x, shift, scale, mean, rstd = ctx.saved_tensors
         if g is None:
             return past, None, None, None, None
-        if by_formula(g):
+        if by_formula(g, g if past is None else past):
             dx, *rest = again(ctx.plain, (x, shift, scale), (g,))
             return dx if dx is None or past is None else dx + past, *rest, None, None
         past = None if past is None else past.contiguous()

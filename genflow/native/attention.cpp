@@ -175,7 +175,7 @@ void backward_head(Arena arena, const Head& x, long Lq, long Lk, float scale, bo
     u16 *q_rows = arena.take<u16>(deep * W), *g_rows = arena.take<u16>(deep * W);
     u16 *p = arena.take<u16>(BLOCK * deep), *ds = arena.take<u16>(BLOCK * deep), *panel = arena.take<u16>(chunk * queries);
     float *s = arena.take<float>(BLOCK * queries), *dp = arena.take<float>(BLOCK * queries), *dqt = arena.take<float>(W * queries);
-    float *lse = arena.take<float>(queries), *delta = arena.take<float>(queries), *c = arena.take<float>(std::max(BLOCK * W, 16 * queries));
+    float *lse = arena.take<float>(queries), *delta = arena.take<float>(queries), *c = arena.take<float>(BLOCK * W);
     read_rows(x.k, 0, Lk, k, W, keys);
     read_rows(x.v, 0, Lk, v, W, keys);
     pairs_of_columns(k, keys, W, kp);
@@ -203,13 +203,6 @@ void backward_head(Arena arena, const Head& x, long Lq, long Lk, float scale, bo
         const long to = std::min(from + chunk, wide);
         for (long j = from; j < to; j += BLOCK) {
             const long n = std::min(BLOCK, Lk - j), m = up(n, 16), begin = causal ? j : 0;  // queries before see none of these
-            if (begin >= queries) {
-                std::memset(panel + (j - from) * queries, 0, 2 * BLOCK * queries);
-                std::memset(c, 0, 4 * BLOCK * W);
-                write_gradient(c, W, x.dv, j, n);
-                write_gradient(c, W, x.dk, j, n);
-                continue;
-            }
             product(k + j * W, W, q_columns + 2 * begin, 2 * queries, s + begin, queries, m, queries - begin, W);
             product(v + j * W, W, g_columns + 2 * begin, 2 * queries, dp + begin, queries, m, queries - begin, W);
             for (long r = 0; r < BLOCK; r += 2) {
@@ -257,7 +250,7 @@ void backward_head(Arena arena, const Head& x, long Lq, long Lk, float scale, bo
 // Bytes of scratch memory for a head, with room for every piece's alignment.
 long scratch(long Lq, long Lk, long W) {
     const long queries = up(Lq, 32), keys = up(Lk, 32), longest = std::max(queries, keys);
-    return 2 * (16 * longest * W + 2 * BLOCK * longest + std::min(PANEL, keys * queries) + BLOCK * queries) + 4 * (2 * BLOCK * longest + W * queries + BLOCK * W + 20 * queries) + 64 * 32;
+    return 2 * (16 * longest * W + 2 * BLOCK * longest + std::min(PANEL, keys * queries) + BLOCK * queries) + 4 * (2 * BLOCK * longest + W * queries + BLOCK * W + 2 * queries) + 64 * 32;
 }
 
 // All heads of all samples. The streams of q and of what comes of it have the same lengths, and so those of k and v.
@@ -266,7 +259,7 @@ struct Problem {
     float* lse;  // B x H x Lq
     long B, H, D;
     float eps, scale;
-    bool causal;
+    bool causal;  // where it is, Lq = Lk
     std::vector<Stream> g, dq, dk, dv;  // in the backward
 };
 
