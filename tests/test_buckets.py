@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from genflow.data.buckets import Buckets, bucketed
+from genflow.data.buckets import Buckets, bucketed, digest
 from genflow.data.folders import FolderConfig
 from genflow.data.images import ImageDataset
 from genflow.data.loading import StreamSampler, epoch_order, in_order, loader
@@ -78,12 +78,19 @@ def test_pictures_go_to_the_nearest_ratio_and_small_ones_are_left_out():
     assert Buckets(step=16, upscale=1.1).assign(sizes, 64).tolist()[3] == [64, 64]
 
 
+def test_a_picture_that_lies_goes_to_the_shape_of_one_that_stands_turned():
+    sizes = torch.randint(64, 400, (200, 2), generator=torch.Generator().manual_seed(0))
+    assert torch.equal(BUCKETS.assign(sizes.flip(1), 64), BUCKETS.assign(sizes, 64).flip(1))
+
+
 def test_a_data_set_says_what_it_leaves_out():
     pictures = [png(100, 100), png(20, 20), png(200, 100), png(100, 200, exif=6), b"broken", png(30, 90)]
     with pytest.warns(UserWarning, match="2 of 6 pictures are left out, as they would be enlarged by more than 1"):
         dataset = bucketed(dataset_of(pictures), BUCKETS, 64)
     assert dataset.identifiers == ["file0", "file2", "file3", "file4"]
     assert dataset.shapes.tolist() == [[64, 64], [48, 80], [48, 80], [48, 80]]  # file3 is shown lying
+    unread = bucketed(dataset_of([png(200, 100), b"broken", b"torn"]), BUCKETS, 64)
+    assert unread.shapes.tolist() == [[48, 80]] * 3  # the commonest of those that could be read
     with pytest.raises(UserError, match="all 1 pictures are smaller"):
         bucketed(dataset_of([png(20, 20)]), BUCKETS, 64)
 
@@ -110,6 +117,13 @@ def test_a_picture_that_has_changed_is_measured_anew(monkeypatch, tmp_path):
     Image.new("RGB", (9, 24)).save(tmp_path / "pictures" / "001.png")
     with pytest.warns(UserWarning, match="1 of 64 pictures are left out"):
         assert len(config.build()) == 63
+
+
+def test_files_are_told_apart_by_their_length_and_both_their_ends(tmp_path):
+    made = [b"0" * 2**18, b"1" + b"0" * (2**18 - 1), b"0" * (2**18 - 1) + b"1", b"0" * 2**17]
+    for i, content in enumerate(made):
+        (tmp_path / str(i)).write_bytes(content)
+    assert len({digest(tmp_path / str(i)) for i in range(4)}) == 4
 
 
 # ----------------------------------------------------------------------------------------------------------- the stream
@@ -155,6 +169,12 @@ def test_ranks_share_out_the_same_steps(world, accumulation):
 @pytest.mark.parametrize("start", [1, 2, 5, 6, 7, 12, 29])
 def test_a_later_start_is_the_same_stream(start):
     assert batches(start_step=start) == batches()[start:]
+
+
+@pytest.mark.parametrize("start", [1, 19, 20, 39])
+def test_a_later_start_is_found_where_every_picture_has_a_bucket_of_its_own(start):
+    one = {"bucket": torch.arange(20), "seed": 0, "batch_size": 4, "steps": 45}
+    assert list(StreamSampler(20, start_step=start, **one)) == list(StreamSampler(20, **one))[start:]
 
 
 def test_a_start_far_away_is_found_at_once():

@@ -121,6 +121,15 @@ def test_sinkhorns_plan_has_equal_weights_and_nothing_across_groups():
     assert (plan[group[:, None] != group] == 0).all()
 
 
+def test_sinkhorns_plan_of_a_group_does_not_hang_on_the_others():
+    """Epsilon is in spreads of the cost over the pairs that may be joined."""
+    cost = torch.randn(8, 8, dtype=torch.float64)
+    alone = sinkhorn_log_plan(cost, torch.zeros(8, dtype=torch.int64), 0.5, 50)
+    groups = torch.arange(3).repeat_interleave(8)
+    together = sinkhorn_log_plan(torch.block_diag(cost, cost, cost), groups, 0.5, 50)
+    torch.testing.assert_close(together[8:16, 8:16], alone)
+
+
 def test_rounding_is_the_greedy_matching_and_leaves_no_row_out():
     torch.manual_seed(0)
     log_plan, group = torch.randn(20, 20), torch.zeros(20, dtype=torch.int64)

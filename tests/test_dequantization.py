@@ -230,6 +230,7 @@ def test_what_is_no_picture_of_grey_levels_is_refused():
     module.check(x * (1 + 1e-6))
     for wrong, text in [
         ((x + 1) * 127.5, "from 0 to 255"),
+        (x - 2, "from -3 to -1"),
         (x * float("nan"), "from nan to nan"),
         (x * 0.999, "0.13 of a level.*already dequantised"),
         ((x * 0.9).bfloat16(), "of a level"),

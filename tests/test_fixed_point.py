@@ -65,6 +65,7 @@ def test_gradients_flow_through_the_sweeps():
     solution = fixed_point(lambda x: a * x + 1, torch.zeros(2, 1, dtype=torch.float64), tolerance=1e-12)
     (grad,) = torch.autograd.grad(solution.x[0, 0], a)
     torch.testing.assert_close(grad, torch.tensor(1 / 0.7**2, dtype=torch.float64))
+    assert not solution.change.requires_grad  # it holds no graph of the sweeps
 
 
 def test_no_rows_are_no_work():

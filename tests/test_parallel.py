@@ -85,6 +85,12 @@ def test_sweeps_are_far_fewer_than_steps_at_an_error_near_the_tolerance(toleranc
     assert 200 <= solution.nfe <= 24 * solution.sweeps
 
 
+def test_the_tolerance_is_of_the_root_mean_square_whatever_the_size_of_a_state(noise):
+    velocity = lambda x, t: simple(x, t, x.new_tensor(0.5))
+    one, many = (picard(velocity, noise[:, :1].repeat(1, n), uniform(40), window=8) for n in (1, 64))
+    assert one.sweeps == many.sweeps and torch.equal(one.x.repeat(1, 64), many.x)
+
+
 def test_a_constant_velocity_takes_two_sweeps_and_one_for_each_window_more():
     """The first sweep finds the line; after it every guess that comes into the window lies on it."""
     x = torch.randn(3, 4, dtype=torch.float64)

@@ -24,7 +24,7 @@ from genflow.errors import UserError
 from genflow.flows.store import checkpoints, newest_checkpoint, read_config
 from genflow.training.apply import checkpointed, compile_blocks
 from genflow.training.config import RunConfig
-from genflow.training.log import Log
+from genflow.training.log import Log, LossByTime
 from genflow.training.loop import learning_rate
 from genflow.training.run import train
 
@@ -403,6 +403,13 @@ def test_checkpointing_recomputes_and_compiling_compiles():
 
 
 # ----------------------------------------------------------------------------------------------------------- small parts
+
+
+def test_the_loss_by_time_is_summed_in_equal_bins_with_both_ends_of_time():
+    by_time = LossByTime([[1.0] * 8, [2.0] * 8])
+    by_time.add(torch.tensor([3.0, 5.0, 7.0, 11.0]), torch.tensor([0.0, 0.124, 0.125, 1.0]))
+    for _ in range(2):  # what was added is counted once
+        assert by_time.sums.tolist() == [[9, 8, 1, 1, 1, 1, 1, 12], [4, 3, 2, 2, 2, 2, 2, 3]]
 
 
 def test_learning_rate_rises_stays_and_falls():
