@@ -16,6 +16,7 @@ from genflow.flows.bijections.jet import ViTCoupling
 from genflow.flows.bijections.linear import InvertibleConv1x1
 from genflow.flows.bijections.marginals import Marginals
 from genflow.flows.bijections.residual import ResidualBlock
+from genflow.flows.bijections.shapes import Squeeze
 from genflow.flows.bijections.transformer import guide
 from genflow.flows.dequantization import VariationalDequantization
 from genflow.flows.models.ffjord import FFJORDConfig
@@ -235,3 +236,12 @@ def test_what_is_fitted_to_the_first_batch_is_fitted_under_another_default_devic
         marginals.initialise(torch.zeros(2, *PICTURES, device="cpu"))
         codes.initialise(torch.ones(5, 4, 2, 2, device="cpu"))
     assert marginals.mass.std() > 0 and (codes.codebook - 1).abs().max() < 0.1
+
+
+@pytest.mark.parametrize("wrong", [(3, 8, 4), (3, 6, 6)])
+def test_a_squeeze_refuses_samples_of_another_shape(wrong):
+    squeeze = Squeeze((3, 4, 8))
+    with pytest.raises(UserError, match="samples B x 3 x 4 x 8, not 2 x"):
+        squeeze(torch.zeros(2, *wrong))
+    with pytest.raises(UserError, match="samples B x 12 x 2 x 4, not 2 x"):
+        squeeze.inverse(torch.zeros(2, 12, 4, 2))

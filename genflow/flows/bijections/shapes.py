@@ -16,11 +16,19 @@ from genflow.networks.couplers import zeroed
 from genflow.registry import bijection_export
 
 
+def _check(x: Tensor, shape: tuple[int, ...]) -> None:
+    """Raises UserError unless x is B x shape: as many numbers of another shape would be reshaped in silence."""
+    if tuple(x.shape[1:]) != shape:
+        wanted, got = (" x ".join(map(str, of)) for of in (("B", *shape), x.shape))
+        raise UserError(f"the squeeze is of samples {wanted}, not {got}")
+
+
 @bijection_export("squeeze")
 class Squeeze(Bijection):
     """C x H x W to C f^2 x H/f x W/f, every f x f square a column of channels (RealNVP, arXiv 1605.08803, sec. 3.6).
 
-    shape: of x; output_shape: of z. Raises UserError for vectors and for sizes that the factor does not divide.
+    shape: of x; output_shape: of z. Raises UserError for vectors, for sizes that the factor does not divide, and for
+    samples of another shape.
     """
 
     def __init__(self, shape: Sequence[int], factor: int = 2) -> None:
@@ -33,14 +41,17 @@ class Squeeze(Bijection):
         channels, *size = shape
         check_divisible(size, factor, "a squeeze")
         self.factor = factor
+        self.shape = tuple(shape)
         self.output_shape = (channels * factor**2, size[0] // factor, size[1] // factor)
 
     def forward(self, x: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        _check(x, self.shape)
         B, (C, H, W), f = len(x), self.output_shape, self.factor
         z = wide(x).reshape(B, C // f**2, H, f, W, f).permute(0, 2, 4, 1, 3, 5)  # channels last in memory
         return z.reshape(B, H, W, C).permute(0, 3, 1, 2), zero_ladj(x)
 
     def inverse(self, z: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        _check(z, self.output_shape)
         B, (C, H, W), f = len(z), self.output_shape, self.factor
         x = wide(z).reshape(B, C // f**2, f, f, H, W).permute(0, 4, 2, 5, 3, 1)
         return x.reshape(B, H * f, W * f, C // f**2).permute(0, 3, 1, 2), zero_ladj(z)
