@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 
@@ -109,10 +110,20 @@ def test_info_explains_one_thing(capsys):
     assert main(["info", "mmdit"]) == 0
     out = capsys.readouterr().out
     assert "qk_norm" in out and "= True" in out and "genflow.networks.mmdit" in out
+    assert re.search("attention +str +=", out)
     assert main(["info", "MMDiT"]) == 0
     assert "genflow.networks.mmdit.MMDiT" in capsys.readouterr().out
     assert main(["info", "heun"]) == 0
     assert "-> Solution" in capsys.readouterr().out
+
+
+def test_a_config_in_place_of_a_run_is_told_to_be_trained(tmp_path, capsys):
+    (config := tmp_path / "mine.yaml").write_text("seed: 0")
+    assert main(["sample", str(config)]) == 2
+    assert f"genflow train {config} makes a run of it" in capsys.readouterr().err
+    (tmp_path / "checkpoints").mkdir()
+    assert main(["sample", str(config)]) == 2
+    assert f"; try {tmp_path}" in capsys.readouterr().err
 
 
 def test_info_lists_no_field_that_cannot_be_set(capsys):

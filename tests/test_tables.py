@@ -109,7 +109,9 @@ def test_cifar10_missing_and_offline_costs_one_line(tmp_path, monkeypatch):
         raise OSError("no network here")
 
     monkeypatch.setattr(torchvision.datasets.CIFAR10, "download", refuse)
-    with pytest.raises(UserError, match=r"CIFAR10: not in .* could not be fetched"):
+    with pytest.raises(
+        UserError, match=r"CIFAR10: not in .* could not be fetched .*no network here.*; set root to a folder"
+    ):
         CIFAR10Config(root=str(tmp_path)).build()
 
 

@@ -88,11 +88,12 @@ def _explain(kind: str, name: str) -> None:
     print(f"\n{inspect.getdoc(obj)}\n")
     if dataclasses.is_dataclass(obj):
         for field in (f for f in dataclasses.fields(obj) if f.init):
-            print(f"  {field.name:24}{_type(field.type):34}{_default(field)}")
+            print(f"  {field.name:23} {_type(field.type):33} {_default(field)}")
 
 
 def _type(annotation: Any) -> str:
-    return annotation if isinstance(annotation, str) else getattr(annotation, "__name__", str(annotation))
+    words = annotation if isinstance(annotation, str) else getattr(annotation, "__name__", str(annotation))
+    return words.removeprefix("Annotated[").partition(",")[0] if words.startswith("Annotated[") else words
 
 
 def _default(field: dataclasses.Field) -> str:

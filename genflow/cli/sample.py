@@ -66,8 +66,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     prompts = _prompts(args)
-    if args.n < 1 or args.batch < 1:
-        raise UserError(f"-n and --batch must be 1 or more, not {args.n} and {args.batch}")
+    if args.n < 1:
+        raise UserError(f"-n must be 1 or more, not {args.n}")
 
     import torch
     from tqdm import tqdm

@@ -133,9 +133,9 @@ def plot_training(lines: Sequence[Mapping[str, Any]], title: str = "") -> Figure
     bins = sorted({key for line in lines for key in line if key.startswith("loss_t")})
     figure = _figure(9 if bins else 5.5, 3.4)
     panels = figure.subplots(1, 2 if bins else 1, squeeze=False)[0]
-    left, dot = panels[0], "o" if len(steps) == 1 else ""  # one point makes no line
+    left = panels[0]
     left.plot(steps, loss, color=FAINT, linewidth=0.5, alpha=0.6)
-    left.plot(*_smooth(steps, loss), color=INK, marker=dot, label="training, running median")
+    left.plot(*_smooth(steps, loss), color=INK, marker=_dot(steps), label="training, running median")
     checks, validation = _series(lines, "validation_loss")
     if len(checks):
         left.plot(checks, validation, "o-", color=ACCENT, label="validation")
@@ -150,12 +150,18 @@ def plot_training(lines: Sequence[Mapping[str, Any]], title: str = "") -> Figure
     colours = matplotlib.colormaps["viridis"](np.linspace(0, 0.92, len(bins)))
     for key, colour in zip(bins, colours, strict=False):
         begin = float(key.removeprefix("loss_t"))
-        right.plot(*_smooth(*_series(lines, key)), color=colour, marker=dot, label=f"{begin:.3g} – {begin + 1 / 8:.3g}")
+        series, label = _series(lines, key), f"{begin:.3g} – {begin + 1 / 8:.3g}"
+        right.plot(*_smooth(*series), color=colour, marker=_dot(series[0]), label=label)
     right.set(title="By time, running medians", xlabel="optimiser step")
     for axes in panels:
         axes.set_yscale("log")
     right.legend(title="t (0 = data)", loc="center left", bbox_to_anchor=(1, 0.5), reverse=True)
     return figure
+
+
+def _dot(steps: np.ndarray) -> str:
+    """A marker where one point makes no line."""
+    return "o" if len(steps) == 1 else ""
 
 
 def _series(lines: Sequence[Mapping[str, Any]], key: str) -> tuple[np.ndarray, np.ndarray]:
@@ -314,7 +320,7 @@ def plot_errors(
     if floor > 0:
         low, high = axes.get_ylim()
         axes.axhspan(1e-12, floor, color="#f0f0f0", zorder=0)
-        axes.set_ylim(min(low, floor / 1.3), high)
+        axes.set_ylim(min(low, floor / 1.6), high)  # of which the words take a part
         axes.annotate("the fine solve itself", (0.01, floor), xycoords=("axes fraction", "data"), va="top", color=FAINT)
     _decibels(axes)
     axes.legend(loc="center left", bbox_to_anchor=(1.12, 0.5))

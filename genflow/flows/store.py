@@ -235,6 +235,8 @@ def find_model(path: str | Path) -> Path:
             what = "a folder of a run, a checkpoint or a model"
             if folder.suffix == ".safetensors" and not (folder.parent / CONFIG).exists():
                 raise UserError(f"{folder} is a file, not {what}; genflow convert {folder} FOLDER makes one of it")
+            if folder.suffix in (".yaml", ".yml") and not (folder.parent / "checkpoints").is_dir():
+                raise UserError(f"{folder} is a file, not {what}; genflow train {folder} makes a run of it")
             raise UserError(f"{folder} is a file, not {what}; try {folder.parent}")
         around = [str(p) for p in folder.parent.glob("*") if p.is_dir()]
         near = nearest(str(folder), around) if around else ""

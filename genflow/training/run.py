@@ -260,9 +260,9 @@ def _save_config(config: RunConfig, run: Path) -> None:
 def _summary(trainer: Trainer, why: str) -> str:
     train = trainer.config.train
     params = sum(p.numel() for p in trainer.flow.parameters() if p.requires_grad)
-    start = f"resuming at step {trainer.step}" if trainer.step else "starting"
+    start = f"resuming at step {trainer.step} of " if trainer.step else ""
     return (
-        f"{trainer.run_folder}: {start} of {train.steps}, batch {train.batch_size}, "
+        f"{trainer.run_folder}: {start}{train.steps} steps, batch {train.batch_size}, "
         f"{len(trainer.dataset)} pictures, {params / 1e6:.1f} M parameters\n"
         f"precision {train.precision} ({why}); weights, optimiser and EMA in fp32; "
         f"{trainer.accelerator.num_processes} process(es){', sharded,' if trainer.sharded else ''} on "
