@@ -86,6 +86,13 @@ def test_estimators_are_exact_where_the_jacobian_is_a_number(kind):
         assert (miss < 1e-5).all() and (found.standard_error < 1e-6).all()
 
 
+def test_the_standard_error_is_that_of_the_mean_of_the_draws():
+    x = MU + S * normal(200, 3)
+    found = velocity_log_prob(gaussian, x, divergence="hutchinson_gaussian", draws=20, rtol=1e-6, atol=1e-6)
+    off = (found.log_prob - density_of_gaussian(x)) / found.standard_error
+    assert 0.85 < off.square().mean().sqrt() < 1.25
+
+
 def test_a_density_integrates_to_one():
     cnf = shaken(flow((2,), rtol=1e-6, atol=1e-6), 0.3)
     side = torch.linspace(-6, 6, 61, dtype=torch.float64)
