@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from numbers import Integral
 
 
 class UserError(ValueError):
@@ -15,6 +16,13 @@ def nearest(name: str, options: Iterable[str]) -> str:
     options = sorted(options)
     close = difflib.get_close_matches(name, options, n=1) or [o for o in options if name and o.startswith(name)]
     return f" Did you mean {close[0]!r}?" if close else f" Choose from: {', '.join(options) or 'nothing'}."
+
+
+def check_whole(**numbers: object) -> None:
+    """Raises UserError for one that is not a whole number of 1 or more."""
+    for name, number in numbers.items():
+        if isinstance(number, bool) or not isinstance(number, Integral) or int(number) < 1:
+            raise UserError(f"{name} = {number!r} is not a whole number of 1 or more")
 
 
 def check_least(given: object, **least: int) -> None:

@@ -387,6 +387,7 @@ def test_samplers_that_take_rows_apart_find_each_row_with_its_mask_and_its_noise
         (lambda x, n: inpaint(VELOCITY, x, torch.ones(4, 6), n, uniform(4)), "mask is 4 x 6"),
         (lambda x, n: inpaint(VELOCITY, x, 255 * torch.ones(1, 1, 4, 6), n, uniform(4)), "divide bytes by 255"),
         (lambda x, n: inpaint(VELOCITY, x, torch.ones(1, 1, 4, 6), n, uniform(4), repeats=0), "repeats = 0"),
+        (lambda x, n: inpaint(VELOCITY, x, torch.ones(1, 1, 4, 6), n, uniform(4), repeats=1.5), "repeats = 1.5"),
         (lambda x, n: inpaint(VELOCITY, x, torch.ones(1, 1, 4, 6), n, uniform(4), repeats=2), "0 seeds for 3 pictures"),
         (
             lambda x, n: inpaint(
@@ -397,9 +398,11 @@ def test_samplers_that_take_rows_apart_find_each_row_with_its_mask_and_its_noise
         (lambda x, n: flowedit(VELOCITY, VELOCITY, x, uniform(4), seeds=[1]), "1 seeds for 3 pictures"),
         (lambda x, n: flowedit(VELOCITY, VELOCITY, x, uniform(4), seeds=[1, 2, 3], regular=0.9), "regular = 0.9"),
         (lambda x, n: flowedit(VELOCITY, VELOCITY, x, uniform(4), seeds=[1, 2, 3], draws=0), "draws = 0"),
+        (lambda x, n: flowedit(VELOCITY, VELOCITY, x, uniform(4), seeds=[1, 2, 3], draws=2.5), "draws = 2.5"),
         (lambda x, n: rf_inversion(VELOCITY, VELOCITY, x, n, uniform(4), eta=1.5), "eta = 1.5 is not within 0 .. 1"),
         (lambda x, n: rf_inversion(VELOCITY, VELOCITY, x, n, uniform(4), gamma=-1), "gamma = -1"),
         (lambda x, n: rf_inversion(VELOCITY, VELOCITY, x, n, uniform(4), interval=(0.5, 0.5)), "interval"),
+        (lambda x, n: rf_inversion(VELOCITY, VELOCITY, x, n, uniform(4), interval=(0, 0.5, 1)), "interval"),
     ],
 )
 def test_what_cannot_be_edited_is_refused_in_one_line(edit, message, x, noise):

@@ -247,7 +247,7 @@ def test_what_has_no_likelihood_is_refused_in_one_line(how, message):
 def test_vectors_have_no_bits_and_a_bijection_is_no_velocity():
     with pytest.raises(UserError, match="vectors have a density: log_prob"):
         velocity_flow().bits_per_dim(rows())
-    with pytest.raises(UserError, match="k = 0 draws are too few"):
+    with pytest.raises(UserError, match="k = 0 is not a whole number of 1 or more"):
         velocity_flow(SHAPE).bits_per_dim(levels().float() / 127.5 - 1, k=0)
     with pytest.raises(UserError, match="the model is a bijection; take flow normalizing"):
         RectifiedFlowConfig().build(Scale(), NoTextConfig().build(), shape=(3,))

@@ -220,8 +220,8 @@ def test_no_rows_are_no_work():
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"window": 0}, "nearest possible number is 1"),
-        ({"window": -4}, "nearest possible number is 1"),
+        ({"window": 0}, "window = 0 is not a whole number of 1 or more"),
+        ({"window": -4}, "window = -4 is not a whole number"),
         ({"window": 2.0}, "whole number"),
         ({"window": True}, "whole number"),
         ({"tolerance": -1e-3}, "0 is Euler's method"),

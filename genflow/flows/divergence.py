@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from genflow.attention import attention_backend
-from genflow.errors import UserError, nearest
+from genflow.errors import UserError, check_whole, nearest
 from genflow.flows.bijections.jacobian import check_recording
 from genflow.functional import Rng, row_hash
 from genflow.registry import api_export
@@ -54,8 +54,7 @@ class Divergence:
     def __post_init__(self) -> None:
         if self.kind not in _KINDS:
             raise UserError(f"divergence {self.kind!r} is unknown.{nearest(self.kind, _KINDS)}")
-        if isinstance(self.draws, bool) or not isinstance(self.draws, int) or self.draws < 1:
-            raise UserError(f"draws = {self.draws!r} is not a whole number of 1 or more")
+        check_whole(draws=self.draws)
         if self.kind == "exact" and self.draws > 1:
             raise UserError(f"draws = {self.draws}: the exact divergence has none to take; leave it at 1")
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from genflow.conditions import Condition
 from genflow.config import Choice
-from genflow.errors import UserError
+from genflow.errors import UserError, check_whole
 from genflow.flows.base import Batch, LossOutput, dtype_of, evaluating
 from genflow.flows.bijections.base import Bijection
 from genflow.flows.bijections.continuous import CNF
@@ -242,8 +242,7 @@ class NormalizingFlow(ConditionedFlow):
         self._honest("bits_per_dim")
         if not isinstance(self.dequantize, Dequantizer):
             raise UserError("bits_per_dim is of pictures of grey levels; vectors have a density: log_prob")
-        if k < 1:
-            raise UserError(f"k = {k} draws are too few; the least is 1")
+        check_whole(k=k)
         self.dequantize.check(x)
         x = self._given(x)
         position = torch.arange(len(x)) if position is None else position

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from genflow.conditions import Condition
 from genflow.config import Choice, from_dict
-from genflow.errors import UserError
+from genflow.errors import UserError, check_whole
 from genflow.flows.base import Batch, LossOutput, dtype_of, evaluating
 from genflow.flows.bijections.base import Bijection
 from genflow.flows.conditioned import ConditionedFlow, check_hearing
@@ -349,8 +349,7 @@ class RectifiedFlow(ConditionedFlow):
         """
         if len(self.shape) == 1:
             raise UserError("bits_per_dim is of pictures of grey levels; vectors have a density: log_prob")
-        if k < 1:
-            raise UserError(f"k = {k} draws are too few; the least is 1")
+        check_whole(k=k)
         dequantize, x = UniformDequantization().build(self.shape), x.to(self.device)
         position = torch.arange(len(x)) if position is None else position
         cell = GREYS / (GREYS - 1)  # the dequantised picture in [-1, 1) to the scale that the network was trained on

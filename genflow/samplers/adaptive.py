@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from numbers import Integral
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from genflow.errors import UserError
+from genflow.errors import UserError, check_whole
 from genflow.registry import sampler_export
 from genflow.samplers.solution import (
     Progress,
@@ -337,5 +336,4 @@ def _check(dtype: torch.dtype, rtol: float, atol: float, max_steps: int) -> None
         raise UserError(f"rtol = {rtol} is not between {floor:.1e}, the noise of {dtype}, and 1{wider}")
     if not 0 < atol < math.inf:
         raise UserError(f"atol = {atol} must be positive, such as 1e-5; it is the tolerance where x is near 0")
-    if isinstance(max_steps, bool) or not isinstance(max_steps, Integral) or max_steps < 1:
-        raise UserError(f"max_steps = {max_steps!r} is not a whole number of 1 or more")
+    check_whole(max_steps=max_steps)

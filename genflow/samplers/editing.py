@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from genflow.errors import UserError
+from genflow.errors import UserError, check_whole
 from genflow.functional import Time, interpolate, path_velocity, renoise
 from genflow.registry import api_export, tag_of
 from genflow.samplers.guidance import SLACK, take_rows
@@ -131,8 +131,7 @@ def inpaint(
     (x, noise), times = _alike(x, noise), _falling(grid)
     free = _check_mask(mask, x)
     velocity, z = Known(velocity, x, noise, free), interpolate(x, noise, times[0])
-    if repeats < 1:
-        raise UserError(f"repeats = {repeats} is too few; 1 takes every step once")
+    check_whole(repeats=repeats)
     tag = tag_of(getattr(sampler, "func", sampler))
     if repeats > 1 and tag is not None and tag.metadata.get("family") == "sde":
         raise UserError(
@@ -224,8 +223,7 @@ def flowedit(
     x, times = state(x), _begin(grid, strength)
     if not 0 <= regular <= strength:
         raise UserError(f"regular = {regular} is not within 0 .. strength = {strength}; 0 is never")
-    if draws < 1:
-        raise UserError(f"draws = {draws} is too few; the nearest possible number is 1")
+    check_whole(draws=draws)
     editing = [t for t in times if t >= regular]
     solution, plain = Solution(x, 0), times[len(editing) - 1 :]
     if len(editing) > 1:
@@ -273,7 +271,7 @@ def rf_inversion(
     for name, value in (("gamma", gamma), ("eta", eta)):
         if not 0 <= value <= 1:
             raise UserError(f"{name} = {value} is not within 0 .. 1; 0 is no control")
-    if not 0 <= interval[0] < interval[1] <= 1:
+    if len(interval) != 2 or not 0 <= interval[0] < interval[1] <= 1:
         raise UserError(f"interval = {tuple(interval)} is not 0 <= lo < hi <= 1; try (0.75, 1.0)")
     times = _falling(grid)
     to_noise = Drawn(velocity_source, noise, 1.0, gamma)

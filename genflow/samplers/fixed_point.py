@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from genflow.errors import UserError
+from genflow.errors import UserError, check_whole
 from genflow.registry import api_export
 
 
@@ -38,8 +38,7 @@ def fixed_point(
     """
     if not tolerance >= 0:
         raise UserError(f"tolerance = {tolerance} must be 0 or more; 0 iterates until nothing moves")
-    if max_sweeps < 1:
-        raise UserError(f"max_sweeps = {max_sweeps} is too few; the nearest possible number is 1")
+    check_whole(max_sweeps=max_sweeps)
     change = x.new_full((len(x),), torch.inf)
     sweeps = 0
     while sweeps < max_sweeps and not (change <= tolerance).all():

@@ -6,12 +6,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from numbers import Integral
 
 import torch
 from torch import Tensor
 
-from genflow.errors import UserError
+from genflow.errors import UserError, check_whole
 from genflow.functional import sent
 from genflow.registry import sampler_export
 from genflow.samplers.fixed_point import verified
@@ -50,10 +49,7 @@ def picard(
 
     Raises UserError for a window that is not a whole number above 0, and a tolerance that is negative or not finite.
     """
-    if isinstance(window, bool) or not isinstance(window, Integral):
-        raise UserError(f"window = {window!r} is not a whole number of steps")
-    if window < 1:
-        raise UserError(f"window = {window} is too few steps; the nearest possible number is 1")
+    check_whole(window=window)
     if not 0 <= tolerance < math.inf:
         raise UserError(f"tolerance = {tolerance} must be 0 or more, and finite; 0 is Euler's method itself")
     grid, x = check_grid(grid), state(x)
