@@ -419,8 +419,8 @@ def test_a_model_of_oblong_pictures_edits_and_inverts_oblong_ones(where, tmp_pat
         ),
         (["sample"], 'nothing to draw: give --prompt "..."'),
         (["sample", "--class", "otter"], "model draws from text, not from classes; give --prompt 'otter'"),
-        (["sample", "--prompt", "x", "-n", "0"], "-n and --batch must be 1 or more, not 0 and 64"),
-        (["sample", "--prompt", "x", "--batch", "0"], "-n and --batch must be 1 or more, not 1 and 0"),
+        (["sample", "--prompt", "x", "-n", "0"], "-n must be 1 or more, not 0"),
+        (["sample", "--prompt", "x", "--batch", "0"], "--batch must be 1 or more, not 0"),
         (["sample", "--prompt", "x", "--size", "16", "16", "16"], "--size takes one or two numbers, not 3"),
         (
             ["sample", "--prompt", "x", "--graphs", "--cache", "0.1"],
