@@ -197,9 +197,9 @@ def test_conditions_by_the_row_are_taken_along():
 def test_it_is_registered_as_an_sde_and_refuses_what_cannot_be():
     assert tag_of(resolve("sampler", "speculative")).metadata["family"] == "sde"
     for options, says in (
-        ({"window": 0}, "window = 0 must be a whole number"),
-        ({"window": 2.5}, "window = 2.5 must be"),
-        ({"window": True}, "window = True must be"),
+        ({"window": 0}, "window = 0 is not a whole number of 1 or more"),
+        ({"window": 2.5}, "window = 2.5 is not"),
+        ({"window": True}, "window = True is not"),
         ({"diffusion": "none"}, "no diffusion is named 'none'"),
         ({"seeds": [0]}, "1 seeds for 3 pictures"),
         ({"grid": [0.0, 1.0]}, "goes from noise to data"),

@@ -9,12 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from numbers import Integral
 
 import torch
 from torch import Tensor
 
-from genflow.errors import UserError
+from genflow.errors import check_whole
 from genflow.functional import Rng, noise_from_seeds, noise_from_velocity, velocity_from_x, x_from_velocity
 from genflow.registry import sampler_export
 from genflow.samplers.parallel import ParallelSolution, _Path, _to
@@ -69,8 +68,7 @@ def speculative(
 
     Raises UserError for a window that is not a whole number above 0, and as `euler_maruyama`.
     """
-    if isinstance(window, bool) or not isinstance(window, Integral) or window < 1:
-        raise UserError(f"window = {window!r} must be a whole number of steps, 1 or more; 1 is euler_maruyama")
+    check_whole(window=window)
     w = _diffusion(diffusion, scale)
     solve = _falling(velocity, x, grid, seeds, progress, record)
     grid, x = solve.grid, solve.x
@@ -121,7 +119,8 @@ def speculative(
         spent, sweeps = spent + torch.bincount(rows, minlength=len(x)), sweeps + 1
 
         # ... and keep what stands, with the reflected one after it.
-        going, new = at < steps, []
+        going = at < steps
+        new: list[Tensor] = []
         settled = torch.zeros_like(at)
         for i in range(width):
             k = number[:, i]
