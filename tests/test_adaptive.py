@@ -291,6 +291,7 @@ def test_many_times_may_lie_within_one_step():
     solution = dopri5(lambda x, t: -x, x, grid, rtol=1e-9, atol=1e-9, record=True)
     expected = [math.exp(1 - t) for t in grid]
     np.testing.assert_allclose([float(x[1]) for x in solution.trajectory.states], expected, rtol=1e-7)
+    assert solution.trajectory.nfe[:3] == [0, 8, 8]  # two to begin, and the six of the step that passes both
 
 
 # ------------------------------------------------------------------------------------------------- rows that stop early
@@ -405,6 +406,18 @@ def test_a_solve_that_begins_at_an_edge_sees_its_own_side_alone(solver, grid, dt
     expected = torch.full((2, 1), math.exp(grid[0] - grid[1]), dtype=dtype)
     assert solution.ok
     torch.testing.assert_close(solution.x, expected, rtol=3e-5, atol=0)
+
+
+@pytest.mark.parametrize("grid", [[1.0, 0.0], [0.0, 1.0]])
+def test_no_time_is_lost_at_edges(grid):
+    class Steady:
+        edges = tuple(i / 64 for i in range(1, 64))
+
+        def __call__(self, x, t):
+            return torch.ones_like(x)
+
+    x = dopri5(Steady(), torch.zeros(2, 1), grid).x
+    torch.testing.assert_close(x, torch.full((2, 1), grid[1] - grid[0]), rtol=0, atol=1e-5)  # a gap is 1e-6
 
 
 @pytest.mark.parametrize("solver", SOLVERS)

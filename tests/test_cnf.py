@@ -142,10 +142,11 @@ def test_decoding_asks_for_no_divergence():
             self.graphs += torch.is_grad_enabled()
             return super().forward(x, t)
 
-    cnf = CNF((3,), velocity := Counted(normal(3, 3)))
-    with torch.no_grad():
-        cnf.decode(normal(2, 3))
-    assert velocity.calls > 0 and velocity.graphs == 0
+    for options in ({}, {"solver": "rk4", "steps": 4}):
+        cnf = CNF((3,), velocity := Counted(normal(3, 3)), **options)
+        with torch.no_grad():
+            cnf.decode(normal(2, 3))
+        assert velocity.calls == cnf.nfe > 0 and velocity.graphs == 0
 
 
 def test_a_new_flow_is_the_identity():
@@ -163,6 +164,16 @@ def test_a_row_is_the_same_alone_and_in_a_batch(kind):
         together, alone = cnf(x, condition), cnf(x[3:4], condition[3:4])
     for a, b in zip(together, alone, strict=True):
         torch.testing.assert_close(a[3:4], b, rtol=1e-10, atol=1e-10)
+
+
+def test_rows_that_arrived_leave_the_batch_with_their_conditions():
+    class Turning(nn.Module):
+        def forward(self, x, t, rate):
+            return rate * torch.stack([-x[:, 1], x[:, 0]], 1)
+
+    cnf, x, rate = CNF((2,), Turning(), condition_dim=1), normal(4, 2), normal(4, 1).new_tensor([[1], [30], [0.5], [2]])
+    alone = torch.cat([cnf(x[i : i + 1], rate[i : i + 1])[0] for i in range(4)])
+    torch.testing.assert_close(cnf(x, rate)[0], alone, rtol=0, atol=1e-10)
 
 
 def test_the_shared_steps_of_training_give_what_own_steps_give():
@@ -337,6 +348,8 @@ def test_an_integral_that_does_not_settle_is_told():
 
     with pytest.raises(UserError, match="does not integrate"):
         path_integral(ragged, normal(1, 1), Divergence(), None, Stepping(rtol=1e-3, atol=1e-9, max_steps=100_000))
+    with pytest.raises(UserError, match="does not integrate"):  # nor one that is no number
+        velocity_log_prob(lambda x, t: (0 * x).sqrt(), normal(1, 1), divergence="exact")
 
 
 # ----------------------------------------------------------------------------------------------------------- bad input

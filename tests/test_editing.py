@@ -315,8 +315,9 @@ def test_rf_inversion_keeps_more_of_the_picture_with_more_control(x, noise):
     assert kept[0] < kept[1] < kept[2]
 
 
-def test_rf_inversion_is_the_algorithm_box(x, noise):
-    """Algorithms 1 and 2, written out in Euler steps; the control acts on the first steps back."""
+@pytest.mark.parametrize(("lo", "hi"), [(0.75, 1.0), (0.25, 0.5)])
+def test_rf_inversion_is_the_algorithm_box(lo, hi, x, noise):
+    """Algorithms 1 and 2, written out in Euler steps; the control acts on the steps back from times of the interval."""
     n, z = 8, x
     times = [i / n for i in range(n + 1)]
     for t, t_next in pairwise(times):
@@ -324,9 +325,9 @@ def test_rf_inversion_is_the_algorithm_box(x, noise):
         z = z + (t_next - t) * (u + 0.5 * ((noise - z) / (1 - t) - u))
     for t, t_next in pairwise(times[::-1]):
         v = VELOCITY(z, torch.full((3,), t, dtype=z.dtype))
-        eta = 0.9 if t >= 0.75 else 0.0
+        eta = 0.9 if lo <= t <= hi else 0.0
         z = z + (t_next - t) * (v + eta * (-(x - z) / t - v))
-    torch.testing.assert_close(rf_inversion(VELOCITY, VELOCITY, x, noise, uniform(n)).x, z)
+    torch.testing.assert_close(rf_inversion(VELOCITY, VELOCITY, x, noise, uniform(n), interval=(lo, hi)).x, z)
 
 
 # --------------------------------------------------------------------------------------------------- alone and in a batch
@@ -443,8 +444,12 @@ def test_a_sampler_of_the_sde_with_its_options_is_not_repeated(x, noise):
 
 
 def test_rf_inversion_tells_its_sampler_where_the_control_jumps(x, noise):
+    def jumping(z, t):
+        return VELOCITY(z, t)
+
+    jumping.edges = (0.6,)
     just = 1e-6  # beyond the ends, which belong to it
-    for weight, edges in ((0.5, [(-just, 1 + just), (0.25 - just, 0.75 + just)]), (0.0, [(), ()])):
+    for weight, edges in ((0.5, [(0.6, -just, 1 + just), (0.25 - just, 0.75 + just)]), (0.0, [(0.6,), ()])):
         told = []
 
         def sampler(velocity, x, grid, told=told, **how):
@@ -452,7 +457,7 @@ def test_rf_inversion_tells_its_sampler_where_the_control_jumps(x, noise):
             return euler(velocity, x, grid, **how)
 
         how = {"gamma": weight, "eta": weight, "interval": (0.25, 0.75), "sampler": sampler}
-        rf_inversion(VELOCITY, VELOCITY, x, noise, uniform(4), **how)
+        rf_inversion(jumping, VELOCITY, x, noise, uniform(4), **how)
         assert told == edges
 
 
@@ -490,9 +495,11 @@ def test_resampling_names_the_step_from_which_pictures_are_not_finite(x, noise):
     def broken(z, t):
         return torch.where(t.view(-1, 1, 1, 1) < 0.6, math.nan, VELOCITY(z, t))
 
-    how = {"repeats": 2, "seeds": [1, 2, 3], "sampler": euler}
+    seen = []
+    how = {"repeats": 2, "seeds": [1, 2, 3], "sampler": euler, "progress": lambda *step: seen.append(step)}
     solution = inpaint(broken, x, torch.ones(1, 1, 4, 6), noise, uniform(4), **how)
     assert solution.status == ["not finite (NaN or inf) from step 3 of 4 on"] * 3
+    assert seen == [(1, 4), (2, 4), (3, 4), (4, 4)]
 
 
 def test_pictures_of_two_sizes_have_no_psnr():

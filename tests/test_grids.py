@@ -185,11 +185,12 @@ def test_nan_is_told_with_its_step_and_samples():
 def test_the_trajectory_is_kept_where_it_is_asked_for():
     x = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
     assert euler(lambda x, t: x, x, uniform(3)).trajectory is None
-    kept = rk4(lambda x, t: 2 * torch.ones_like(x), x, uniform(3), record=True).trajectory
+    v = torch.tensor([1.0, -2.0, 2.0])
+    kept = rk4(lambda x, t: v.repeat(len(x), 1), x, uniform(3), record=True).trajectory
     assert kept.times == uniform(3) and kept.nfe == [0, 4, 8, 12] and len(kept.states) == 4
     assert torch.equal(kept.states[0], x)
-    torch.testing.assert_close(kept.states[-1], x - 2)
-    torch.testing.assert_close(kept.speed, torch.full((3, 4), 2.0))
+    torch.testing.assert_close(kept.states[-1], x - v)
+    torch.testing.assert_close(kept.speed, torch.full((3, 4), math.sqrt(3)))
 
 
 def test_a_jump_is_seen_between_two_times():

@@ -109,6 +109,16 @@ def test_log_prob_is_the_density_that_the_velocity_transports(s):
     torch.testing.assert_close(velocity_flow(s=s).log_prob(x, **TIGHT), normal(x, s), rtol=0, atol=1e-4)
 
 
+def test_a_likelihood_is_of_the_eval_mode_and_leaves_the_mode_as_it_was():
+    class Moody(Velocity):
+        def forward(self, *args, **how):
+            return super().forward(*args, **how) * (2 if self.training else 1)
+
+    flow = RectifiedFlowConfig().build(Moody(), NoTextConfig().build(), shape=(3,)).train()
+    found = flow.log_prob(rows())
+    assert flow.training and torch.equal(found, flow.eval().log_prob(rows()))
+
+
 def test_the_default_tolerances_are_as_good_as_they_say():
     x = 0.5 * rows()
     torch.testing.assert_close(velocity_flow().log_prob(x), normal(x, 0.5), rtol=0, atol=5e-3)

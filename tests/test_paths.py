@@ -148,6 +148,8 @@ def test_a_table_that_ends_without_any_signal_is_taken():
     path = Path.discrete([*TABLE[:-1].tolist(), 0.0])
     assert path.t_max == pytest.approx(1 - 2**-12, abs=1e-6)
     assert math.isfinite(path.s_of_t(torch.tensor(path.t_max, dtype=torch.float64)))
+    faint = Path.discrete([0.5, 1e-9, 0.0])  # 0 counts as half of what is less than 2^-24
+    assert float(faint.alpha(torch.tensor(2.0).double())) ** 2 == pytest.approx(5e-10)
 
 
 def test_a_table_rescaled_to_no_terminal_signal_or_of_very_little_ends_at_its_last_timestep(noise):

@@ -417,6 +417,8 @@ def test_x_prediction_ends_in_the_predicted_picture_whatever_the_sampler(sampler
 def test_the_shift_of_a_picture_s_size(flow):
     assert flow.times(4, shift="resolution") == flow.times(4, shift=resolution_shift(math.prod(flow.shape[1:])))
     assert flow.times(4, shift="resolution", size=(64, 64)) == flow.times(4, shift=resolution_shift(4096))
+    flow.network.patch_size = 2  # 32 x 32 tokens
+    assert flow.times(4, shift="resolution", size=(64, 64)) == flow.times(4, shift=resolution_shift(1024))
 
 
 def test_size_and_text_mask_and_modes():

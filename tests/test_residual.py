@@ -246,6 +246,7 @@ def test_estimates_are_reproducible_and_new_for_new_weights():
     assert resumed.draws == made.draws == 2
     assert block((6,), exact=False, seed=1)(x)[1].shape == (5,)
     torch.testing.assert_close(made(x[[3, 0]])[1], made(x)[1][[3, 0]])  # a sample's signs hang on no place
+    assert len(made._draw(x)[0].unique(dim=0)) > 1  # and are its own
 
 
 def test_within_probing_the_signs_hang_on_the_counters_and_are_others_in_every_block():
@@ -302,6 +303,17 @@ def test_the_inverse_arrives_in_float32_whatever_the_scale(scale):
     x = scale * torch.randn(8, 6)
     with torch.no_grad():
         torch.testing.assert_close(made.decode(made(x)[0]), x, rtol=1e-4, atol=1e-4 * scale)
+
+
+def test_the_inverse_is_within_the_tolerance_of_the_limit_not_of_its_last_move():
+    class Shrinking(torch.nn.Linear):
+        def forward(self, x, condition=None):
+            return -0.9 * x
+
+    made = ResidualBlock((1,), tolerance=1e-3)
+    made.network = Shrinking(1, 1).to(F64)
+    z = torch.linspace(-2, 2, 9, dtype=F64).view(-1, 1)
+    torch.testing.assert_close(made.decode(z), 10 * z, rtol=0, atol=1e-3)
 
 
 def test_autocast_does_not_touch_the_map():

@@ -40,8 +40,9 @@ def test_a_row_that_stopped_on_the_way_to_noise_is_reported():
 
     x, noise = draw(2, 1, 4, 4), draw(2, 1, 4, 4, seed=1)
     sampler = partial(dopri5, max_steps=5, compact=False)
-    solution = rf_inversion(wild, lambda z, t: 0 * z, x, noise, [1.0, 0.0], gamma=0.0, eta=0.0, sampler=sampler)
-    assert solution.status[0].startswith("stopped at t = ") and solution.status[1] == "ok"
+    for back in (lambda z, t: 0 * z, wild):
+        status = rf_inversion(wild, back, x, noise, [1.0, 0.0], gamma=0.0, eta=0.0, sampler=sampler).status
+        assert status[0].startswith("stopped at t = 0.") and float(status[0].split()[4]) < 0.5 and status[1] == "ok"
 
 
 def test_a_row_that_stopped_at_an_early_step_of_resampling_is_reported():
@@ -51,6 +52,8 @@ def test_a_row_that_stopped_at_an_early_step_of_resampling_is_reported():
     x, noise, mask = draw(2, 1, 4, 4), draw(2, 1, 4, 4, seed=1), torch.ones(1, 1, 4, 4)
     how = {"repeats": 2, "seeds": [0, 1], "sampler": partial(dopri5, max_steps=12)}
     assert not inpaint(wild, x, mask, noise, [1.0, 0.5, 0.0], **how).ok
+    first = inpaint(lambda z, t: torch.sin(60 * z) * 20, x, mask, noise, [1.0, 0.5, 0.0], **how).status[0]
+    assert first.startswith("stopped at t = 0.") and float(first.split()[4]) > 0.5
     assert inpaint(falling, x, mask, noise, [1.0, 0.5, 0.0], **how).ok
 
 

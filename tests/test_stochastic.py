@@ -16,7 +16,8 @@ from genflow.samplers.stochastic import DIFFUSIONS, ancestral, euler_maruyama, r
 
 SDES = [euler_maruyama, stochastic_heun]
 ALL = [*SDES, ancestral, restart]
-PLAIN = {euler_maruyama: (euler, {"scale": 0.0}), stochastic_heun: (heun, {"scale": 0.0})}
+NONE = {"scale": 0.0, "diffusion": "sbdm"}  # which is infinite at t = 1
+PLAIN = {euler_maruyama: (euler, NONE), stochastic_heun: (heun, NONE)}
 PLAIN |= {ancestral: (euler, {"eta": 0.0}), restart: (heun, {"times": 0})}
 
 MEANS = torch.tensor([[-1.0, 0.5], [1.0, 0.0], [0.3, -0.8]])
@@ -222,6 +223,11 @@ def test_restart_goes_up_from_the_grids_time_nearest_to_lo(noise):
 
     restart(velocity, noise, [1.0, 0.6, 0.2, 0.0], seeds=range(4), interval=(0.15, 0.5), times=1, inner=2)
     assert times == pytest.approx([1, 0.6, 0.6, 0.2, 0.5, 0.35, 0.35, 0.2, 0.2])
+    times.clear()
+    restart(
+        velocity, noise, [1.0, 0.5, 0.0], seeds=range(4), interval=(0.3, 0.5), times=1, inner=1
+    )  # not from hi to hi
+    assert times == pytest.approx([1, 0.5, 0.5, 0.5])
 
 
 # ---------------------------------------------------------------------------------------------------------------- seeds

@@ -217,9 +217,9 @@ class _March:
                 if last:
                     return
                 slope, rates, t = slope_next, rates_next, t + h
-                h *= min(10.0, max(0.2, 0.9 * max(ratio, 1e-9) ** (-1 / order)))
+                h *= min(10.0, 0.9 * max(ratio, 1e-9) ** (-1 / order))
             else:
-                h *= max(0.2, 0.9 * ratio ** (-1 / order)) if math.isfinite(ratio) else 0.2
+                h *= max(0.2, 0.9 * ratio ** (-1 / order))  # 0.2 for inf, and for NaN, which is never the larger
                 if abs(h) < 64 * torch.finfo(y.dtype).eps * abs(self.end - self.start):
                     finite = step.slopes.flatten(2).sum(2).isfinite()
                     if not bool(finite.all()):

@@ -174,7 +174,7 @@ def restart(
         raise UserError(
             f"restart interval = ({lo}, {hi}) reaches above the grid, which starts at {first}; try {below_it}"
         )
-    if not (below := [t for t in solve.grid[1:] if t < hi]):
+    if not (below := [t for t in solve.grid if t < hi]):
         raise UserError(f"restart interval = ({lo}, {hi}) lies below the grid, which ends at {solve.grid[-1]}")
     lo = min(below, key=lambda t: abs(t - lo))
     again = [hi + (lo - hi) * i / inner for i in range(inner)] + [lo]
