@@ -36,6 +36,12 @@ def wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def check_levels(pictures: Tensor) -> None:
+    """Raises UserError for pictures of whole numbers, as a file holds them."""
+    if not pictures.is_floating_point():
+        raise UserError(f"a picture holds numbers in [-1, 1], not {pictures.dtype}; scale levels as k / 127.5 - 1")
+
+
 NARROW = {"mps"}  # kinds of device without float64
 
 

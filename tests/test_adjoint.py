@@ -125,6 +125,15 @@ def test_a_backward_may_be_taken_twice(gradient):
 
 
 @pytest.mark.parametrize("gradient", list(GRADIENTS))
+def test_gradients_of_gradients_are_refused(gradient):
+    p = Problem()
+    solved = GRADIENTS[gradient](p, p.x, p.parameters)
+    for loss in (solved.x.square().sum(), solved.x.sum()):  # whose gradient to x is a constant
+        with pytest.raises(UserError, match="a solve has first gradients only"):
+            torch.autograd.grad(loss, p.x, create_graph=True, retain_graph=True)
+
+
+@pytest.mark.parametrize("gradient", list(GRADIENTS))
 def test_gradients_go_through_a_condition_that_was_computed(gradient):
     p = Problem()
     base = normal(4, 3, seed=8).requires_grad_()

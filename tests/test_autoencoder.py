@@ -292,6 +292,8 @@ def test_pictures_that_would_come_back_in_another_size_are_refused():
         for shape in ((2, 1, 16, 16), (3, 16, 16)):
             with pytest.raises(UserError, match="the model is of pictures of 3 channels, not of"):
                 go(torch.zeros(shape))
+        with pytest.raises(UserError, match="not torch.uint8; scale levels as k / 127.5 - 1"):
+            go(torch.zeros(2, 3, 8, 20, dtype=torch.uint8))
 
 
 @pytest.mark.parametrize("bottleneck", [GaussianConfig(4), FSQConfig((5, 4)), VQConfig(12, 3)])

@@ -11,7 +11,8 @@ from torch.func import functional_call, vmap
 
 from genflow.errors import UserError
 from genflow.flows.bijections.autoregressive import MaskedAutoregressive
-from genflow.flows.bijections.base import Bijection, per_sample
+from genflow.flows.bijections.base import Bijection, Chain, per_sample
+from genflow.flows.bijections.elementwise import ActNorm
 from genflow.flows.bijections.jet import ViTCoupling
 from genflow.flows.bijections.linear import InvertibleConv1x1
 from genflow.flows.bijections.marginals import Marginals
@@ -184,6 +185,35 @@ def test_an_average_of_weights_kept_by_data_is_what_answers(make):
     fresh = make().eval()
     fresh.load_state_dict(average.state_dict())
     torch.testing.assert_close(average(x), fresh(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    "model",
+    [
+        GlowConfig(levels=2, steps=1, hidden=8, shape=(3, 4, 4)),
+        GlowConfig(levels=1, steps=1, hidden=8, coupling="additive", shape=(3, 4, 4)),
+        RealNVPConfig(levels=2, hidden=8, shape=(3, 4, 4)),
+        NSFConfig(steps=1, hidden=8, shape=(4,)),
+    ],
+)
+def test_half_weights_are_a_map_in_float32_of_networks_in_half_precision(model, dtype):
+    torch.manual_seed(0)
+    half = shaken(replace(model, condition_dim=2).build(), 0.1).to(dtype)
+    exact, x, condition = copy.deepcopy(half).float(), torch.rand(3, *model.shape), torch.randn(3, 2)
+    z, ladj = half(x, condition)
+    assert z.dtype == ladj.dtype == torch.float32
+    tolerance = 8 * torch.finfo(dtype).eps
+    torch.testing.assert_close(z, exact(x, condition)[0], rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(half.inverse(z, condition)[0], x, rtol=tolerance, atol=tolerance)
+
+
+def test_linear_maps_of_half_weights_round_nothing():
+    torch.manual_seed(0)
+    half = shaken(Chain([ActNorm((12, 4, 4)), InvertibleConv1x1((12, 4, 4))])).half()
+    exact, x = copy.deepcopy(half).float(), torch.rand(3, 12, 4, 4)
+    torch.testing.assert_close(half(x), exact(x))
+    torch.testing.assert_close(half.inverse(x), exact.inverse(x))
 
 
 @pytest.mark.parametrize("bound", [math.inf, 0.0, math.nan])

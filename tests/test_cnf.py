@@ -438,6 +438,11 @@ def test_a_likelihood_asked_for_a_gradient_says_where_there_is_one():
         velocity_log_prob(gaussian, torch.zeros(1, 2, requires_grad=True))
 
 
+def test_a_likelihood_of_equal_steps_is_refused_with_solvers_that_it_takes():
+    with pytest.raises(UserError, match="solver 'rk4' takes equal steps.*; take dopri5, tsit5 or bosh3"):
+        velocity_log_prob(gaussian, torch.zeros(1, 2), solver="rk4")
+
+
 def test_a_velocity_that_is_not_finite_is_told_with_its_samples():
     def broken(x, t):
         return torch.where((x[:, :1] > 0) & (t.unsqueeze(1) > 0.5), torch.nan, x)

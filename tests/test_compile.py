@@ -13,11 +13,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from genflow.attention import Mask, attention
 from genflow.attention.backends import many_graphs
+from genflow.flows.bijections.autoregressive import InverseAutoregressive
+from genflow.flows.bijections.continuous import CNF
 from genflow.native import library as native
 from genflow.networks.mmdit import JointBlock
 from genflow.networks.token_transformer import TokenTransformerConfig
 from genflow.training.apply import checkpointed, compile_blocks
 from tests import test_kernels
+from tests.noise import shaken
 from tests.test_kernels import CASES
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason="no C++ compiler here")
@@ -234,3 +237,17 @@ def test_an_export_takes_the_plain_formula_and_runs_without_us(strict):
     exported = torch.export.export(Normed(), inputs, strict=strict)
     assert not any("genflow" in str(node.target) for node in exported.graph.nodes)
     close(exported.module()(*inputs), test_kernels.modulated_norm(*inputs), torch.float32)
+
+
+@pytest.mark.parametrize(
+    "make", [partial(InverseAutoregressive, hidden=(4,)), partial(CNF, solver="midpoint", steps=1)]
+)
+def test_flows_that_are_differentiated_by_hand_train_beside_a_compiler(make):
+    torch.manual_seed(0)
+    flow, x = shaken(make((2,)), 0.3), torch.randn(4, 2)
+
+    def gradients(call):
+        z, ladj = call(x)
+        return torch.autograd.grad(z.square().sum() - ladj.sum(), list(flow.parameters()))
+
+    torch.testing.assert_close(gradients(torch.compile(flow, backend=EAGERLY)), gradients(flow))

@@ -55,6 +55,14 @@ def test_inference_mode_is_refused_where_derivatives_are_needed_and_only_there()
         assert velocity_log_prob(linear, rows(), divergence="exact").ladj.abs().min() > 0
 
 
+@pytest.mark.parametrize("transform", [torch.func.jacfwd, torch.func.vmap])
+@pytest.mark.parametrize("make", [CNF, lambda shape: CNF(shape, Linear()), ResidualBlock])
+def test_transforms_that_autograd_cannot_be_asked_under_are_refused(make, transform):
+    made = make((5,)).eval()
+    with pytest.raises(UserError, match="is differentiated by autograd, not by torch.func"):
+        transform(lambda row: made(row[None])[0][0])(rows() if transform is torch.func.vmap else rows()[0])
+
+
 @pytest.mark.parametrize("kind", ["exact", "hutchinson"])
 @pytest.mark.parametrize("velocity", [torch.no_grad()(linear), lambda x, t: linear(x, t).detach()])
 def test_a_velocity_that_is_detached_from_x_is_refused(velocity, kind):

@@ -54,6 +54,15 @@ def test_a_density_is_of_its_own_shape_alone(shape):
             verb(x)
 
 
+def test_bytes_are_no_pictures_to_a_flow():
+    x, flow = torch.zeros(2, 3, 8, 8, dtype=torch.uint8), rectified()
+    batch = SimpleNamespace(x=x, condition=flow.text.encode(["", ""]), position=torch.arange(2))
+    verbs = [glow().log_prob, glow().encode, flow.log_prob, flow.encode, lambda x: flow.loss(batch, Rng(0))]
+    for verb in verbs:
+        with pytest.raises(UserError, match=r"not torch.uint8; scale levels as k / 127.5 - 1"):
+            verb(x)
+
+
 def test_a_bijection_without_parameters_has_a_density():
     flow = NormalizingFlowConfig().build(Affine((3,), 2.0), NoTextConfig().build(), shape=(3,))
     normal = torch.distributions.Normal(0.0, 0.5)

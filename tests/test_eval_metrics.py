@@ -166,6 +166,7 @@ def test_own_found_counts_those_nearest_to_their_own():
         (lambda: density_coverage(draw(9), draw(9) / 0), "not finite"),
         (lambda: precision_recall(draw(3), draw(9)), "k = 3 neighbours need more than 3 samples, and there are 3"),
         (lambda: density_coverage(draw(9), draw(9), k=0), "k = 0 neighbours"),
+        (lambda: frechet_distance(draw(9).numpy(), draw(9)), "features are a ndarray, not a tensor; torch.as_tensor"),
         (lambda: kernel_distance(draw(9), draw(9), subset=10), "subsets of 10 out of 9 features: take"),
         (lambda: kernel_distance(draw(9), draw(9), subsets=0), "0 subsets of 4 out of 9"),
         (lambda: nearest_neighbours(draw(9), draw(9), 10), "k = 10 neighbours out of 9: take 1 to 9"),

@@ -141,3 +141,8 @@ def test_a_latent_flow_that_is_cast_as_a_whole_still_goes_there_and_back(dtype):
     for got, wanted in ((flow.to_latents(x), z), (flow.reconstruct(x), y)):
         assert got.dtype == torch.float32
         assert_close(got, wanted, rtol=0, atol=0.05)
+
+
+def test_bytes_are_no_pictures_to_an_autoencoder():
+    with pytest.raises(UserError, match="not torch.uint8; scale levels as k / 127.5 - 1"):
+        tarflow().encode(torch.zeros(2, 3, 16, 16, dtype=torch.uint8))

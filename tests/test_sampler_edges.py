@@ -238,3 +238,9 @@ def test_a_trajectory_begins_where_the_solve_did_though_the_noise_is_written_to(
     solution, start = sampler(falling, noise, uniform(2), record=True), noise.clone()
     noise.zero_()
     assert torch.equal(solution.trajectory.states[0], start)
+
+
+@pytest.mark.parametrize("solve", [dopri5, picard, lambda v, x, grid: fixed_point(lambda z: z / 2, x)])
+def test_what_goes_by_the_numbers_of_a_row_tells_vmap_so(solve):
+    with pytest.raises(UserError, match="waits for numbers of its rows, which vmap hides"):
+        torch.func.vmap(lambda row: solve(falling, row[None], [1.0, 0.0]).x[0])(draw(3, 2))

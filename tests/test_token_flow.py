@@ -351,6 +351,12 @@ def test_pictures_of_another_size_are_refused():
         model().log_prob(torch.zeros(1, 3, 8, 6))
 
 
+def test_bytes_are_no_pictures_to_a_tokenizer():
+    flow = model()
+    with pytest.raises(UserError, match="not torch.uint8; scale levels as k / 127.5 - 1"):
+        flow.log_prob(torch.zeros(1, *flow.shape, dtype=torch.uint8))
+
+
 def test_a_model_without_a_text_cannot_be_guided():
     torch.manual_seed(0)
     net = TokenTransformerConfig(vocabulary=6, grid=(3, 4), width=32, layers=1, context_dim=0).build()

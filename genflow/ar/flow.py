@@ -27,7 +27,7 @@ from genflow.flows.conditioned import ConditionedFlow, check_hearing
 from genflow.flows.prepared import shared_out
 from genflow.flows.store import load
 from genflow.flows.tokenizer import Tokenizer
-from genflow.functional import Rng, double, noise_from_seeds, sent
+from genflow.functional import Rng, check_levels, double, noise_from_seeds, sent
 from genflow.networks.identity import identity
 from genflow.networks.token_transformer import TokenTransformer
 from genflow.registry import api_export, flow_export, tag_of
@@ -150,6 +150,7 @@ class TokenFlow(ConditionedFlow):
         """Pictures, B x C x H x W in [-1, 1], to tokens, B x n int64, row by row. Raises UserError for another size."""
         if tuple(x.shape[1:]) != self.shape:
             raise UserError(f"flow tokens: pictures of {tuple(x.shape[1:])}; this model has the grid of {self.shape}")
+        check_levels(x)
         with torch.autocast(x.device.type, enabled=False):
             return self.tokenizer.encode(x.float()).flatten(1)
 

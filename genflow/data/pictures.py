@@ -15,6 +15,7 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from genflow.errors import UserError
+from genflow.functional import check_levels
 from genflow.registry import api_export
 from genflow.saving import replacing
 
@@ -52,8 +53,7 @@ def to_picture(x: Tensor, settings: Mapping[str, object] | None = None) -> Pictu
     if x.dim() != 3 or x.shape[0] not in (1, 3):
         size = " x ".join(map(str, x.shape))
         raise UserError(f"a picture is 1 or 3 x H x W, not {size}; of a batch give one, x[0], or all to caption_grid")
-    if not x.is_floating_point():
-        raise UserError(f"a picture holds numbers in [-1, 1], not {x.dtype}; scale levels as k / 127.5 - 1")
+    check_levels(x)
     pixels = ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu()
     if pixels.shape[0] == 1:
         pixels = pixels.expand(3, -1, -1)

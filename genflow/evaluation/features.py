@@ -211,6 +211,9 @@ def as_bytes(pictures: Tensor) -> Tensor:
 def checked(*sets: Tensor) -> None:
     """Raises UserError for what are no sets of features, or not of one network, or not finite."""
     for features in sets:
+        if not isinstance(features, Tensor):
+            kind = type(features).__name__
+            raise UserError(f"features are a {kind}, not a tensor; torch.as_tensor(...) makes one of it")
         if features.dim() != 2 or len(features) < 2:
             raise UserError(
                 f"features of {tuple(features.shape)} are too few, with no covariance; give N x D with N of 2 or more"

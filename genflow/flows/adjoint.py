@@ -15,9 +15,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from genflow.flows.bijections.jacobian import check_plain, first_only
 from genflow.flows.stepping import March, Step, Stepping, accumulate, march
+from genflow.native.library import uncompiled
 from genflow.registry import api_export
 from genflow.versions import version
 
@@ -47,10 +48,11 @@ def checkpointed(
 
     The states of the stages are kept, and nothing of the evaluations: the backward does each again, with its graph, and
     goes through the Runge-Kutta formula by hand (Hager 2000, "Runge-Kutta methods in optimal control"; Zhuang et al. 2020,
-    arXiv 2006.02493). Memory: one evaluation's graph, and s states a step.
+    arXiv 2006.02493). Memory: one evaluation's graph, and s states a step. As of all three, first gradients only.
 
     dynamics: see `Dynamics`; it may close over parameters, which are all tensors but x that gradients are wanted for, such
-    as a network's parameters and a condition. Raises UserError as `march` does.
+    as a network's parameters and a condition. Raises UserError as `march` does, for gradients of gradients, and under
+    torch.func's transforms.
     """
     return _solve(_Checkpointed, dynamics, x, parameters, stepping, start, end)
 
@@ -95,6 +97,7 @@ def interpolated(
 GRADIENTS = {"checkpoint": checkpointed, "adjoint": adjoint, "interpolated": interpolated}
 
 
+@uncompiled
 def _solve(
     function: type[_Backward],
     dynamics: Dynamics,
@@ -104,6 +107,7 @@ def _solve(
     start: float,
     end: float,
 ) -> Solved:
+    check_plain("a solve")
     stepping = stepping or Stepping()
     stepping.check(x.dtype)
     wanted = [p for p in parameters if p.requires_grad]
@@ -172,7 +176,7 @@ class _Checkpointed(_Backward):
         ctx.steps = solved.kept
 
     @staticmethod
-    @once_differentiable
+    @first_only("a solve")
     def backward(ctx: Any, grad_x: Tensor | None, grad_q: Tensor | None, grad_nfe: None) -> tuple[Tensor | None, ...]:
         """k_i' = h (b_i x' + sum_j>i a_ji x_j'), x_i' = k_i' dv/dx + h b_i q' dr/dx, and x' gains the sum of the x_i'."""
         _check_unchanged(ctx)
@@ -199,7 +203,7 @@ class _Checkpointed(_Backward):
 
 class _Adjoint(_Backward):
     @staticmethod
-    @once_differentiable
+    @first_only("a solve")
     def backward(ctx: Any, grad_x: Tensor | None, grad_q: Tensor | None, grad_nfe: None) -> tuple[Tensor | None, ...]:
         a, rate, scale = _scaled(ctx, grad_x, grad_q)
 
@@ -232,7 +236,7 @@ class _Interpolated(_Backward):
         ctx.path = _Path(solved, v)
 
     @staticmethod
-    @once_differentiable
+    @first_only("a solve")
     def backward(ctx: Any, grad_x: Tensor | None, grad_q: Tensor | None, grad_nfe: None) -> tuple[Tensor | None, ...]:
         a, rate, scale = _scaled(ctx, grad_x, grad_q)
 

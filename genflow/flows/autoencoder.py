@@ -20,7 +20,7 @@ from genflow.config import Choice
 from genflow.errors import UserError, check_least
 from genflow.flows.base import Batch, Flow, LossOutput, dtype_of, evaluating
 from genflow.flows.fidelity import SIDE, ssim
-from genflow.functional import Rng
+from genflow.functional import Rng, check_levels
 from genflow.networks.autoencoders import EncoderDecoder
 from genflow.networks.bottlenecks import Bottleneck, Continuous, GaussianConfig, Squeezed
 from genflow.networks.discriminator import PatchDiscriminator, adaptive_weight, hinge
@@ -229,6 +229,7 @@ class AutoencoderFlow(Flow):
         Any size that the factor divides. Raises UserError for pictures of other sizes or channels.
         """
         check_pictures(self.network, x.shape[1:])
+        check_levels(x)
         with evaluating(self), torch.autocast(self.device.type, enabled=False):
             return self._squeezed(x.to(self.device, dtype_of(self.network))).z
 
@@ -246,6 +247,7 @@ class AutoencoderFlow(Flow):
     def codes(self, x: Tensor) -> Tensor:
         """The codes of pictures, B x h x w int64. Raises UserError where there are none, and as `encode` does."""
         check_pictures(self.network, x.shape[1:])
+        check_levels(x)
         if not isinstance(self.bottleneck, Quantizer):
             raise UserError(f"codes: a {type(self.bottleneck).__name__} has none; take bottleneck fsq or vq")
         with evaluating(self), torch.autocast(self.device.type, enabled=False):

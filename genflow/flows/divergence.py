@@ -17,7 +17,7 @@ from torch import Tensor
 
 from genflow.attention import attention_backend
 from genflow.errors import UserError, check_whole, nearest
-from genflow.flows.bijections.jacobian import check_recording
+from genflow.flows.bijections.jacobian import recorded
 from genflow.functional import Rng, row_hash
 from genflow.registry import api_export
 from genflow.samplers.solution import Velocity
@@ -76,7 +76,8 @@ class Divergence:
         """v, its divergence and the square of its Jacobian's norm at (x, t). Gradients flow where they are enabled.
 
         x: B x ...; t: B, or 1 where the velocity allows. probes: of `probes`. Raises UserError where there is nothing to
-        differentiate: in torch.inference_mode, and for a velocity that follows x but is detached from it.
+        differentiate: in torch.inference_mode, under torch.func.vmap and jvp, and for a velocity that follows x
+        but is detached from it.
         """
         return _KINDS[self.kind](_Products(velocity, x, t, batched=self.kind == "hutch++"), probes)
 
@@ -91,10 +92,8 @@ class _Products:
     def __init__(self, velocity: Velocity, x: Tensor, t: Tensor, *, batched: bool) -> None:
         self.velocity, self.t, self.batched = velocity, t, batched
         self.pushforward: Callable[..., tuple[Tensor, Tensor]] | None = getattr(velocity, "pushforward", None)
-        if self.pushforward is None:
-            check_recording("a divergence")
         self.graph = torch.is_grad_enabled()
-        self.x = x if self.pushforward or (self.graph and x.requires_grad) else x.detach().requires_grad_()
+        self.x = recorded(x, "a divergence") if self.pushforward is None else x
         self._v: Tensor | None = None
 
     @property

@@ -17,7 +17,7 @@ from genflow.flows.base import Batch, Flow, LossOutput, dtype_of, evaluating
 from genflow.flows.couplings import Paired
 from genflow.flows.rectified import RectifiedFlowConfig
 from genflow.flows.sampling import of_size
-from genflow.functional import Rng
+from genflow.functional import Rng, check_levels
 from genflow.registry import api_export, flow_export
 from genflow.samplers import Solution
 
@@ -142,6 +142,7 @@ class LatentFlow(Flow):
         x: B x C x H x W. Raises UserError for pictures that the autoencoder does not make.
         """
         _latent_shape(self.autoencoder, x.shape[1:])
+        check_levels(x)
         with torch.autocast(x.device.type, enabled=False):
             mean, std = self.autoencoder.posterior(x.to(dtype_of(self.autoencoder)))
         return (mean.float() + std.float() * noise - self.autoencoder.shift) * self.autoencoder.scale

@@ -34,7 +34,7 @@ from genflow.flows.dequantization import (
 from genflow.flows.divergence import Probing, current_probing, fingerprint, probing, probing_again
 from genflow.flows.models.tarflow import TarFlow, measure_inverse
 from genflow.flows.sampling import InverseConfig
-from genflow.functional import Rng, noise_from_seeds, sent
+from genflow.functional import Rng, check_levels, noise_from_seeds, sent
 from genflow.registry import api_export, flow_export, tag_of
 from genflow.samplers import Progress, Solution
 
@@ -206,10 +206,12 @@ class NormalizingFlow(ConditionedFlow):
             return {"validation_loss": self._nll(batch.x, condition, Rng(0), batch.position).mean()}
 
     def _given(self, x: Tensor) -> Tensor:
-        """Samples where the network is, in its dtype or wider than float32. Raises UserError for those of another shape."""
+        """Samples where the network is, in its dtype or wider than float32. Raises UserError for others."""
         if tuple(x.shape[1:]) != self.shape:
             wanted, got = (" x ".join(map(str, shape)) for shape in (("B", *self.shape), x.shape))
             raise UserError(f"the flow is of samples {wanted}, not {got}")
+        if len(self.shape) == 3:
+            check_levels(x)
         return x.to(self.device, self._dtype)
 
     def _honest(self, verb: str) -> None:

@@ -26,7 +26,7 @@ from genflow.flows.paths import LinearPath, PathConfig, rows_like
 from genflow.flows.prepared import CachedSolution, PreparedVelocity, check_cache, check_noise
 from genflow.flows.sampling import SolveConfig, from_noise, into_picture, of_size
 from genflow.flows.velocity_likelihood import velocity_log_prob
-from genflow.functional import Rng, double, noise_from_seeds, resolution_shift, sent, velocity_from_x
+from genflow.functional import Rng, check_levels, double, noise_from_seeds, resolution_shift, sent, velocity_from_x
 from genflow.networks.caching import FirstBlockCache
 from genflow.registry import api_export, flow_export, resolve
 from genflow.samplers import Progress, Solution, Velocity, bound_sampler, cfg, heun, uniform, velocity_from
@@ -139,6 +139,7 @@ class RectifiedFlow(ConditionedFlow):
         the coupling joins noise and samples.
         """
         config, position = self.config, batch.position
+        self._check(batch.x)
         x = batch.x.float()
         s = sent(config.density(rng.uniform("t", position)).float().clamp(min=self.first), x.device)
         keep = sent(rng.uniform("drop", position) >= config.drop_condition, x.device)
@@ -381,6 +382,8 @@ class RectifiedFlow(ConditionedFlow):
         if x.dim() != len(self.shape) + 1 or x.shape[1] != self.shape[0]:
             wanted = " x ".join(map(str, ("B", self.shape[0], *("H", "W")[: len(self.shape) - 1])))
             raise UserError(f"the flow is of samples {wanted}, not {' x '.join(map(str, x.shape))}")
+        if len(self.shape) == 3:
+            check_levels(x)
 
     def _solve(self, x: Tensor, condition: Condition | None, times: Sequence[float]) -> Tensor:
         self._check(x)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from genflow.errors import UserError
 from genflow.flows.divergence import Divergence, fingerprint, modules_of
-from genflow.flows.stepping import Stepping
+from genflow.flows.stepping import TABLEAUS, Stepping
 from genflow.functional import Rng
 from genflow.registry import api_export, resolve
 from genflow.samplers.solution import Velocity, state
@@ -74,6 +74,8 @@ def velocity_log_prob(
         raise UserError(
             "velocity_log_prob has no gradient, but x asks for one; use CNF(shape, velocity), or x.detach()"
         )
+    if solver in TABLEAUS and not TABLEAUS[solver].error:
+        raise UserError(f"solver {solver!r} takes equal steps, whatever rtol and atol say; take dopri5, tsit5 or bosh3")
     estimator = Divergence(divergence, draws)  # type: ignore[arg-type]
     stepping = Stepping(solver, rtol, atol)
     check_velocity(velocity, x, stepping)

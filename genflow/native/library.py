@@ -47,6 +47,17 @@ def assume_constant(function: Callable[P, R]) -> Callable[P, R]:
     return function
 
 
+def uncompiled(function: Callable[P, R]) -> Callable[P, R]:
+    """torch.compiler.disable, once there is a compiler: to ask for it imports it, a second at every start."""
+
+    @wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        run = torch.compiler.disable(function) if torch.compiler.is_compiling() else function
+        return run(*args, **kwargs)
+
+    return call
+
+
 @cache
 def library() -> ctypes.CDLL | None:
     """The compiled kernels; None, said once, where they cannot be had."""
@@ -111,10 +122,16 @@ def matrix_units() -> bool:
 
 
 @assume_constant
+def transformed() -> bool:
+    """Whether one of torch.func's transforms is on: vmap, grad, jvp and their like."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+@assume_constant
 def untransformed() -> bool:
     """Whether tensors are numbers in memory here, now: no vmap, jvp and their like, trace, fake mode or export is on."""
     return (
-        torch._C._functorch.peek_interpreter_stack() is None
+        not transformed()
         and (torch._C._len_torch_dispatch_stack() == 0 or torch.compiler.is_compiling())
         and not torch.jit.is_tracing()
         and not torch.compiler.is_exporting()

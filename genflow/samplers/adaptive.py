@@ -17,6 +17,7 @@ from torch import Tensor
 
 from genflow.errors import UserError, check_whole
 from genflow.registry import sampler_export
+from genflow.samplers.fixed_point import check_seen
 from genflow.samplers.solution import (
     Progress,
     Solution,
@@ -237,6 +238,7 @@ class _Solve:
             left = (goal - rows.t) / rows.h
             t = torch.where(left < 2, left / 2, 1.0).mul_(rows.h).add_(rows.t)  # the last two steps are of one size
             t = torch.where(live, torch.where(left < 1.01, goal, t), rows.t)  # the others stay, with steps of 0
+            check_seen(live, "an adaptive solver")
             running = int(torch.count_nonzero(live))  # the only wait for the device
             if running == 0:
                 return rows if len(rows.t) == len(whole.t) else whole.put(rows)

@@ -41,6 +41,7 @@ def fixed_point(
     check_whole(max_sweeps=max_sweeps)
     change = x.new_full((len(x),), torch.inf)
     sweeps = 0
+    check_seen(x, "a fixed point")
     while sweeps < max_sweeps and not (change <= tolerance).all():
         arrived = change <= tolerance
         new = step(x)
@@ -49,6 +50,12 @@ def fixed_point(
         change = torch.where(arrived, change, moved)
         sweeps += 1
     return FixedPoint(x, sweeps, change)
+
+
+def check_seen(x: Tensor, what: str) -> None:
+    """Raises UserError under torch.func.vmap, for what goes on by the numbers that it finds."""
+    if torch._C._functorch.is_batchedtensor(x):
+        raise UserError(f"{what} waits for numbers of its rows, which vmap hides; call it with the whole batch instead")
 
 
 def verified(change: Tensor, tolerance: float) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 from genflow.errors import UserError, check_whole
 from genflow.functional import sent
 from genflow.registry import sampler_export
-from genflow.samplers.fixed_point import verified
+from genflow.samplers.fixed_point import check_seen, verified
 from genflow.samplers.solution import Progress, Solution, Trajectory, Velocity, as_state, check_grid, state
 
 
@@ -53,6 +53,7 @@ def picard(
     if not 0 <= tolerance < math.inf:
         raise UserError(f"tolerance = {tolerance} must be 0 or more, and finite; 0 is Euler's method itself")
     grid, x = check_grid(grid), state(x)
+    check_seen(x, "picard")
     steps = len(grid) - 1
     size = min(int(window), steps)
 

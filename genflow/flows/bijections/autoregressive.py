@@ -8,14 +8,14 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from genflow.errors import UserError, nearest
 from genflow.flows.bijections.base import Bijection, Inverse, check_condition, per_sample
 from genflow.flows.bijections.elementwise import channels_and_places
-from genflow.flows.bijections.jacobian import jacobian
+from genflow.flows.bijections.jacobian import first_only, jacobian
 from genflow.flows.bijections.splines import rational_quadratic, rational_quadratic_inverse, spline_parameters
 from genflow.functional import wide
+from genflow.native.library import transformed, uncompiled
 from genflow.networks.made import MADE
 from genflow.registry import bijection_export
 
@@ -27,8 +27,8 @@ class MaskedAutoregressive(Bijection):
     """z_i = g(x_i; MADE(x_<i, condition)) (MAF, Papamakarios et al. 2017, arXiv 1705.07057, eq. 4-5).
 
     forward is one pass of the network; inverse goes number by number, D steps that together cost the multiplications of
-    one pass (`MADE.ancestral`). With gradients, first ones only, it takes the whole Jacobian besides: call it without
-    where none are wanted. Pictures are read channel by channel, row by row.
+    one pass (`MADE.ancestral`), or D passes under torch.func's transforms. With gradients, first ones only, it takes
+    the whole Jacobian besides: call it without where none are wanted. Pictures are read channel by channel, row by row.
 
     univariate: "affine", x_i exp(s) + t with s = limit tanh(u / limit), or "spline", the rational-quadratic ones of Neural
     Spline Flows (arXiv 1906.04032). bins, bound: of the splines, which are the identity beyond -bound .. bound. hidden,
@@ -76,12 +76,14 @@ class MaskedAutoregressive(Bijection):
 
     def inverse(self, z: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
         x = self.decode(z, condition)
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and not transformed():
             x = self._differentiable(x, z, condition)
         return x, -self(x, condition)[1]
 
     def decode(self, z: Tensor, condition: Tensor | None = None) -> Tensor:
         flat = wide(z).flatten(1)
+        if transformed():
+            return self._plainly(flat, condition).view(z.shape)
 
         def choose(i: int, parameters: Tensor) -> Tensor:
             x, _ = self._unmap(flat[:, i : i + 1], parameters.to(flat.dtype).unsqueeze(2))
@@ -91,6 +93,16 @@ class MaskedAutoregressive(Bijection):
             x = self.network.ancestral(choose, len(z), self._condition(condition, len(z)))
         return x.to(flat.dtype).reshape(z.shape)
 
+    def _plainly(self, z: Tensor, condition: Tensor | None) -> Tensor:
+        """x of z, B x D each, by D passes, which any transform of torch.func goes through."""
+        x, given = torch.zeros_like(z), self._condition(condition, len(z))
+        for feature in self.network.sequence.unsqueeze(1):
+            with torch.autocast(z.device.type, enabled=False):
+                found, _ = self._unmap(z, self.network(x.to(self._dtype), given).to(z.dtype))
+            x = torch.where(torch.arange(z.shape[1], device=z.device) == feature, found, x)
+        return x
+
+    @uncompiled
     def _differentiable(self, x: Tensor, z: Tensor, condition: Tensor | None) -> Tensor:
         """x = f^-1(z) with its gradients, by the implicit function theorem: dx = (df/dx)^-1 (dz - df at a fixed x)."""
         x = x.detach().requires_grad_()
@@ -132,10 +144,10 @@ class _ImplicitStep(torch.autograd.Function):
         return x.clone()
 
     @staticmethod
-    @once_differentiable
+    @first_only("the inverse of an autoregressive layer")
     def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None]:  # type: ignore[override]
         (jacobian,) = ctx.saved_tensors
-        step = torch.linalg.solve(jacobian.mT, grad.flatten(1).unsqueeze(2))
+        step = torch.linalg.solve(jacobian.mT, grad.reshape(*jacobian.shape[:2], 1))
         return None, step.view(grad.shape), None
 
 

@@ -80,9 +80,14 @@ class Coupling(Bijection):
 
     def _theta(self, kept: Tensor, condition: Tensor | None) -> Tensor:
         """B x n x c x ..., in the dtype of kept, whatever the network computes in."""
-        check_condition(condition, self.condition_dim, len(kept))
-        output = self.network(self.partition.seen(kept), condition if self.condition_dim else None)
+        output = self.ask(self.partition.seen(kept), condition)
         return output.to(kept.dtype).unflatten(1, (-1, self.partition.changed))
+
+    def ask(self, seen: Tensor, condition: Tensor | None) -> Tensor:
+        """What the network says, in the dtype of its weights."""
+        check_condition(condition, self.condition_dim, len(seen))
+        dtype = next((p.dtype for p in self.network.parameters()), seen.dtype)
+        return self.network(seen.to(dtype), condition if self.condition_dim else None)
 
     def _ladj(self, x: Tensor, kept: Tensor | float, changed: Tensor | float) -> Tensor:
         logs = self.partition.logs(kept, changed)

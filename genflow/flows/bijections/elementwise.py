@@ -56,17 +56,17 @@ class ActNorm(Bijection):
 
     def forward(self, x: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
         x = wide(x)
-        z = torch.addcmul(over_channels(self.shift, x), x, over_channels(self.log_scale.exp(), x))
+        z = torch.addcmul(over_channels(self.shift, x), x, over_channels(self.log_scale, x).exp())
         return z, self.ladj(x)
 
     def inverse(self, z: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
         z = wide(z)
-        x = (z - over_channels(self.shift, z)) * over_channels((-self.log_scale).exp(), z)
+        x = (z - over_channels(self.shift, z)) * (-over_channels(self.log_scale, z)).exp()
         return x, -self.ladj(z)
 
     def ladj(self, x: Tensor) -> Tensor:
         """H W sum log_scale, B."""
-        return zero_ladj(x) + math.prod(x.shape[2:]) * self.log_scale.sum()
+        return zero_ladj(x) + math.prod(x.shape[2:]) * wide(self.log_scale).sum()
 
 
 @bijection_export("affine")

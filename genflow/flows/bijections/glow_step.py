@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from genflow.errors import UserError, nearest
-from genflow.flows.bijections.base import Bijection, check_condition
+from genflow.flows.bijections.base import Bijection
 from genflow.flows.bijections.coupling import AdditiveCoupling, AffineCoupling
 from genflow.flows.bijections.elementwise import ActNorm
 from genflow.flows.bijections.linear import InvertibleConv1x1, mix
@@ -55,7 +55,7 @@ class GlowStep(Bijection):
     def forward(self, x: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
         with torch.autocast(x.device.type, enabled=False):
             weight = self.conv.weight()
-            y = mix(wide(x), weight * self.actnorm.log_scale.exp(), weight @ self.actnorm.shift)
+            y = mix(wide(x), weight * wide(self.actnorm.log_scale).exp(), weight @ wide(self.actnorm.shift))
         if isinstance(self.coupling, AffineCoupling) and y.dim() == 4:
             z, ladj = affine_half(y, self._network(y, condition), self.coupling.limit)
         else:
@@ -68,18 +68,16 @@ class GlowStep(Bijection):
             y, ladj = affine_half_inverse(z, self._network(z, condition), self.coupling.limit)
         else:
             y, ladj = self.coupling.inverse(z, condition)
-        scale = (-self.actnorm.log_scale).exp()
+        scale = (-wide(self.actnorm.log_scale)).exp()
         x = mix(y, scale.unsqueeze(1) * self.conv.inverse_weight(), -scale * self.actnorm.shift)
         return x, ladj - self._linear_ladj(z)
 
     def _network(self, x: Tensor, condition: Tensor | None) -> Tensor:
         """What the coupling's network says of the kept half."""
-        check_condition(condition, self.condition_dim, len(x))
-        kept = x[:, : self.coupling.partition.kept]
-        return self.coupling.network(kept, condition if self.condition_dim else None)
+        return self.coupling.ask(x[:, : self.coupling.partition.kept], condition)
 
     def _linear_ladj(self, x: Tensor) -> Tensor:
-        return math.prod(x.shape[2:]) * (self.actnorm.log_scale.sum() + self.conv.log_diagonal.sum())
+        return math.prod(x.shape[2:]) * (wide(self.actnorm.log_scale).sum() + wide(self.conv.log_diagonal).sum())
 
     @torch.no_grad()
     def initialise(self, x: Tensor, condition: Tensor | None = None) -> None:

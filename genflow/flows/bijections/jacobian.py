@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from genflow.errors import UserError
+from genflow.native.library import transformed
 
 _ROWS_AT_ONCE = 8192
 
@@ -28,3 +32,38 @@ def check_recording(what: str) -> None:
     """Raises UserError in torch.inference_mode, where autograd records nothing, whatever enable_grad says."""
     if torch.is_inference_mode_enabled():
         raise UserError(f"{what} needs derivatives, which torch.inference_mode rules out; take torch.no_grad")
+
+
+def recorded(x: Tensor, what: str) -> Tensor:
+    """x where gradients flow through it, or else a copy that autograd records. Raises UserError where there is none."""
+    check_recording(what)
+    if torch.is_grad_enabled() and x.requires_grad:
+        return x
+    check_plain(what)
+    return x.detach().requires_grad_()
+
+
+def check_plain(what: str) -> None:
+    """Raises UserError under a transform of torch.func, where autograd cannot be asked."""
+    if transformed():
+        raise UserError(
+            f"{what} is differentiated by autograd, not by torch.func; take torch.autograd.functional instead"
+        )
+
+
+def first_only(what: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Of a backward that has no gradient of its own. Raises UserError where one is asked for.
+
+    once_differentiable would take gradients of constants, and those asked for by input, for zero.
+    """
+
+    def decorate(backward: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(backward)
+        def first(ctx: Any, *grads: Tensor | None) -> Any:
+            if torch.is_grad_enabled():
+                raise UserError(f"{what} has first gradients only, and create_graph asks for their own")
+            return backward(ctx, *grads)
+
+        return first
+
+    return decorate

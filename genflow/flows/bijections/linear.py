@@ -41,9 +41,10 @@ class InvertibleConv1x1(Bijection):
         self._cached: dict[str, tuple[list[Tensor], Tensor]] = {}  # of which weights, and what they gave
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """L, and U with its diagonal: C x C each, W = (L U)[order]."""
-        lower = self.lower.tril(-1) + torch.eye(len(self.sign), dtype=self.lower.dtype, device=self.lower.device)
-        return lower, self.upper.triu(1) + torch.diag(self.sign * self.log_diagonal.exp())
+        """L, and U with its diagonal: C x C each, W = (L U)[order], float32 or wider."""
+        lower, upper, log_diagonal = wide(self.lower), wide(self.upper), wide(self.log_diagonal)
+        identity = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
+        return lower.tril(-1) + identity, upper.triu(1) + torch.diag(self.sign * log_diagonal.exp())
 
     def weight(self) -> Tensor:
         """W, C x C."""
@@ -63,7 +64,7 @@ class InvertibleConv1x1(Bijection):
         solved = torch.linalg.solve_triangular(
             lower, identity[:, self.order.to(lower.device)], upper=False, unitriangular=True
         )
-        return torch.linalg.solve_triangular(upper, solved, upper=True).to(self.lower)
+        return torch.linalg.solve_triangular(upper, solved, upper=True).to(wide(self.lower))
 
     def _kept(self, name: str, compute: Any) -> Tensor:
         """What compute gives, in eval mode without gradients only once for the same weights."""
@@ -84,7 +85,7 @@ class InvertibleConv1x1(Bijection):
 
     def ladj(self, x: Tensor) -> Tensor:
         """H W sum log_diagonal, B."""
-        return zero_ladj(x) + math.prod(x.shape[2:]) * self.log_diagonal.sum()
+        return zero_ladj(x) + math.prod(x.shape[2:]) * wide(self.log_diagonal).sum()
 
 
 @bijection_export("permutation")

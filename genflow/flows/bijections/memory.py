@@ -11,12 +11,13 @@ from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from genflow.errors import UserError
 from genflow.flows.bijections.base import Bijection, Chain, zero_ladj
 from genflow.flows.bijections.continuous import CNF
+from genflow.flows.bijections.jacobian import first_only
 from genflow.flows.divergence import current_probing, probing_again
+from genflow.native.library import transformed
 from genflow.registry import bijection_export
 from genflow.versions import version
 
@@ -33,7 +34,7 @@ class Reversible(Chain):
     UserError if any value is further off; this waits for the device once a step.
 
     Raises UserError for dropout and batch norms, which are another map in the second forward, and for a CNF, whose own
-    gradient keeps little, and whose penalties would be lost. Gradients of gradients are refused by autograd; under
+    gradient keeps little, and whose penalties would be lost. Gradients of gradients are refused; under
     torch.func's transforms and without gradients it is the plain chain.
     """
 
@@ -57,7 +58,7 @@ class Reversible(Chain):
 
     @torch.compiler.disable(recursive=False)
     def forward(self, x: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        if not torch.is_grad_enabled() or torch._C._functorch.peek_interpreter_stack():
+        if not torch.is_grad_enabled() or transformed():
             return super().forward(x, condition)
         steps = list(_steps(self))
         parameters = list(dict.fromkeys(p for step in steps for p in step.parameters() if p.requires_grad))
@@ -119,7 +120,7 @@ class _WalkBack(torch.autograd.Function):
         return x, total
 
     @staticmethod
-    @once_differentiable
+    @first_only("an invertible checkpoint")
     def backward(ctx: Any, grad: Tensor, grad_ladj: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         first, x, condition, *kept = ctx.saved_tensors
         if [version(p) for p in ctx.parameters] != ctx.versions:

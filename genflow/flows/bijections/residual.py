@@ -11,7 +11,7 @@ from torch import Tensor
 from genflow.errors import UserError
 from genflow.flows.bijections.base import Bijection, check_condition, per_sample, zero_ladj
 from genflow.flows.bijections.elementwise import channels_and_places
-from genflow.flows.bijections.jacobian import check_recording, jacobian
+from genflow.flows.bijections.jacobian import jacobian, recorded
 from genflow.flows.divergence import current_probing, fingerprint
 from genflow.functional import Rng, wide
 from genflow.networks.lipschitz import LipschitzNet
@@ -41,7 +41,7 @@ class ResidualBlock(Bijection):
 
     The inverse x = z - g(x) of a row iterates until within `tolerance` of the limit, or a few units of the last place of z;
     the loop is differentiated as it ran. Raises UserError where it does not arrive, and, as no ladj is without derivatives,
-    in torch.inference_mode.
+    in torch.inference_mode and under torch.func.vmap and jvp.
     """
 
     keep_input = True  # the inverse is slow, and not exact
@@ -78,12 +78,10 @@ class ResidualBlock(Bijection):
         return self.dims <= self.exact_dims[self.training] if self._asked_exact is None else self._asked_exact
 
     def forward(self, x: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        check_recording("the ladj of residual")
-        x = wide(x)
-        watched = torch.is_grad_enabled()
+        x, watched = wide(x), torch.is_grad_enabled()
+        inputs = recorded(x, "the ladj of residual")
         # Never in bf16: powers of J, and an inverse that arrives, need a g that is smooth.
         with torch.autocast(x.device.type, enabled=False), torch.enable_grad():
-            inputs = x if watched and x.requires_grad else x.detach().requires_grad_()
             g = self._g(inputs, condition)
             ladj = self._exact(inputs, g, watched) if self.exact else self._estimate(inputs, g, watched)
         return (x + g, ladj) if watched else (x + g.detach(), ladj.detach())

@@ -82,7 +82,7 @@ class Split(Bijection):
         self.inner = inner
         self.condition_dim = max(condition_dim, 0 if inner is None else inner.condition_dim)
         if len(shape) == 1:
-            self.prior: nn.Module = zeroed(nn.Linear(kept, 2 * left))
+            self.prior: nn.Linear | nn.Conv2d = zeroed(nn.Linear(kept, 2 * left))
         else:
             self.prior = zeroed(nn.Conv2d(kept, 2 * left, 3, padding=1))
         self.condition = zeroed(nn.Linear(condition_dim, 2 * left, bias=False)) if condition_dim else None
@@ -122,7 +122,7 @@ class Split(Bijection):
     def _moments(self, x1: Tensor, condition: Tensor | None) -> tuple[Tensor, Tensor]:
         """mu and log sigma, B x left x ..., in x1's dtype."""
         check_condition(condition, self.condition_dim, len(x1))
-        output = self.prior(x1).to(x1.dtype)
+        output = self.prior(x1.to(self.prior.weight.dtype)).to(x1.dtype)
         if self.condition is not None and condition is not None:
             added = self.condition(condition.to(self.condition.weight.dtype)).to(x1.dtype)
             output = output + added.view(*added.shape, *[1] * (x1.dim() - 2))
