@@ -135,6 +135,8 @@ def load(path: str | Path, overrides: Sequence[str] = (), *, schema: type) -> An
     except (OSError, UnicodeDecodeError) as error:
         near = nearest(path.name, [p.name for p in path.parent.glob("*.y*ml")])
         hint = near if isinstance(error, FileNotFoundError) and near.startswith(" Did") else ""
+        if (inside := path / "config.yaml").is_file():  # the folder of a run
+            hint = f" Did you mean {str(inside)!r}?"
         reason = getattr(error, "strerror", None) or "not UTF-8 text"
         raise UserError(f"cannot read config {path}: {reason}.{hint}") from error
     root = _parse(text, str(path))
@@ -258,9 +260,8 @@ def _build_dataclass(schema: Any, node: _Node, path: str) -> Any:
     for key, child in given.items():
         if key not in known:
             place = f" in {path}" if path else ""
-            inside = [
-                f"{n}.{key}" for n in known if is_dataclass(hints[n]) and key in (f.name for f in fields(hints[n]))
-            ]
+            sections = {name: _section(known[name], hints[name], given.get(name)) for name in known}
+            inside = [f"{prefix}{n}.{key}" for n, of in sections.items() if of and key in (f.name for f in fields(of))]
             near = f" Did you mean {' or '.join(map(repr, inside))}?" if inside else nearest(key, known)
             raise UserError(f"{child.where}: unknown key {key!r}{place}.{near}")
     owned = {key: marker for key in given if (marker := _owner(hints[key])) is not None}
@@ -282,6 +283,16 @@ def _build_dataclass(schema: Any, node: _Node, path: str) -> Any:
             str(error).partition(" ")[0], node
         )  # such an error begins with the key, where it is of one
         raise UserError(f"{at_fault.where}: {path + ': ' if path else ''}{error}") from error
+
+
+def _section(field: dataclasses.Field, hint: Any, node: _Node | None) -> Any:
+    """The dataclass of a field, where it is one: of a choice, that which is named, or the default one."""
+    marker = next((m for m in get_args(hint)[1:] if isinstance(m, Choice)), None)
+    if marker is None:
+        return hint if is_dataclass(hint) else None
+    value = _named(field, node or _Node({}, "")).value
+    name = value["name"].value if isinstance(value, dict) and "name" in value else value
+    return resolve(marker.kind, name) if name in names(marker.kind) else None
 
 
 def _owner(hint: Any) -> Owned | None:

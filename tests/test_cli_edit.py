@@ -176,7 +176,7 @@ def test_a_picture_of_a_batch_is_the_picture_alone(genflow_):
 
 def test_image_to_image_is_the_way_without_any_other_and_says_how_it_was_made(genflow_, capsys):
     out = genflow_("edit", "p0.png", "--prompt", "A red  apple!", "--seed", "5")
-    assert capsys.readouterr().out == f"1 pictures and grid.png in {out}: image-to-image, 2 network evaluations each\n"
+    assert capsys.readouterr().out == f"1 picture and grid.png in {out}: image-to-image, 2 network evaluations each\n"
     settings = read_settings(out / "0000-p0-a-red-apple-5.png")
     assert settings == {
         "way": "image-to-image",

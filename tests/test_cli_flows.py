@@ -115,6 +115,11 @@ def test_a_run_logs_its_likelihood_and_draws_previews(where):
         assert (where / name / "previews" / "step-00000006.png").exists()
 
 
+def test_previews_of_a_flow_that_hears_nothing_are_sixteen_pictures_without_captions(genflow_):
+    genflow_("sample", "glow", "-n", "16", "--out", "unheard")
+    assert np.array_equal(pixels("glow/previews/step-00000006.png"), pixels("unheard/grid.png"))
+
+
 @pytest.mark.parametrize(("name", "how"), [("glow", ""), ("tarflow", " --class dark")])
 def test_a_finished_run_says_so_and_how_to_draw(name, how, genflow_, capsys):
     assert main(["train", config(name), f"out={name}"]) == 0
@@ -174,7 +179,7 @@ def test_eval_of_numbers_is_in_nats_and_takes_the_solve_of_a_velocity(genflow_):
 def test_eval_measures_all_that_a_model_can_honestly_have(genflow_):
     out = genflow_("eval", "noisy")
     assert {"loss", "FD", "KID", "precision", "recall", "density", "coverage", "copying"} == set(figures("noisy/eval"))
-    assert "likelihood: left out, likelihood: this flow was trained on pictures with added noise" in out
+    assert "likelihood: left out, this flow was trained on pictures with added noise" in out
     assert "alignment: left out, the model hears no condition" in out
     assert "fd: 8 samples do not span 192 features" in out
     found = json.loads(Path("noisy/eval/figures.json").read_text())
@@ -284,7 +289,7 @@ def test_a_reflowed_run_is_evaluated_and_drawn_by_the_real_data(genflow_):
 
 def test_samples_are_those_of_the_flow_and_say_how_they_were_made(genflow_):
     assert genflow_("sample", "glow", "-n", "3", "--seed", "4", "--out", "s") == (
-        "3 pictures and grid.png in s (1 network evaluations each)\n"
+        "3 pictures and grid.png in s (1 network evaluation each)\n"
     )
     x = load("glow").sample([""], seeds=[5]).x[0]
     assert abs(pixels("s/0001-empty-5.png") - ((x.permute(1, 2, 0) + 1) * 127.5).numpy()).max() <= 0.51
@@ -319,7 +324,8 @@ def test_vectors_come_in_the_units_and_columns_of_the_table(genflow_, where):
     numbers = np.array([row[:3] for row in rows], dtype=float)
     assert abs(numbers.mean(0) - (1000, -5, 0)).max() < 100 and (numbers.std(0) / (100, 0.1, 1) > 0.3).all()
     assert (numbers.std(0) / (100, 0.1, 1) < 3).all()
-    genflow_("sample", "plane", "-n", "9", "--out", "p")
+    told = genflow_("sample", "plane", "--out", "p")
+    assert told == "1 vector in p/samples.csv and points.png, in the units of the training data\n"
     assert table("p/samples.csv")[0] == ["x1", "x2", "caption"] and Path("p/points.png").exists()
 
 

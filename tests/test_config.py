@@ -145,6 +145,9 @@ def test_overrides(tmp_path):
         ("steps: 5\ndensity: {name: mode, mean: 1}\n", [], r"c.yaml:2: unknown key 'mean' in density"),
         ("steps: 5\nsampler: huen\n", [], r"c.yaml:2: sampler: no sampler is named 'huen'. Did you mean 'heun'"),
         ("steps: 5\n", ["rate=1"], r"override 'rate=1': unknown key 'rate'. Did you mean 'inner.rate'"),
+        ("steps: 5\n", ["std=1"], r"override 'std=1': unknown key 'std'. Did you mean 'density.std'"),
+        ("steps: 5\ndensity: mode\n", ["scale=1"], r"unknown key 'scale'. Did you mean 'density.scale'"),
+        ("steps: 5\ndensity: {name: mode}\n", ["std=1"], r"unknown key 'std'. Choose from: density, inner"),
         ("steps: 5\n", ["inner.rte=1"], r"override 'inner.rte=1': unknown key 'rte' in inner. Did you mean 'rate'"),
         ("steps: 5\n", ["steps=x"], r"override 'steps=x': steps must be a whole number"),
         ("steps: 5\n", ["steps"], r"override 'steps': write key=value"),
@@ -163,6 +166,14 @@ def test_a_missing_file_names_the_nearest(tmp_path):
     (tmp_path / "c.yaml").write_bytes(b"\xff\xfe")
     with pytest.raises(UserError, match=r"c.yaml: not UTF-8 text\.$"):
         load(tmp_path / "c.yaml", schema=Outer)
+
+
+def test_the_folder_of_a_run_is_answered_with_its_config(tmp_path):
+    with pytest.raises(UserError, match=r"Is a directory\.$"):
+        load(tmp_path, schema=Outer)
+    (tmp_path / "config.yaml").write_text("steps: 1")
+    with pytest.raises(UserError, match=r"Is a directory\. Did you mean '.*config.yaml'\?$"):
+        load(tmp_path, schema=Outer)
 
 
 def test_round_trip(tmp_path):

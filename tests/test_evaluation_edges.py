@@ -124,6 +124,9 @@ def test_the_reconstruction_of_one_picture_has_no_distance(held, n):
     data = pictures((1, 16, 16), train=4, test=held)
     found = measure(autoencoder(), data, n=n)
     assert "too few; 2 are the least" in found.left_out["reconstruction"] and set(named(found)) == {"loss"}
+    assert [each for each in found.remarks if "draws no pictures" in each] == [
+        f"fd, kid, precision-recall, density-coverage, alignment, nearest: left out, {found.left_out['fd']}"
+    ]
     with pytest.raises(UserError, match="reconstruction: one picture of the test split is too few"):
         measure(autoencoder(), data, "reconstruction", n=n)
 

@@ -137,8 +137,8 @@ def run(args: argparse.Namespace) -> int:
     named = {name: value for name in ("mask", "from", "into", "to", "lora") if (value := getattr(args, name))}
     about = {"way": way, **named, **used, "model": str(args.run), "ema": not args.no_ema, **settings}
     nfe = max(solution.nfe for solution in solutions)
-    _write(out, args.pictures, x, mask, jobs, images, {**about, "nfe": nfe})
-    print(f"{len(jobs)} pictures and grid.png in {args.out}: {way}, {nfe} network evaluations each")
+    there = _write(out, args.pictures, x, mask, jobs, images, {**about, "nfe": nfe})
+    print(f"{there}: {way}, {nfe} network evaluation{'s' * (nfe != 1)} each")
     return 0
 
 
@@ -171,9 +171,9 @@ def _between(
         fractions = torch.tensor([cell["frame"] / max(frames - 1, 1) for _, cell in part])
         images.append(flow.decode(slerp(z[[i for i, _ in part]], z[-1:], fractions), condition).clamp(-1, 1).cpu())
     about = {"way": way, "into": args.into, **used, "model": str(args.run), "ema": not args.no_ema}
-    _write(out, args.pictures, x, None, jobs, torch.cat(images), about)
-    there = "its latents" if hasattr(flow, "reconstruct") else "the flow's noise, and exactly back"
-    print(f"{len(jobs)} pictures and grid.png in {args.out}: {way} through {there}")
+    there = _write(out, args.pictures, x, None, jobs, torch.cat(images), about)
+    through = "its latents" if hasattr(flow, "reconstruct") else "the flow's noise, and exactly back"
+    print(f"{there}: {way} through {through}")
     return 0
 
 
@@ -320,8 +320,8 @@ def _write(
     jobs: Sequence[Job],
     images: Tensor,
     about: dict[str, Any],
-) -> None:
-    """A PNG of each edit, and a grid with a row for each picture: itself, what is masked, its edits."""
+) -> str:
+    """A PNG of each edit, and a grid with a row for each picture: itself, what is masked, its edits. Returns a report."""
     import torch
 
     from genflow.data.pictures import caption_grid, to_picture
@@ -344,3 +344,4 @@ def _write(
     settings = {**about, "pictures": list(pictures), "prompts": list(dict.fromkeys(cell["prompt"] for _, cell in jobs))}
     grid = caption_grid(rows.flatten(0, 1), captions, columns=rows.shape[1], settings=settings)
     grid.save_atomic(out / "grid.png")
+    return f"{len(jobs)} picture{'s' * (len(jobs) > 1)} and grid.png in {out}"

@@ -148,12 +148,13 @@ def run(args: argparse.Namespace) -> int:
     if len(flow.shape) == 1:
         return _save_points(flow, torch.cat(images), captions, out, about)
     caption_grid(torch.cat(images), captions, settings=about).save_atomic(out / "grid.png")
+    told = f"{len(wanted)} picture{'s' * (len(wanted) > 1)} and grid.png in {out}"
     if decoded:
-        print(f"{len(wanted)} pictures and grid.png in {out} ({_passes(decoded)})")
+        print(f"{told} ({_passes(decoded)})")
         return 0
     exact = "" if off is None else f"; max |f(x) - z| = {off:.1g}"
     lossy = f"; LOSSY cache: {skipped:.0%} of the blocks skipped" if settings.get("cache") else ""
-    print(f"{len(wanted)} pictures and grid.png in {out} ({nfe} network evaluations each{exact}{lossy})")
+    print(f"{told} ({nfe} network evaluation{'s' * (nfe != 1)} each{exact}{lossy})")
     return 0
 
 
@@ -192,8 +193,10 @@ def _save_points(flow: Any, points: Tensor, captions: list[str], out: Path, abou
     writer.writerow([*columns, "caption"])
     writer.writerows([*row, caption] for row, caption in zip(numbers.tolist(), captions, strict=True))
     write_atomic(out / "samples.csv", lambda file: file.write(text.getvalue().encode()))
-    print(f"{len(points)} vectors in {out / 'samples.csv'}, {units}")
-    if points.shape[1] == 2:
+    plane = points.shape[1] == 2
+    beside = " and points.png" * plane
+    print(f"{len(points)} vector{'s' * (len(points) > 1)} in {out / 'samples.csv'}{beside}, {units}")
+    if plane:
         replace(point_picture(points), settings=about).save_atomic(out / "points.png")
     return 0
 

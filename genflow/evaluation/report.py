@@ -108,7 +108,10 @@ class _Run:
         if self.hashing:
             self._report_overlap()
         seconds = {"sampling": round(self.drawing, 3), "all": round(time.monotonic() - begun, 1)}
-        remarks = [f"{metric}: left out, {why}" for metric, why in self.left_out.items()] + self.remarks
+        by_reason: dict[str, list[str]] = {}
+        for metric, why in self.left_out.items():
+            by_reason.setdefault(why.removeprefix(f"{metric}: "), []).append(metric)
+        remarks = [f"{', '.join(metrics)}: left out, {why}" for why, metrics in by_reason.items()] + self.remarks
         return Evaluation(figures, remarks, self.left_out, self.picture, self.metrics, self.counts, self.nfe, seconds)
 
     # -------------------------------------------------------------------------------------------------- what can be had

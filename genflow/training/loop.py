@@ -370,7 +370,7 @@ class Trainer:
             x, captions, columns = self.flow.preview(batch.to(self.accelerator.device))
             return self._show(caption_grid(x, captions, columns=columns))
         train, sample = self.config.train, self.config.sample
-        captions = list(dict.fromkeys(self.dataset.captions))
+        captions = list(dict.fromkeys(self.dataset.captions)) if self.text.max_tokens else [""]
         prompts = list(train.preview_prompts) or captions[:: max(len(captions) // 16, 1)][:16]
         n = len(prompts)
         if len(self.shape) == 1:  # points are looked at by the thousand

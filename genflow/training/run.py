@@ -263,7 +263,7 @@ def _summary(trainer: Trainer, why: str) -> str:
     start = f"resuming at step {trainer.step} of " if trainer.step else ""
     return (
         f"{trainer.run_folder}: {start}{train.steps} steps, batch {train.batch_size}, "
-        f"{len(trainer.dataset)} pictures, {params / 1e6:.1f} M parameters\n"
+        f"{len(trainer.dataset)} {'pictures' if len(trainer.shape) == 3 else 'vectors'}, {params:,} parameters\n"
         f"precision {train.precision} ({why}); weights, optimiser and EMA in fp32; "
         f"{trainer.accelerator.num_processes} process(es){', sharded,' if trainer.sharded else ''} on "
         f"{trainer.accelerator.device}, "

@@ -267,7 +267,7 @@ def test_a_run_goes_on_with_data_that_have_moved(tiny, with_a_bad_one, tmp_path,
     assert read_config(newest_checkpoint(run))["data"]["path"] == str(moved)
 
 
-def test_another_table_of_as_many_rows_is_another_run(tmp_path):
+def test_another_table_of_as_many_rows_is_another_run(tmp_path, capsys):
     text = "data: {name: table, path: %s, test: 0}\nmodel: {name: nsf, steps: 1, hidden: 8}\nflow: normalizing\n"
     text += "train: {steps: 1, batch_size: 4, precision: fp32, trackers: [], preview_every: 0}\nout: %s\n"
     tables = [tmp_path / name / "table.csv" for name in ("a", "b")]
@@ -276,6 +276,7 @@ def test_another_table_of_as_many_rows_is_another_run(tmp_path):
         table.write_text("x,y\n" + "".join(f"{i},{i * i + last * i}\n" for i in range(8)))
         table.with_suffix(".yaml").write_text(text % (table, tmp_path / "run"))
     train(tables[0].with_suffix(".yaml"))
+    assert "batch 4, 8 vectors, 548 parameters\n" in capsys.readouterr().err
     with pytest.raises(UserError, match="data: other names, captions or numbers of the 8 samples than when"):
         train(tables[1].with_suffix(".yaml"))
 
