@@ -90,6 +90,8 @@ def test_the_gaussian_draws_from_its_posterior_by_position():
     assert abs(z.mean() - 0.7) < 0.01 and abs(z.std() - 0.2) < 0.01
     assert torch.equal(gaussian(h[:1], Rng(3), torch.tensor([77])).z, z[77:78])
     assert torch.equal(gaussian(h).z, h[:, :2])
+    wild = torch.tensor([0.0, 0.0, -1e3, 1e3]).view(1, 4, 1, 1)
+    torch.testing.assert_close(gaussian.moments(wild)[1].flatten().log(), torch.tensor([-15.0, 10.0]))
 
 
 def test_latents_have_unit_variance_by_their_measured_scale_and_shift():
@@ -99,6 +101,27 @@ def test_latents_have_unit_variance_by_their_measured_scale_and_shift():
     assert abs(plain.shift - 1.5) < 0.05 and abs(1 / plain.scale - 2.5) < 0.05
     plain(torch.randn(64, 3, 4, 4) * 9)  # not in training: without an rng nothing is measured
     assert abs(1 / plain.scale - 2.5) < 0.05
+    still = PlainConfig(3).build()
+    still(torch.full((64, 3, 4, 4), 0.1), Rng(0), torch.arange(64))
+    assert still.scale.isfinite()
+
+
+@pytest.mark.parametrize("config", [GaussianConfig(2), PlainConfig(4)])
+def test_latents_are_measured_in_training_alone(config):
+    bottleneck, h = config.build(), torch.randn(8, 4, 2, 2)
+    for training in (False, True):
+        bottleneck.train(training)(h, Rng(0), torch.arange(8))
+        assert bottleneck.seen == training
+
+
+def test_the_moments_of_latents_are_those_of_all_ranks(monkeypatch):
+    told = {"is_initialized": lambda: True, "get_world_size": lambda: 2}
+    told["all_reduce"] = lambda x: x.add_(torch.tensor([3.0, 10.0]))  # of another rank
+    for name, answer in told.items():
+        monkeypatch.setattr(torch.distributed, name, answer)
+    plain = PlainConfig(1).build()
+    plain(torch.ones(1, 1, 1, 1), Rng(0), torch.arange(1))
+    assert plain.running.tolist() == [2, 5.5]
 
 
 def test_the_adaptive_weight_is_the_ratio_of_the_gradients_of_the_last_layer():
@@ -129,6 +152,24 @@ def test_each_side_of_the_game_has_the_gradient_of_its_own_loss():
     first, second = (torch.autograd.grad(loss, last, retain_graph=True)[0] for loss in (l1, fool))
     ratio = first.norm() / (second.norm() + 1e-6)
     torch.testing.assert_close(last.grad, first + 0.7 * ratio * second)
+
+
+def test_the_discriminator_is_weighed_against_all_of_the_reconstruction():
+    flow = flow_of(
+        PlainConfig(4), perceptual=PerceptualConfig(weight=0.3), discriminator=DiscriminatorConfig(width=4, layers=2)
+    )
+    flow.perceptual = lambda x, y: (y - x).square().flatten(1).mean(1)
+    b = batch()
+    y = flow.network.decode(flow.bottleneck(flow.network.encode(b.x)).z)
+    whole = (y - b.x).abs().mean() + 0.3 * (y - b.x).square().mean()
+    expected = adaptive_weight(whole, -flow.discriminator(y).mean(), flow.network.last)
+    torch.testing.assert_close(flow.loss(b, Rng(0)).parts["adaptive_weight"], expected)
+
+
+def test_the_discriminator_doubles_its_width_at_each_layer_up_to_eight_times():
+    layers = [m for m in PatchDiscriminator(3, width=2, layers=4).layers if isinstance(m, torch.nn.Conv2d)]
+    sizes = [(layer.out_channels, layer.stride[0]) for layer in layers]
+    assert sizes == [(2, 2), (4, 2), (8, 2), (16, 2), (16, 1), (1, 1)]
 
 
 def test_following_the_decoders_gradient_looks_more_real_to_the_discriminator():

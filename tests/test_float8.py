@@ -106,6 +106,12 @@ def test_a_network_trains_in_8_bits_close_to_bf16_and_draws_in_bf16(compiled):
     assert short.state_dict().keys() == network().state_dict().keys()
 
 
+def test_products_of_other_widths_stay_as_they_are():
+    network = torch.nn.ModuleList([Linear(16, 32), Linear(24, 32), Linear(32, 24)])
+    train_in_float8(network)
+    assert [linear.float8 for linear in network] == [True, False, False]
+
+
 def test_it_is_refused_where_it_cannot_be():
     assert "8.9" in refusal("fp8", torch.device("cpu"))
     with pytest.raises(UserError, match="no transformer blocks of widths that are multiples of 16; take bf16"):

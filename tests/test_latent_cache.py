@@ -154,6 +154,7 @@ def test_latents_are_drawn_from_the_cached_posterior(tmp_path, pictures):
     mean, std = flow.autoencoder.posterior(picture)
     ours = batch_of(dataset, flow.text, [0])
     assert torch.allclose(ours.x, mean, atol=1e-5) and torch.allclose(ours.spread, std, rtol=1e-4)
+    assert ours.to("meta").spread.is_meta
     assert torch.allclose(flow.latents_of(ours, 0.5), (mean + 0.5 * std - 0.1) * 1.3, atol=1e-4)
 
 

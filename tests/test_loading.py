@@ -155,7 +155,7 @@ def test_the_next_good_picture_stands_in():
         for row, position in enumerate(batch.position.tolist()):
             asked = int(epoch_order(5, 1, position // 5)[position % 5])
             assert batch.index[row] == [0, 3, 3, 3, 0][asked]
-            assert batch.captions[row] == f"caption {[0, 0, 0, 0, 0][asked]}"
+            assert batch.captions[row] == "caption 0" and batch.ids[row] == f"file{[0, 3, 3, 3, 0][asked]}"
 
 
 def test_pictures_are_decoded_once_for_all_processes():

@@ -223,8 +223,9 @@ def test_wrong_numbers_are_refused():
         MMDiTConfig(depth=2, in_channels=3, context_dim=4, sample_size=4).build()
 
 
-def test_positions_are_not_those_rounded_for_another_dtype():
+def test_positions_are_not_those_of_another_shape_or_rounded_for_another_dtype():
     model = MMDiTConfig(depth=1, hidden=32, heads=2, **SMALL).build()
+    model.positions(5, 3, torch.zeros(1))
     model.positions(3, 5, torch.zeros(1, dtype=torch.bfloat16))
     got = model.positions(3, 5, torch.zeros(1))
     assert got.dtype == torch.float32

@@ -152,12 +152,13 @@ def test_mistakes(shards, options, split, message):
     ("content", "message"),
     [
         (lambda whole: whole[: len(whole) // 2], "cannot be loaded"),
+        (lambda whole: whole[: whole.rindex(b"IEND")], "cannot be loaded"),  # within the last member
         (lambda whole: b"junk" * 1000, "cannot be loaded"),
         (lambda whole: b"\0" * 10240, "holds no samples"),
     ],
 )
 def test_a_damaged_shard_costs_one_line(tmp_path, content, message):
-    whole = write(tmp_path / "whole.tar", [("x", {"png": png(), "txt": b"a" * 4000})]).read_bytes()
+    whole = write(tmp_path / "whole.tar", [("x", {"txt": b"a" * 4000, "png": png()})]).read_bytes()
     (tmp_path / "bad.tar").write_bytes(content(whole))
     with pytest.raises(UserError, match=message) as caught:
         WebDatasetConfig(str(tmp_path / "bad.tar")).build()
@@ -249,6 +250,11 @@ def test_captions_may_begin_late(tmp_path):
     path = str(write(tmp_path / "x.tar", [*bare, ("200", {"png": png(), "txt": b"late"})]))
     for caption in (None, "txt"):
         assert WebDatasetConfig(path, caption=caption).build().captions == [""] * 120 + ["late"]
+
+
+def test_what_a_mac_lays_beside_files_is_no_sample(tmp_path):
+    path = write(tmp_path / "x.tar", [("._0", {"png": b"about"}), ("0", {"png": png(), "txt": b"a"})])
+    assert WebDatasetConfig(str(path)).build().identifiers == ["webdataset[0]"]
 
 
 def test_members_of_a_sample_may_stand_apart(tmp_path):

@@ -111,6 +111,18 @@ def vq(**config):
     return quantizer
 
 
+@pytest.mark.parametrize("places", [16, 3])  # more than codes, and fewer
+def test_codes_begin_as_latents_or_near_them(places):
+    quantizer = VQConfig(vocabulary=8, channels=2).build()
+    quantizer.counts.fill_(7)
+    h = 50 + 5 * torch.randn(1, 2, 1, places)
+    quantizer.initialise(h)
+    near = torch.cdist(quantizer.codebook, h[0, :, 0].T).min(1)
+    assert near.values.max() < 0.25 and len(near.indices.unique()) == min(places, 8)
+    assert len(quantizer.codebook.unique(dim=0)) == 8
+    assert torch.equal(quantizer.sums, quantizer.codebook) and (quantizer.counts == 1).all()
+
+
 def test_vq_takes_the_nearest_code():
     quantizer = vq()
     h = torch.randn(2, 2, 3, 3)
@@ -151,6 +163,15 @@ def test_a_code_that_nothing_is_near_is_put_where_a_latent_is():
     h = torch.randn(4, 2, 3, 3)
     quantizer(h, Rng(0))
     assert (torch.cdist(quantizer.codebook[2:3], h.permute(0, 2, 3, 1).reshape(-1, 2)) < 1e-5).any()
+
+
+def test_a_code_of_a_small_part_of_its_even_share_is_put_elsewhere():
+    quantizer = vq(decay=0.0).train()
+    quantizer.codebook[2] = torch.tensor([90.0, 90.0])
+    h = torch.randn(1, 2, 20, 20)
+    h[..., -1, -1] = 90.0  # one of 400, where 100 would be even
+    quantizer(h, Rng(0))
+    assert quantizer.codebook[2].abs().max() < 10 and quantizer.counts[2] == 100
 
 
 def test_codes_do_not_move_in_evaluation():

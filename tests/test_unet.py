@@ -168,3 +168,8 @@ def test_dropout_is_heard_in_training_alone():
 def test_the_levels_that_attend_go_by_the_longer_side():
     network = UNetConfig(**{**UNET, "shape": (3, 16, 4)}, pooled_dim=0).build()
     assert [name for name, _ in network.named_modules() if name.endswith("attention.qkv")] == ["middle.0.attention.qkv"]
+
+
+def test_a_norm_has_the_most_groups_that_divide_its_channels():
+    network = UNetConfig(channels=40, channel_mult=(1, 2), shape=(3, 8, 8), pooled_dim=0).build()
+    assert network.down[0].norm1.num_groups == 20 and network.norm.num_groups == 20

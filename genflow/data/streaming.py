@@ -189,9 +189,6 @@ def _scan(shard: str) -> list[list[Any]]:
                     content = tar.extractfile(member)
                     assert content is not None
                     latest[key][2][extension] = decoded(content.read())
-            end = max((offset + size for _, members, _ in rows for offset, size in members.values()), default=0)
-            if end > (length := os.path.getsize(shard)):
-                raise tarfile.ReadError(f"cut short: {length} bytes of {end}")
     except (tarfile.TarError, OSError, EOFError) as error:
         raise UserError(f"data webdataset: {Path(shard)} cannot be loaded ({error}); download it again") from error
     return rows

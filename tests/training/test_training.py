@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
@@ -81,10 +82,13 @@ def test_killed_and_resumed_is_the_same_run(config, tiny, tmp_path, accumulation
     assert_same(contents(train(tiny(*how))), contents(cut))
 
 
-def test_dropout_is_the_same_in_a_resumed_run(tiny):
+def test_dropout_is_of_each_step_and_the_same_in_a_resumed_run(tiny, monkeypatch):
+    drop, seeds = F.dropout, set()
+    monkeypatch.setattr(F, "dropout", lambda *arguments: (seeds.add(torch.initial_seed()), drop(*arguments))[1])
     model = "model={name: unet, channels: 4, channel_mult: [1], blocks: 1, attention_size: 0, dropout: 0.5}"
     run = train(tiny(model, "text=none", "train.save_every=2", "train.warmup=0"))
     whole = contents(run)
+    assert len(seeds) == 4
     shutil.rmtree(newest_checkpoint(run))
     train(tiny(model, "text=none", "train.save_every=2", "train.warmup=0"))
     assert_same(contents(run), whole)
@@ -158,20 +162,22 @@ def test_ctrl_c_saves_and_goes_on(config, tiny, tmp_path):
 
 def test_a_run_learns_and_leaves_what_it_should(tiny, tmp_path):
     run = train(
-        tiny("train.steps=60", "train.preview_every=30", "train.validate_every=30", "train.trackers=[tensorboard]")
+        tiny("train.steps=62", "train.preview_every=30", "train.validate_every=30", "train.trackers=[tensorboard]")
     )
     log = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in log if "loss" in line]
-    assert len(losses) == 12 and min(losses[-3:]) < 0.8 * losses[0]
+    assert len(losses) == 13 and min(losses[-3:]) < 0.8 * losses[0]
     assert {"loss", "grad_norm", "lr", "images_per_s"} <= set(log[0])
     assert any(key.startswith("loss_t") for key in log[0])
     validation = [line for line in log if "validation_loss" in line]
-    assert len(validation) == 2 and len([k for k in validation[0] if k.startswith("validation_t")]) == 8
-    assert [p.name for p in checkpoints(run)] == ["step-00000056", "step-00000060"]
-    assert sorted(p.name for p in (run / "previews").iterdir()) == ["step-00000030.png", "step-00000060.png"]
+    assert len(validation) == 3 and len([k for k in validation[0] if k.startswith("validation_t")]) == 8
+    assert [p.name for p in checkpoints(run)] == ["step-00000060", "step-00000062"]
+    assert sorted(int(p.stem[-2:]) for p in (run / "previews").iterdir()) == [30, 60, 62]
+    state = json.loads((newest_checkpoint(run) / "state.json").read_text())
+    assert not any(map(sum, state["by_time"]))  # it is of the steps since the last line of the log
     assert list(run.rglob("events.out.tfevents*"))
     again = load(run / "config.yaml", schema=RunConfig)
-    assert again.train.steps == 60 and again.model.in_channels == 3 and again.model.sample_size == 2
+    assert again.train.steps == 62 and again.model.in_channels == 3 and again.model.sample_size == 2
 
 
 def test_validation_asks_the_same_questions(tiny, tmp_path):
@@ -281,7 +287,8 @@ def test_another_table_of_as_many_rows_is_another_run(tmp_path, capsys):
         train(tables[1].with_suffix(".yaml"))
 
 
-def test_nan_stops_before_it_does_harm(tiny, monkeypatch):
+@pytest.mark.parametrize("where", ["loss nan", r"loss [\d.]+, gradient norm nan"])
+def test_nan_stops_before_it_does_harm(tiny, monkeypatch, where):
     from genflow.flows.rectified import RectifiedFlow
 
     run = train(tiny())
@@ -290,11 +297,14 @@ def test_nan_stops_before_it_does_harm(tiny, monkeypatch):
 
     def poisoned(self, *arguments):
         calls.append(1)
-        return error(self, *arguments) * (math.nan if len(calls) == 2 else 1)
+        found = error(self, *arguments)
+        if len(calls) == 2:
+            found.register_hook(lambda gradient: gradient * math.nan)
+        return found * (math.nan if len(calls) == 2 and where == "loss nan" else 1)
 
     monkeypatch.setattr(RectifiedFlow, "_error", poisoned)
     with pytest.raises(
-        UserError, match=r"step 6: loss nan.* Samples: \w+/[\w-]+, .*Last good checkpoint: .*step-00000004"
+        UserError, match=rf"step 6: {where}.* Samples: \w+/[\w-]+, .*Last good checkpoint: .*step-00000004"
     ):
         train(tiny("train.steps=8"))
     after = load_file(newest_checkpoint(run) / "model.safetensors")

@@ -312,6 +312,8 @@ def test_gradients_are_clipped_and_averaged_as_asked(tiny):
     assert math.isclose(float(torch.stack([g.norm() for g in first.values()]).norm()), 1e-3, rel_tol=1e-3)
     for name, g in first.items():
         torch.testing.assert_close(state[f"{name}/exp_avg_sq"], 0.2 * g**2)
+    average, weights = (load_file(newest_checkpoint(run) / f"{name}.safetensors") for name in ("ema", "model"))
+    assert all(torch.equal(average[name], weights[name]) for name in average)  # the profile of one step is that step
 
 
 def test_gradients_are_those_of_the_config_whatever_accelerate_is_told(tiny, monkeypatch):
@@ -335,7 +337,7 @@ def test_what_a_loss_is_made_of_is_told_of_all_micro_batches(tiny, tmp_path):
             )
         )  # fmt: skip
         told.append(json.loads((run / "metrics.jsonl").read_text()))
-    for name in ("loss", "l1", "kl"):
+    for name in ("loss", "l1", "kl", "grad_norm"):
         assert math.isclose(told[0][name], told[1][name], rel_tol=1e-5), name
 
 
