@@ -301,11 +301,14 @@ def _owner(hint: Any) -> Owned | None:
 
 def _named(field: dataclasses.Field, node: _Node) -> _Node:
     """A choice given by its fields alone is the default one."""
-    default = field.default_factory() if field.default_factory is not MISSING else field.default
-    tag = tag_of(type(default))
+    tag = tag_of(type(_default(field)))
     if tag is None or not isinstance(node.value, dict) or "name" in node.value:
         return node
     return dataclasses.replace(node, value={"name": _Node(tag.names[0], node.where, tag.names[0]), **node.value})
+
+
+def _default(field: dataclasses.Field) -> Any:
+    return field.default_factory() if field.default_factory is not MISSING else field.default
 
 
 def _build_choice(kind: str, node: _Node, path: str) -> Any:
@@ -330,9 +333,7 @@ def _type_name(kind: Any) -> str:
     plain = {int: "a whole number", float: "a number", str: "text", bool: "true or false", Path: "a path"}
     if kind in plain:
         return plain[kind]
-    if get_origin(kind) in (tuple, list):
-        return "a list"
-    return str(kind)
+    return {tuple: "a list", list: "a list", dict: "a section of keys"}.get(get_origin(kind), str(kind))
 
 
 def to_dict(config: Any) -> Any:
@@ -346,6 +347,12 @@ def to_dict(config: Any) -> Any:
     if isinstance(config, dict):
         return {key: to_dict(value) for key, value in config.items()}
     return str(config) if isinstance(config, Path) else config
+
+
+def completed(written: Mapping[str, Any], kind: type) -> dict[str, Any]:
+    """A section as plain data, and behind it the defaults of what it does not say."""
+    defaults = {f.name: to_dict(value) for f in fields(kind) if f.init and (value := _default(f)) is not MISSING}
+    return {**written, **defaults, **written}
 
 
 def dump(config: Any, path: str | Path) -> None:

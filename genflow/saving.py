@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import threading
 from collections.abc import Iterator, Mapping
@@ -32,6 +33,11 @@ def replacing(path: Path, *, flushed: bool = True) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def leftovers(path: Path) -> list[Path]:
+    """What processes that were killed left beside a path, which they were `replacing`."""
+    return list(path.parent.glob(f".{glob.escape(path.name[-40:])}.*.partial"))
 
 
 def flush(path: Path) -> None:

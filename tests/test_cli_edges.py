@@ -201,9 +201,18 @@ def test_a_figure_that_is_infinite_holds_where_it_was_so_before(runs, tmp_path, 
         (lambda about: about["made"].pop("versions"), 0, "other versions: not told then"),
         (lambda about: about["made"].pop("weights"), 2, "no figures.json of an evaluation ('weights')"),
         (lambda about: about["plan"]["sampling"].update(old=1), 2, "'old', of its sampling, is nothing that"),
+        (lambda about: about["plan"].update(seed="one"), 2, "plan: seed must be a whole number, not 'one'"),
+        (lambda about: about["plan"].update(sampling=None), 2, "plan: sampling must be a section of keys, not nothing"),
+        (
+            lambda about: about["plan"]["sampling"].update(temperature="hot"),
+            2,
+            "its sampling: temperature must be a number",
+        ),
+        (lambda about: about["made"].update(model=None), 2, "made: model must be text, not nothing"),
+        (lambda about: about.update(figures=[{"name": 1, "value": 1}]), 2, "figures: name must be text, not 1"),
         (lambda about: about.update(figures=[{"name": "FD", "value": "much"}]), 2, "could not convert string to float"),
     ],
-    ids=["threads", "versions", "weights", "sampling", "value"],
+    ids=["threads", "versions", "weights", "sampling", "seed", "no-sampling", "temperature", "model", "name", "value"],
 )
 def test_figures_of_another_version_are_computed_again_or_refused_in_one_line(
     runs, tmp_path, capsys, change, code, says

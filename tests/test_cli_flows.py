@@ -397,6 +397,7 @@ def test_an_interpolation_begins_and_ends_at_the_pictures(genflow_):
         (["eval", "table", "--features", "nothing.json"], "nothing.json: no such file"),
         (["eval", "glow", "--features", "pixles"], "no features 'pixles'"),
         (["eval", "glow", "--divergence", "exact"], "divergence is for likelihoods of a velocity"),
+        (["eval", "plane", "--steps", "0"], "sampling: steps = 0 is too few"),  # before any data are read
         (["eval", "glow", "--steps", "3"], "--steps does nothing for a NormalizingFlow"),
         (["eval", "glow", "--out", "table.csv"], "table.csv is a file; name a folder"),
         (["eval", "noisy", "--metrics", "likelihood"], "trained on pictures with added noise"),

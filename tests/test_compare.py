@@ -23,7 +23,7 @@ from genflow.config import from_dict, to_dict
 from genflow.errors import UserError
 from genflow.evaluation import comparison as room
 from genflow.evaluation.comparison import Cell, Comparison, Contestant, Point, as_json, compare
-from genflow.evaluation.comparison_plots import plot_learning
+from genflow.evaluation.comparison_plots import plot_learning, plot_quality
 from genflow.evaluation.features import PixelFeatures
 from genflow.evaluation.page import tag, to_html, to_markdown
 from genflow.evaluation.plan import Evaluation, Plan
@@ -388,6 +388,20 @@ def test_a_legend_lies_in_its_panel_with_every_name_whole(names):
     within = legend.get_window_extent()
     assert box.x0 <= within.x0 and within.x1 <= box.x1 and box.y0 <= within.y0 and within.y1 <= box.y1
     assert [text.get_text().replace("\n", "") for text in legend.get_texts()] == names and figure.get_figheight() >= 3.6
+
+
+def test_more_runs_than_colours_are_told_apart_in_every_plot():
+    names, told = (
+        [f"run {i}" for i in range(24)],
+        [{"step": i, "loss": 1.0 / i, "validation_loss": 2.0} for i in (1, 2)],
+    )
+    (losses,) = learning(told, TokenLike(), names=names).axes
+    points = [room.Point(i, i, 0.1 * i, 1.0 / i) for i in (1, 2)]
+    curves = plot_quality(Comparison([replace(entry(name, TokenLike()), curve=points) for name in names], Plan(), []))
+    for axes, marked in ((losses, False), (losses, True), *((each, True) for each in curves.axes)):
+        lines = [line for line in axes.lines if (line.get_marker() != "None") == marked]
+        looks = {(line.get_color(), line.get_linestyle(), line.get_marker()) for line in lines}
+        assert len(lines) == len(looks) == len(names), axes.get_xlabel()
 
 
 def test_names_in_the_page_are_escaped():

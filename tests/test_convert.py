@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import shutil
 import subprocess
@@ -24,6 +25,7 @@ from genflow.interop.diffusers import config_from_diffusers, config_to_diffusers
 from genflow.interop.layouts import DIFFUSERS, STABILITY, config_from_shapes, from_genflow, to_genflow
 from genflow.interop.tensors import Lazy, read_file, write_file
 from genflow.networks.mmdit import MMDiTConfig
+from genflow.saving import replacing
 from tests import tiny_sd3
 
 VARIANTS = {
@@ -378,6 +380,21 @@ def test_what_does_not_fit_is_refused(pipes, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "precious").write_text("")
     refused("is there already", file)
+
+
+@pytest.mark.parametrize("out", ["out[1].safetensors", "out"])
+def test_what_a_killed_conversion_left_is_gone_with_the_next(out, pipes, tmp_path):
+    out = tmp_path / out
+    file = out if out.suffix else out / "diffusion_pytorch_model.safetensors"
+    file.parent.mkdir(exist_ok=True)
+    if not (child := os.fork()):
+        with replacing(file) as temporary:
+            temporary.write_text("half a file")
+            os._exit(9)
+    os.waitpid(child, 0)
+    assert list(tmp_path.rglob(".*.partial"))
+    convert(pipes[0] / "plain" / "transformer", out, to="stability" if out.suffix else "diffusers")
+    assert file.is_file() and not list(tmp_path.rglob(".*.partial"))
 
 
 def test_the_command_line_says_what_is_left_to_do(pipes, tmp_path, capsys):

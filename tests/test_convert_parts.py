@@ -190,6 +190,18 @@ def test_fewer_tokens_of_t5_are_told_and_draw_the_same(tmp_path, pipe):
     assert (made("red dog", **how).images * 2 - 1 - x).abs().max() > 0.02
 
 
+@pytest.mark.parametrize("sample", [{"grid": "shifted"}, {"sampler": "unipc"}, {"shift": "resolution"}])
+def test_a_way_to_sample_that_no_scheduler_of_diffusers_has_is_told(sample, tmp_path, pipe):
+    convert(pipe, tmp_path / "model")
+    about = json.loads((tmp_path / "model" / "config.json").read_text())
+    edited(tmp_path / "model", "config.json", sample={**about["sample"], **sample})
+    (note,) = convert(tmp_path / "model", tmp_path / "out")
+    (key, value), *_ = sample.items()
+    theirs, own = note.split(", and the model itself with ")
+    assert theirs == "diffusers' scheduler draws with sampler euler, grid double_shifted, shift 3.0"
+    assert f"{key} {value}" in own and note.endswith("; genflow.as_scheduler has more of them")
+
+
 def test_a_model_whose_text_encoders_are_gone_says_so(tmp_path, pipe):
     shutil.copytree(pipe, tmp_path / "pipe")
     convert(tmp_path / "pipe", tmp_path / "model")

@@ -352,6 +352,15 @@ def test_a_quote_left_open_does_not_swallow_the_rows_behind_it(tmp_path, cell):
     assert FolderConfig(str(tmp_path)).build().captions == ['a "cat"', '12" disc']
 
 
+def test_blanks_behind_a_closing_quote_are_of_no_cell(tmp_path):
+    (tmp_path / "a.png").write_bytes(png())
+    told = {'"a cat" ': "a cat", '"a ""cat"" , or two,\n\tsay"\t ': 'a "cat" , or two,\n\tsay', '12" ': '12" '}
+    rows = "".join(f'a.png,{cell}\r\n"a.png" ,{cell}\n' for cell in told)
+    with (tmp_path / "metadata.csv").open("w", newline="") as file:
+        file.write(f'"file_name" ,"caption" \n{rows}')
+    assert FolderConfig(str(tmp_path)).build().captions == [caption for caption in told.values() for _ in range(2)]
+
+
 def test_linked_folders_are_looked_into_and_not_in_circles(tmp_path):
     (folder := tmp_path / "set").mkdir()
     for place in (folder / "dogs", tmp_path / "elsewhere"):

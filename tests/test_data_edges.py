@@ -218,11 +218,11 @@ def test_one_process_fetches_a_data_set(tmp_path, monkeypatch):
     def build(root: str, *, train: bool, download: bool):
         if download:
             with open(Path(root, ".MNIST.lock"), "a") as file:
-                raise OSError(f"held: {lock(file, wait=False) is False}")
+                raise OSError(f"held: {lock(file, wait=False) is False}\n{'of a mirror, ' * 20}and of the last")
         raise RuntimeError("not there")
 
     monkeypatch.setattr(datasets, "MNIST", build)
-    with pytest.raises(UserError, match="held: True"):
+    with pytest.raises(UserError, match=r"\(held: True of a mirror, .* and of the last\); set root"):
         MNISTConfig(root=str(tmp_path / "new")).build()
 
 

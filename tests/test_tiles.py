@@ -119,6 +119,15 @@ def test_trained_autoencoders_are_tiled_where_they_are_an_autoencoder_kl():
         tiny.tiled(16)
 
 
+def test_a_last_tile_of_one_latent_has_spread_in_groups_of_one_channel():
+    config = KLNetworkConfig((8, 8, 8), groups=8, in_channels=3, latent_channels=4)
+    network = config.build().requires_grad_(False)
+    z = torch.randn(1, 4, 16, 16)  # tiles of 4 x 4 begin at every third latent, the last at the 16th
+    whole, tiled = network.decode(z), network.tiled(16)(z)
+    assert tiled.shape == whole.shape and 0 < (tiled - whole).abs().mean() < whole.std()
+    assert torch.equal(network.tiled(16)(z[..., :4, :4]), network.decode(z[..., :4, :4]))
+
+
 def test_the_command_draws_in_tiles_and_says_so_in_the_picture(flow, folder, tmp_path):
     how = [
         "--prompt",

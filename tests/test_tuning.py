@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -397,6 +398,11 @@ def test_a_damaged_file_is_told_in_one_line(model, text):
     with pytest.raises(UserError, match=r"sampling\.json is damaged.*tune again") as error:
         tuned(model, 2)
     assert "\n" not in str(error.value)
+
+
+def test_a_grid_of_numpy_is_kept_as_numbers(model):
+    save_tuned(model, 2, {**FOUND, "grid": np.array([1, 0.5, 0], dtype=np.float32)})
+    assert tuned(model, 2) == {**FOUND, "grid": [1.0, 0.5, 0.0]}
 
 
 def test_only_models_have_learnt_grids(tmp_path, model):

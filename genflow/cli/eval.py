@@ -258,6 +258,7 @@ def _told(what: Any) -> Any:
 
 def _again(args: argparse.Namespace) -> int:
     """0 where every figure holds, 1 where one does not."""
+    from genflow.config import from_dict, setting
     from genflow.evaluation.comparison import finite
     from genflow.evaluation.plan import Plan
     from genflow.flows.store import load
@@ -265,21 +266,24 @@ def _again(args: argparse.Namespace) -> int:
     path = Path(args.again)
     try:
         old = json.loads(path.read_text())
-        plan, made = Plan(**old["plan"]), old["made"]
+        plan, made, weights = from_dict(Plan, old["plan"], where="plan"), old["made"], old["made"]["weights"]
         before: dict[str, Any] = {
-            each["name"]: None if each["value"] is None else float(each["value"]) for each in old["figures"]
+            setting(str, each, "name", "figures"): None if each["value"] is None else float(each["value"])
+            for each in old["figures"]
         }
-        model, ema, device, features = made["model"], made["ema"], made["device"], made["features"]["file"]
-        weights = made["weights"]
+        model, device = (setting(str, made, key, "made") for key in ("model", "device"))
+        ema, features = setting(bool, made, "ema", "made"), setting(str | None, made["features"], "file", "made")
     except OSError as error:
         raise UserError(f"--again {path}: {error.strerror}; give the {FIGURES} of an earlier evaluation") from error
-    except (ValueError, LookupError, TypeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise UserError(f"--again {path}: no {FIGURES} of an evaluation ({error})") from error
     flow: Any = load(model, ema=ema, device=args.device or device)
     if unknown := [name for name in plan.sampling if name not in [f.name for f in fields(flow.config.sampling)]]:
         raise UserError(
             f"--again {path}: {unknown[0]!r}, of its sampling, is nothing that {model} takes; measure it anew"
         )
+    named = {key: value for key, value in plan.sampling.items() if key != "grid" or isinstance(value, str)}
+    from_dict(flow.config.sampling, named, where=f"--again {path}: its sampling")  # times of a tuned grid aside
     take_loras(flow, made.get("lora", ()))
     found, now = _measure(flow, plan, model, ema, features or "pixels")
     for what in ("weights", "data", "features", "versions", "device", "threads"):

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import codecs
 import csv
+import io
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -20,6 +22,8 @@ from genflow.registry import dataset_export
 TABLES = ("metadata.jsonl", "captions.jsonl", "metadata.csv", "captions.csv")
 FILE_KEYS = ("file_name", "image", "file", "path")
 CAPTION_KEYS = ("caption", "text", "prompt", "label")
+# Of a table; its first group is one in quotes, with blanks behind it.
+CELL = re.compile(r'("(?:[^"]|"")*+")[ \t]+(?=[,\r\n]|$)|"(?:[^"]|"")*+"|[^",\r\n][^,\r\n]*')
 NOT_TRAIN = ("test", "testing", "eval", "evaluation", "validation", "valid", "val", "dev")  # names of other splits
 
 
@@ -158,8 +162,10 @@ def _from_table(table: Path, taken: Callable[[Path], bool]) -> ImageDataset | No
 def _read_csv(table: Path) -> list[dict[str, Any]]:
     try:
         with table.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file, strict=True)  # else a quote left open takes in the rows behind it
-            rows = list(reader)
+            text = CELL.sub(lambda cell: cell[1] or cell[0], file.read())
+        # Strict, or a quote left open takes in the rows behind it.
+        reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+        rows = list(reader)
     except UnicodeDecodeError as error:
         raise UserError(f"{table}: not a table of comma-separated UTF-8 text: {error}") from error
     except csv.Error as error:

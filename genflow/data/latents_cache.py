@@ -26,7 +26,7 @@ from genflow.data.sources import Pictures
 from genflow.errors import UserError
 from genflow.networks.identity import identity
 from genflow.registry import api_export
-from genflow.saving import replacing, save_file
+from genflow.saving import leftovers, replacing, save_file
 from genflow.text import TextEncoder, cuts_told_at_once
 
 SHARD = 1024  # samples, or captions
@@ -275,7 +275,7 @@ def _ours(path: Path) -> Iterator[bool]:
             yield False
             return
         if held:
-            for leftover in path.parent.glob(f".{path.name}.*.partial"):  # of a process that was killed
+            for leftover in leftovers(path):
                 leftover.unlink(missing_ok=True)
         try:
             yield not path.is_file()

@@ -76,7 +76,10 @@ def read_settings(path: str | Path) -> dict[str, object]:
 
 
 def font_for(captions: Sequence[str]) -> Any:
-    """Pillow's own font, or for words beyond ASCII, of which it has next to none, matplotlib's."""
+    """Pillow's own font, or for words beyond ASCII, of which it has next to none, matplotlib's.
+
+    Neither has Chinese, Japanese or Korean letters: they are drawn as boxes.
+    """
     if all(map(str.isascii, captions)):
         return ImageFont.load_default(11)
     import matplotlib

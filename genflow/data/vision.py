@@ -33,7 +33,7 @@ def _labelled(
                 lock(file, wait=True)
                 data = build(str(folder), train=split == "train", download=True)
         except Exception as error:
-            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            reason = " ".join(str(error).split()) or type(error).__name__
             what = f"not in {folder}, or damaged, and could not be fetched"
             raise UserError(f"data {name}: {what} ({reason}); set root to a folder that has it") from error
     names = classes or list(data.classes)

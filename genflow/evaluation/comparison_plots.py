@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 # Stand-ins in matplotlib's output for the page's variables: each is a colour that nothing else has.
 SERIES = tuple(f"#0{i}0{i}f{i}" for i in range(8))
+LINES = ("-", ":", "-.")  # of the first eight models, of the next
 GRID = str(STYLE["grid.color"])
 COLOURS = {INK: "--ink", FAINT: "--faint", GRID: "--rule", **{c: f"--series-{i}" for i, c in enumerate(SERIES)}}
 
@@ -47,8 +48,7 @@ def plot_quality(comparison: Comparison) -> Figure | None:
     for axes, what in ((left, "nfe"), (right, "seconds")):
         for number, entry in _numbered(comparison, entries):
             x, y = [getattr(p, what) for p in entry.curve], [p.fd for p in entry.curve]
-            look: Any = {"color": SERIES[number % 8], "marker": MARKERS[number % len(MARKERS)]}
-            axes.plot(x, y, label=_named(entry), **look)
+            axes.plot(x, y, label=_named(entry), marker=MARKERS[number % len(MARKERS)], **_look(number))
         _real_line(axes, comparison)
         axes.set(xscale="log", yscale="log")
         axes.minorticks_off()
@@ -58,6 +58,11 @@ def plot_quality(comparison: Comparison) -> Figure | None:
     right.set(xlabel="seconds for a sample, of a batch")
     right.legend(loc="center left", bbox_to_anchor=(1.02, 0.5))
     return figure
+
+
+def _look(number: int) -> dict[str, Any]:
+    """Of a model's lines, by its place: a colour and, where those are used up, dashes."""
+    return {"color": SERIES[number % 8], "linestyle": LINES[number // 8 % len(LINES)]}
 
 
 def _named(entry: Entry) -> str:
@@ -108,9 +113,9 @@ def plot_learning(comparison: Comparison) -> Figure | None:
             batch = (entry.who.flow.recipe or {}).get("train", {}).get("batch_size", 1)
             steps, loss = _smooth(*_training(entry.who.lines))
             checks, validation = _series(entry.who.lines, "validation_loss")
-            colour = SERIES[number % 8]
-            axes.plot(steps * batch, loss, color=colour, linewidth=0.9, label=_named(entry))
-            axes.plot(checks * batch, validation, "o--", color=colour, markersize=3.5)
+            look, dots = _look(number), f"{MARKERS[number % len(MARKERS)]}--"
+            axes.plot(steps * batch, loss, linewidth=0.9, label=_named(entry), **look)
+            axes.plot(checks * batch, validation, dots, color=look["color"], markersize=3.5)
         axes.set(xlabel="samples seen", ylabel=kind)
         if all(v > 0 for e in entries for v in _training(e.who.lines)[1]):
             axes.set_yscale("log")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -49,15 +49,15 @@ class Plan:
     network while it draws samples. sampling: of `flow.sample`; likelihood: of a velocity's.
     """
 
-    metrics: Sequence[str] = ()
+    metrics: tuple[str, ...] = ()
     split: str | None = None
     n: int | None = None
     k: int = 1
     seed: int = 0
     batch: int = 64
     dtype: str = "fp32"
-    sampling: Mapping[str, Any] = field(default_factory=dict)
-    likelihood: Mapping[str, Any] = field(default_factory=dict)
+    sampling: dict[str, Any] = field(default_factory=dict)
+    likelihood: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_least(self, n=1, k=1, batch=1, seed=0)

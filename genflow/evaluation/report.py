@@ -110,7 +110,7 @@ class _Run:
         seconds = {"sampling": round(self.drawing, 3), "all": round(time.monotonic() - begun, 1)}
         by_reason: dict[str, list[str]] = {}
         for metric, why in self.left_out.items():
-            by_reason.setdefault(why.removeprefix(f"{metric}: "), []).append(metric)
+            by_reason.setdefault(why, []).append(metric)
         remarks = [f"{', '.join(metrics)}: left out, {why}" for why, metrics in by_reason.items()] + self.remarks
         return Evaluation(figures, remarks, self.left_out, self.picture, self.metrics, self.counts, self.nfe, seconds)
 
@@ -127,7 +127,7 @@ class _Run:
             for metric in self.plan.metrics:
                 if why := self._unable(metric):
                     if self.strict:
-                        raise UserError(why if metric == "likelihood" else f"{metric}: {why}")
+                        raise UserError(f"{metric}: {why}")
                     self.left_out[metric] = why
             return [metric for metric in dict.fromkeys(self.plan.metrics) if metric not in self.left_out]
         chosen = []
@@ -140,7 +140,7 @@ class _Run:
                 continue  # a figure of the autoencoder, and not of a model of its latents
             elif why := self._unable(metric):
                 if metric == "likelihood" and asked:
-                    raise UserError(why)
+                    raise UserError(f"{metric}: {why}")
                 self.left_out[metric] = why
             else:
                 chosen.append(metric)
@@ -177,7 +177,7 @@ class _Run:
             if (least := DISTANCES.get(metric, 0)) > (count := min(self.n, len(self._dataset(self.reference)) // 2)):
                 return f"{count} samples, and as many real ones twice, are too few; {least} are the least"
         except UserError as error:
-            return str(error)
+            return str(error).removeprefix(f"{metric}: ")
         if metric == "alignment":
             if not self.pictures:
                 return "vectors show no caption"

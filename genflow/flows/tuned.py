@@ -32,6 +32,7 @@ def save_tuned(path: str | Path, steps: int, found: Mapping[str, Any]) -> Path:
     file = Path(path) / SAMPLING
     every = {**_read(file), str(steps): dict(found)}
     _check(file, every)
+    every[str(steps)]["grid"] = check_grid(found["grid"])  # floats, whatever they were
     try:
         _write_json(file, dict(sorted(every.items(), key=lambda item: int(item[0]))))
     except OSError as error:

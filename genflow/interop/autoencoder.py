@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, get_type_hints
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from genflow.config import setting
@@ -183,13 +184,18 @@ def _tiled(module: Any, tile: int, factor: int) -> Callable[[Tensor], Tensor]:
         near = max(round(tile / step), 1) * step
         raise UserError(f"tile = {tile} is no multiple of {step} pixels, as this autoencoder needs; try {near}")
 
-    now = {"tile_sample_min_size": tile, "tile_latent_min_size": tile // factor, "use_tiling": True}
+    latents, stride = tile // factor, 3 * tile // step
+    alone = module.config.block_out_channels[-1] == module.config.norm_num_groups  # each channel, in its group
+    now = {"tile_sample_min_size": tile, "tile_latent_min_size": latents, "use_tiling": True}
 
     def decode(z: Tensor) -> Tensor:
+        height, width = z.shape[-2:]
+        if alone and max(height, width) > latents and height % stride == width % stride == 1:
+            z = F.pad(z, (0, 1, 0, 1), mode="replicate")  # a last tile of one latent would leave it no spread
         before = {name: getattr(module, name) for name in now}
         vars(module).update(now)
         try:
-            return module.decode(z).sample
+            return module.decode(z).sample[..., : height * factor, : width * factor]
         finally:
             vars(module).update(before)
 

@@ -161,6 +161,17 @@ def scheduler_of(recipe: Mapping[str, Any]) -> dict[str, Any]:
     return {"_class_name": kind, "shift": float(shift)}
 
 
+def _draws_otherwise(recipe: Mapping[str, Any]) -> list[str]:
+    """A note where the scheduler of a pipeline (`scheduler_of`) is not how the model itself samples."""
+    scheduler, sample = scheduler_of(recipe), {**SAMPLE, **recipe.get("sample", {})}
+    theirs = {"sampler": SCHEDULERS[scheduler["_class_name"]], "grid": SAMPLE["grid"], "shift": scheduler["shift"]}
+    if all(sample[key] == theirs[key] for key in theirs):
+        return []
+    own, there = (", ".join(f"{key} {which[key]}" for key in theirs) for which in (sample, theirs))
+    what = f"diffusers' scheduler draws with {there}, and the model itself with {own}"
+    return [f"{what}; genflow.as_scheduler has more of them"]
+
+
 def _write_genflow(checkpoint: Checkpoint, out: Path) -> list[str]:
     if checkpoint.config is not None:
         raise UserError("that is a genflow model already; copy its folder, or choose --to diffusers or stability")
@@ -202,20 +213,24 @@ def _write_diffusers(checkpoint: Checkpoint, out: Path) -> list[str]:
     if checkpoint.pipeline is None:
         return [f"no text encoders: without tokenizers none can be used; {LIKE}"]
     _write_encoders(checkpoint, out)
+    notes = []
     theirs = read_json(path) if (path := checkpoint.pipeline / INDEX).exists() else {}
     known = {name: kind for name in PARTS if (kind := theirs.get(name)) not in (None, [None, None])}
     if checkpoint.config is None and (checkpoint.pipeline / "scheduler").is_dir():
         shutil.copytree(checkpoint.pipeline / "scheduler", out / "scheduler", dirs_exist_ok=True)
     else:
-        scheduler = scheduler_of(recipe_of(checkpoint))
+        scheduler = scheduler_of(recipe := recipe_of(checkpoint))
+        notes += _draws_otherwise(recipe)
         (out / "scheduler").mkdir(parents=True, exist_ok=True)
         _write_json(out / "scheduler" / "scheduler_config.json", scheduler)
         known["scheduler"] = ["diffusers", scheduler["_class_name"]]
     index = {name: known.get(name, kind) if (out / name).is_dir() else [None, None] for name, kind in PARTS.items()}
     _write_json(out / INDEX, {"_class_name": "StableDiffusion3Pipeline", **index})
     tokens = (checkpoint.config or {}).get("text", {}).get("t5_tokens", SD3TextConfig.t5_tokens)
-    told = f"T5 reads {tokens} tokens of a prompt; draw with max_sequence_length={tokens}, or the pictures are others"
-    return [told] if "text_encoder_3" in checkpoint.encoders and tokens != SD3TextConfig.t5_tokens else []
+    if "text_encoder_3" in checkpoint.encoders and tokens != SD3TextConfig.t5_tokens:
+        told = f"T5 reads {tokens} tokens of a prompt; draw with max_sequence_length={tokens}"
+        notes.append(f"{told}, or the pictures are others")
+    return notes
 
 
 def _without_autoencoder(checkpoint: Checkpoint) -> str:

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from genflow.errors import UserError
-from genflow.saving import replacing
+from genflow.saving import leftovers, replacing
 
 DTYPES = {
     "F64": torch.float64,
@@ -160,8 +160,8 @@ def _read_shards(index: Path) -> dict[str, Lazy]:
 
 
 def refuse_full(out: Path) -> None:
-    """Raises UserError for a place that holds something."""
-    if out.is_file() or (out.is_dir() and any(out.iterdir())):
+    """Raises UserError for a place that holds something; what a killed process left of its first file is nothing."""
+    if out.is_file() or any(not path.is_dir() and path.suffix != ".partial" for path in out.rglob("*")):
         raise UserError(f"{out} is there already; choose another place, so that nothing is lost")
 
 
@@ -182,6 +182,8 @@ def write_file(path: Path, tensors: Mapping[str, Lazy], metadata: Mapping[str, s
     text += b" " * (-len(text) % 8)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        for left in leftovers(path):
+            left.unlink(missing_ok=True)
         with replacing(path) as temporary, temporary.open("wb") as file:
             file.write(len(text).to_bytes(8, "little") + text)
             for key in order:

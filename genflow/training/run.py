@@ -16,7 +16,7 @@ from accelerate.state import AcceleratorState
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin, ProjectConfiguration
 
-from genflow.config import dump, load, to_dict
+from genflow.config import completed, dump, load, to_dict
 from genflow.data.loading import lost_workers_told
 from genflow.data.locks import lock, still_at
 from genflow.errors import UserError, nearest
@@ -24,7 +24,7 @@ from genflow.flows.store import GUARD, newest_checkpoint, read_config
 from genflow.flows.trained import resolved
 from genflow.registry import api_export
 from genflow.saving import replacing
-from genflow.training.config import FITTED, RunConfig, TrainConfig
+from genflow.training.config import FITTED, RunConfig
 from genflow.training.loop import Trainer
 from genflow.training.precision import float32_products, resolve_precision
 from genflow.training.ranks import all_or_none, from_main, join_processes, lost_ranks_told, same_on_all
@@ -86,8 +86,11 @@ def _train_together(config: str | Path | RunConfig, overrides: Sequence[str], de
     with contextlib.ExitStack() as stack:
         with all_or_none():
             _check_trackers(asked.train.trackers)
+            auto = asked.train.precision == "auto"
             asked = _as_saved(asked, run)
+            begun = auto and asked.train.precision != "auto"
             asked, why = _with_precision(asked, device)
+            why = "auto: the run began in it" if begun else why
             _make_folder(run)
             hold = stack.enter_context(_alone(run))
         # "auto" is measured: its answer may not be the same on every rank
@@ -212,16 +215,18 @@ def _as_saved(config: RunConfig, run: Path) -> RunConfig:
     folder = newest_checkpoint(run)
     if folder is None:
         return config
-    saved = read_config(folder)
-    then = {**to_dict(TrainConfig()), **saved.get("train", {})}  # what another version did not know
+    saved = {"train": {}, **read_config(folder)}
+    for key in ("data", "model", "text", "flow", "train"):  # what another version did not know
+        if key in saved:
+            saved[key] = completed(saved[key], type(getattr(config, key)))
     if config.train.precision == "auto":
-        config = replace(config, train=replace(config.train, precision=then["precision"]))
+        config = replace(config, train=replace(config.train, precision=saved["train"]["precision"]))
     asked = _leaves(to_dict(config))
-    for key, value in _leaves({**saved, "train": then}).items():
+    for key, value in _leaves(saved).items():
         mine = asked.get(key, "nothing of the kind")
         told = mine is None and key.removeprefix("model.") in FITTED  # left to the data, the text and the flow
         # Of which there is none yet.
-        told |= key.startswith("train.validation_") and not then["validate_every"]
+        told |= key.startswith("train.validation_") and not saved["train"]["validate_every"]
         told |= key == "init" and "base" in saved  # whose weights, wherever they are by now, are looked at
         if key not in FREE and not key.startswith(("shape", "sample.", "base.")) and mine != value and not told:
             raise UserError(

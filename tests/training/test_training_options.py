@@ -200,14 +200,25 @@ def test_a_run_of_a_version_that_knew_less_goes_on(tiny, lost):
     assert newest_checkpoint(train(tiny("train.steps=8", "train.precision=auto"))).name == "step-00000008"
 
 
-def test_what_an_older_version_did_not_know_had_its_default(tiny):
+@pytest.mark.parametrize(
+    "key, default, now",
+    [
+        ("train.ema", 0.05, "0.2"),
+        ("flow.drop_condition", 0.1, "0.3"),
+        ("model.qk_norm", True, "False"),
+        ("data.flip", False, "True"),
+        ("text.layers", 2, "1"),
+    ],
+)
+def test_what_an_older_version_did_not_know_had_its_default(tiny, key, default, now):
     folder = newest_checkpoint(train(tiny()))
     config = json.loads((folder / "config.json").read_text())
-    del config["train"]["ema"]
+    section, name = key.split(".")
+    del config[section][name]
     (folder / "config.json").write_text(json.dumps(config))
     finish_checkpoint(folder)
-    with pytest.raises(UserError, match=r"holds a run with train\.ema=0\.05, this config says 0\.2"):
-        train(tiny("train.steps=8", "train.ema=0.2"))
+    with pytest.raises(UserError, match=rf"holds a run with {key}={default}, this config says {now};"):
+        train(tiny("train.steps=8", f"{key}={now}"))
 
 
 def test_a_run_does_not_go_into_a_checkpoint_of_another(tiny):
@@ -447,13 +458,15 @@ def test_a_tracker_hears_of_a_validation_that_a_finished_run_had_left_to_do(tiny
     assert [each.step for each in told.Scalars("validation_loss")] == [each.step for each in told.Scalars("lr")] == [4]
 
 
-def test_a_run_goes_on_in_its_own_precision_where_auto_is_asked(tiny, monkeypatch):
+def test_a_run_goes_on_in_its_own_precision_where_auto_is_asked(tiny, monkeypatch, capsys):
     from genflow.training import precision
 
     monkeypatch.setattr(precision, "matmul_tflops", lambda name, device: {"bf16": 9.0, "fp32": 1.0}[name])
     train(tiny("train.steps=2"))
+    assert "precision fp32 (as asked)" in capsys.readouterr().err
     run = train(tiny("train.steps=3", "train.precision=auto"))
     assert load(run / "config.yaml", schema=RunConfig).train.precision == "fp32"
+    assert "precision fp32 (auto: the run began in it)" in capsys.readouterr().err
 
 
 def test_what_may_change_when_a_run_goes_on_and_what_may_not(tiny, capsys):
