@@ -62,6 +62,12 @@ def test_another_process_leaves_the_log_alone(tmp_path):
     assert not other.tells(1, "loss")
 
 
+def test_the_log_tells_of_a_step_what_was_written_of_it(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "validation_loss": 1.0}\n{"step": 2, "loss": 1.0}\n')
+    log = Log(tmp_path, SimpleNamespace(is_main_process=True, log_with=[]), steps=2, start=2, batch_size=1)
+    assert log.tells(1, "validation_loss") and not log.tells(2, "validation_loss")
+
+
 @pytest.mark.parametrize(("mine", "theirs", "names"), [(0.5, math.nan, "c, d"), (0.5, 0.5, "a, b, c, d")])
 def test_what_is_not_finite_is_told_by_the_rank_that_has_it(monkeypatch, tmp_path, mine, theirs, names):
     monkeypatch.setattr(loop, "gather_object", lambda own: [*own, (theirs, ["c", "d"])])
