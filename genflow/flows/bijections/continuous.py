@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from genflow.errors import UserError, nearest
 from genflow.flows.adjoint import GRADIENTS
 from genflow.flows.bijections.base import Bijection, check_condition
+from genflow.flows.bijections.jacobian import check_plain
 from genflow.flows.divergence import Divergence, current_probing, fingerprint
 from genflow.flows.stepping import Stepping
 from genflow.flows.velocity_likelihood import check_velocity, path_integral
@@ -107,6 +108,7 @@ class CNF(Bijection):
         return solution.x
 
     def _solve(self, x: Tensor, condition: Tensor | None, start: float, end: float) -> tuple[Tensor, Tensor]:
+        check_plain("a solve")
         flow, x = self._flow(x, condition)
         scope = current_probing()
         rng, index = (Rng(self.seed), fingerprint(x)) if scope is None else (scope.rng, scope.counters)
