@@ -83,6 +83,7 @@ def run(args: argparse.Namespace) -> int:
     asked = {"divergence": args.divergence, "draws": args.draws, "rtol": args.tolerance, "atol": args.tolerance}
     out = writable(args.out or str(Path(args.run) / "eval"))
     flow, settings = open_model(args)
+    _check_sampling(flow, settings, "sampling")
     refuse_fixed_steps(args, settings)
     refuse_dtype(args, flow)
     plan = Plan(
@@ -101,6 +102,15 @@ def run(args: argparse.Namespace) -> int:
     _print(found, made)
     _write(found, made, plan, out)
     return 0
+
+
+def _check_sampling(flow: Any, settings: dict[str, Any], where: str) -> None:
+    """Raises UserError, before any data are read, for what a flow cannot be sampled with."""
+    from genflow.config import from_dict
+
+    # A tuned grid is times, and not of the config.
+    plain = {key: value for key, value in settings.items() if key != "grid" or isinstance(value, str)}
+    from_dict(flow.config.sampling, plain, where=where)
 
 
 def _refuse_solving(args: argparse.Namespace) -> None:
@@ -282,8 +292,7 @@ def _again(args: argparse.Namespace) -> int:
         raise UserError(
             f"--again {path}: {unknown[0]!r}, of its sampling, is nothing that {model} takes; measure it anew"
         )
-    named = {key: value for key, value in plan.sampling.items() if key != "grid" or isinstance(value, str)}
-    from_dict(flow.config.sampling, named, where=f"--again {path}: its sampling")  # times of a tuned grid aside
+    _check_sampling(flow, plan.sampling, f"--again {path}: its sampling")
     take_loras(flow, made.get("lora", ()))
     found, now = _measure(flow, plan, model, ema, features or "pixels")
     for what in ("weights", "data", "features", "versions", "device", "threads"):

@@ -190,11 +190,9 @@ def sampling_of(args: argparse.Namespace, flow: Any, *, unguided: bool = False) 
         settings.pop("options", None)  # of another sampler
     if asked["decoder"] is not None:
         settings.pop("draft", None)  # of another decoder
-    if unguided and "guidance" in takes:
+    if unguided:
         settings["guidance"] = 1.0
     settings.update({key: value for key, value in asked.items() if value is not None})
-    one = {**settings, "steps": args.steps[0]} if isinstance(args.steps, list) else settings  # invert takes several
-    from_dict(flow.config.sampling, one, where="sampling")  # before data are read, not at the first sample
     own = "grid" in takes and all(asked[key] is None for key in ("sampler", "shift", "grid", "options"))
     if own and isinstance(settings.get("steps"), int) and (found := tuned(args.run, settings["steps"])):
         settings.update(sampler=found["sampler"], grid=found["grid"], options=None, shift=1.0)
