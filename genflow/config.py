@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import re
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -16,6 +17,8 @@ import yaml
 
 from genflow.errors import UserError, nearest
 from genflow.registry import names, resolve, tag_of
+
+ALSO_CALLED = {"epochs": "train.steps", "learning_rate": "optimizer.lr"}  # what others call a key
 
 
 @dataclass(frozen=True)
@@ -135,7 +138,7 @@ def load(path: str | Path, overrides: Sequence[str] = (), *, schema: type) -> An
     except (OSError, UnicodeDecodeError) as error:
         near = nearest(path.name, [p.name for p in path.parent.glob("*.y*ml")])
         hint = near if isinstance(error, FileNotFoundError) and near.startswith(" Did") else ""
-        if (inside := path / "config.yaml").is_file():  # the folder of a run
+        if os.path.isfile(inside := path / "config.yaml"):  # the folder of a run; Path.is_file may raise
             hint = f" Did you mean {str(inside)!r}?"
         reason = getattr(error, "strerror", None) or "not UTF-8 text"
         raise UserError(f"cannot read config {path}: {reason}.{hint}") from error
@@ -260,8 +263,8 @@ def _build_dataclass(schema: Any, node: _Node, path: str) -> Any:
     for key, child in given.items():
         if key not in known:
             place = f" in {path}" if path else ""
-            sections = {name: _section(known[name], hints[name], given.get(name)) for name in known}
-            inside = [f"{prefix}{n}.{key}" for n, of in sections.items() if of and key in (f.name for f in fields(of))]
+            word = f".{ALSO_CALLED.get(key, key)}"
+            inside = [place for place in _places(schema, node, path) if f".{place}".endswith(word)]
             near = f" Did you mean {' or '.join(map(repr, inside))}?" if inside else nearest(key, known)
             raise UserError(f"{child.where}: unknown key {key!r}{place}.{near}")
     owned = {key: marker for key in given if (marker := _owner(hints[key])) is not None}
@@ -285,12 +288,27 @@ def _build_dataclass(schema: Any, node: _Node, path: str) -> Any:
         raise UserError(f"{at_fault.where}: {path + ': ' if path else ''}{error}") from error
 
 
-def _section(field: dataclasses.Field, hint: Any, node: _Node | None) -> Any:
+def _places(schema: type, node: _Node, path: str) -> Iterator[str]:
+    """The dotted keys of a section and of all sections within it, as they are or would be."""
+    given = node.value if isinstance(node.value, dict) else {}
+    for name in (f.name for f in fields(schema) if f.init):
+        place = f"{path}.{name}" if path else name
+        yield place
+        if (inner := _section(schema, name, given)) is not None:
+            yield from _places(inner, given.get(name, _Node({}, "")), place)
+
+
+def _section(schema: type, name: str, given: Mapping[str, _Node]) -> Any:
     """The dataclass of a field, where it is one: of a choice, that which is named, or the default one."""
+    hint = typing.get_type_hints(schema, include_extras=True)[name]
+    if (owner := _owner(hint)) is not None:
+        section = getattr(_section(schema, owner.field, given), owner.attribute, None)
+        return section if is_dataclass(section) else None
     marker = next((m for m in get_args(hint)[1:] if isinstance(m, Choice)), None)
     if marker is None:
         return hint if is_dataclass(hint) else None
-    value = _named(field, node or _Node({}, "")).value
+    field = next(f for f in fields(schema) if f.name == name)
+    value = _named(field, given.get(name, _Node({}, ""))).value
     name = value["name"].value if isinstance(value, dict) and "name" in value else value
     return resolve(marker.kind, name) if name in names(marker.kind) else None
 

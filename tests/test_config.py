@@ -159,6 +159,25 @@ def test_mistakes_are_named(tmp_path, text, overrides, message):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("key", "place"),
+    [
+        ("guidance", "sample.guidance"),
+        ("lr", "train.optimizer.lr"),
+        ("train.learning_rate", "train.optimizer.lr"),
+        ("epochs", "train.steps"),
+        ("train.epochs", "train.steps"),
+        ("steps", "train.steps' or 'sample.steps"),
+    ],
+)
+def test_a_key_is_found_in_the_sections_within_and_by_what_others_call_it(tmp_path, key, place):
+    from genflow.training.config import RunConfig
+
+    (tmp_path / "c.yaml").write_text("data: toy2d\nmodel: mlp\n")
+    with pytest.raises(UserError, match=rf"unknown key '{key.split('.')[-1]}'.* Did you mean '{place}'\?$"):
+        load(tmp_path / "c.yaml", [f"{key}=3"], schema=RunConfig)
+
+
 def test_a_missing_file_names_the_nearest(tmp_path):
     (tmp_path / "quickstart.yaml").write_text("steps: 1")
     with pytest.raises(UserError, match="Did you mean 'quickstart.yaml'"):
@@ -166,6 +185,11 @@ def test_a_missing_file_names_the_nearest(tmp_path):
     (tmp_path / "c.yaml").write_bytes(b"\xff\xfe")
     with pytest.raises(UserError, match=r"c.yaml: not UTF-8 text\.$"):
         load(tmp_path / "c.yaml", schema=Outer)
+
+
+def test_a_name_that_no_disk_takes_is_told(tmp_path):
+    with pytest.raises(UserError, match=r"^cannot read config .*a: File name too long\.$"):
+        load(tmp_path / ("a" * 300), schema=Outer)
 
 
 def test_the_folder_of_a_run_is_answered_with_its_config(tmp_path):

@@ -378,7 +378,11 @@ def test_what_does_not_fit_is_refused(pipes, tmp_path):
     with pytest.raises(UserError, match="is there already"):
         convert(file, file)
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "precious").write_text("")
+    for name in ("precious", "precious.partial"):
+        (tmp_path / "out" / name).write_text("")
+        refused("is there already", file)
+        (tmp_path / "out" / name).unlink()
+    (tmp_path / "out" / "precious").symlink_to(wide)  # which rglob does not look into
     refused("is there already", file)
 
 

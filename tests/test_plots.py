@@ -27,6 +27,7 @@ from genflow.flows.rectified import RectifiedFlowConfig
 from genflow.flows.store import save_model
 from genflow.flows.tuned import save_tuned
 from genflow.networks.mmdit import MMDiTConfig
+from genflow.samplers.tuning import fixed_step
 from genflow.text.trained import LearnedTextConfig
 
 matplotlib = pytest.importorskip("matplotlib")
@@ -263,7 +264,12 @@ def test_plot_writes_every_plot(model, short, tmp_path, kind, capsys):
     assert main(arguments) == 0
     assert sorted(p.stem for p in tmp_path.iterdir()) == sorted(EVERY)
     assert all(p.suffix == f".{kind}" and p.stat().st_size > 5000 for p in tmp_path.iterdir())
-    assert capsys.readouterr().out.count("\n") == len(EVERY)
+    told = capsys.readouterr()
+    assert told.out.count("\n") == len(EVERY)
+    count = len(fixed_step())  # a line each, where there is no terminal for a bar
+    assert [line.split(",")[0] for line in told.err.splitlines() if line.startswith("error: ")] == [
+        f"error: {i + 1} of {count} samplers" for i in range(count)
+    ]
 
 
 def test_plot_draws_what_it_is_asked_to(model, short, tmp_path):

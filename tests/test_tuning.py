@@ -108,6 +108,9 @@ def test_the_best_three_solvers_are_fitted_from_both_kinds_of_grids(noise):
     leaders = sorted(solvers, key=lambda name: min(c.error for c in given if c.sampler == name))[:3]
     fitted = {c.sampler: c for c in tuning.candidates if c.name == "tuned"}
     assert set(fitted) == set(leaders)
+    for name in solvers:
+        least = min(c.error for c in given if c.sampler == name)
+        assert f"{name}: RMSE {least:.3g} on the best of them" in lines
     for name, found in fitted.items():
         own = [c for c in given if c.sampler == name]
         assert found.error <= min(c.error for c in own)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from genflow.cli.plot2d import PlanePlotter
     from genflow.samplers import Trajectory
 
-TRAINING = {"training": "the loss, its validation, and the loss by time"}
+TRAINING = {"training": "the training curves"}
 PICTURES = {
     "strip": "the pictures that a solve goes through, and those that they foretell",
     "trajectories": "fine trajectories and the solve of few steps, in two principal components",
@@ -246,10 +247,12 @@ class _Plotter:
 
         with torch.no_grad():
             curves = {}
-            for sampler in tqdm(fixed_step(), unit="sampler", disable=None):
+            for sampler in (bar := tqdm(fixed_step(), unit="sampler", disable=None)):
                 steps = dict.fromkeys(steps_within(sampler, budget) for budget in BUDGETS)
                 solve = solver(self.flow, {"sampler": sampler})
                 curves[sampler] = [point(solve, time_grid(self.flow, own, n)) for n in steps if n]
+                if bar.disable:  # where there is no terminal for it
+                    print(f"error: {len(curves)} of {len(fixed_step())} samplers, {sampler}", file=sys.stderr)
             learnt = [found for n in range(1, max(BUDGETS) + 1) if (found := tuned(self.args.run, n))]
             stars = [point(resolve("sampler", found["sampler"]), found["grid"]) for found in learnt]
         return plot_errors(

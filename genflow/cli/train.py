@@ -20,13 +20,15 @@ def run(args: argparse.Namespace) -> int:
     from genflow.training.run import train
     from genflow.training.signals import Interrupted
 
+    speaks = os.environ.get("RANK", "0") == "0"  # of several processes, one
     try:
         folder = train(args.config, args.overrides)
     except Interrupted:
-        again = shlex.join(["genflow", "train", args.config, *args.overrides])
-        print(f"stopped and saved; to go on: {again}", file=sys.stderr)
+        if speaks:
+            again = shlex.join(["genflow", "train", args.config, *args.overrides])
+            print(f"stopped and saved; to go on: {again}", file=sys.stderr)
         return 130
-    if os.environ.get("RANK", "0") == "0":  # of several processes, one says so
+    if speaks:
         recipe, run = read_config(find_model(folder)), shlex.quote(str(folder))
         if recipe["flow"]["name"] == "autoencoder":  # which draws nothing
             print(f"trained: {folder}; to measure: genflow eval {run}", file=sys.stderr)

@@ -161,7 +161,8 @@ def _read_shards(index: Path) -> dict[str, Lazy]:
 
 def refuse_full(out: Path) -> None:
     """Raises UserError for a place that holds something; what a killed process left of its first file is nothing."""
-    if out.is_file() or any(not path.is_dir() and path.suffix != ".partial" for path in out.rglob("*")):
+    left = (path.match(".*.partial") or (path.is_dir() and not path.is_symlink()) for path in out.rglob("*"))
+    if out.is_file() or not all(left):
         raise UserError(f"{out} is there already; choose another place, so that nothing is lost")
 
 

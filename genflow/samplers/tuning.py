@@ -115,7 +115,12 @@ def tune(
     say(f"{len(solvers)} solvers on {len(grids)} hand-made grids and {len(learnt)} planned ones")
     tries = [(name, grid, False) for name, grid in grids.items()]
     tries += [(name, grid, True) for name, grid in learnt.items()]
-    found = sorted((contest.judge(solver, *each) for solver in solvers for each in tries), key=_error)
+    found = []
+    for solver in solvers:
+        own = [contest.judge(solver, *each) for each in tries]
+        say(f"{solver}: RMSE {min(map(_error, own)):.3g} on the best of them")
+        found += own
+    found.sort(key=_error)
     for solver in list(dict.fromkeys(c.sampler for c in found))[:FINALISTS]:
         own = [c for c in found if c.sampler == solver]
         fits = []

@@ -121,15 +121,15 @@ class Log:
         self.bar.update(1)
 
     def progress(self, step: int, loss: float) -> float:
-        """Show the state on the terminal; returns images/s since the last call."""
+        """Show the state on the terminal; returns samples/s since the last call."""
         now, last = time.monotonic(), self.mark
         rate = (step - last[1]) * self.batch_size / max(now - last[0], 1e-9)
         self.mark = (now, step)
-        self.bar.set_postfix_str(f"loss {loss:.4f}, {rate:.0f} images/s")
+        self.bar.set_postfix_str(f"loss {loss:.4f}, {rate:.0f} samples/s")
         if self.main and self.bar.disable and now - self.said >= SAY_EVERY:
             self.said = now
             left = (now - self.begun) / max(step - self.start, 1) * (self.steps - step)
-            self.say(f"step {step}/{self.steps}  loss {loss:.4f}  {rate:.0f} images/s  {left / 60:.1f} min left")
+            self.say(f"step {step}/{self.steps}  loss {loss:.4f}  {rate:.0f} samples/s  {left / 60:.1f} min left")
         return rate
 
     def pause(self, seconds: float) -> None:

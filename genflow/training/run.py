@@ -265,12 +265,12 @@ def _save_config(config: RunConfig, run: Path) -> None:
 def _summary(trainer: Trainer, why: str) -> str:
     train = trainer.config.train
     params = sum(p.numel() for p in trainer.flow.parameters() if p.requires_grad)
+    threads, processes = torch.get_num_threads(), trainer.accelerator.num_processes
     start = f"resuming at step {trainer.step} of " if trainer.step else ""
     return (
         f"{trainer.run_folder}: {start}{train.steps} steps, batch {train.batch_size}, "
         f"{len(trainer.dataset)} {'pictures' if len(trainer.shape) == 3 else 'vectors'}, {params:,} parameters\n"
         f"precision {train.precision} ({why}); weights, optimiser and EMA in fp32; "
-        f"{trainer.accelerator.num_processes} process(es){', sharded,' if trainer.sharded else ''} on "
-        f"{trainer.accelerator.device}, "
-        f"{torch.get_num_threads()} threads"
+        f"{processes} process{'es' * (processes > 1)}{', sharded,' if trainer.sharded else ''} on "
+        f"{trainer.accelerator.device}, {threads} thread{'s' * (threads > 1)}"
     )

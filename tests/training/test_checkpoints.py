@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from genflow.flows.store import checkpoints, finish_checkpoint, is_whole, newest
 from genflow.training.checkpoint import checkpoint_tensors, load_checkpoint, save_checkpoint
 from genflow.training.optimizers import decay_groups
 from genflow.training.run import _alone, train
-from genflow.training.signals import stop_signal
+from genflow.training.signals import Interrupted, stop_signal
 
 
 def test_what_was_half_written_before_is_not_in_the_way_and_not_in_the_checkpoint(tiny, tmp_path):
@@ -238,3 +239,16 @@ def test_what_an_optimiser_keeps_in_its_groups_goes_on(tiny, monkeypatch, tmp_pa
         train(tiny("train.optimizer=growing", "train.decay=0", f"train.steps={steps}", f"out={out}"))
     a, b = (load_file(newest_checkpoint(run) / "model.safetensors") for run in (whole, cut))
     assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize(("rank", "times"), [("0", 1), ("1", 0)])
+def test_of_several_processes_that_stop_one_says_so(rank, times, monkeypatch, capsys):
+    from genflow.cli import main
+
+    def stopped(config, overrides):
+        raise Interrupted
+
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setattr(sys.modules["genflow.training.run"], "train", stopped)
+    assert main(["train", "c.yaml"]) == 130
+    assert capsys.readouterr().err.count("stopped and saved; to go on: genflow train c.yaml") == times

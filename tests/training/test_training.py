@@ -135,7 +135,7 @@ def test_two_processes_are_one_process(config, tmp_path):
         command = [*words, str(script), str(tmp_path / name), str(config), "train.steps=20"]
         result = subprocess.run(command, capture_output=True, text=True, env=env)
         assert result.returncode == 0, result.stderr[-3000:]
-        assert {"one": "1 process(es)", "two": "2 process(es)"}[name] in result.stderr
+        assert {"one": "1 process on", "two": "2 processes on"}[name] in result.stderr
     for accumulation in (1, 2):
         one, two = (tmp_path / f"{name}{accumulation}" for name in ("one", "two"))
         a, b = contents(one), contents(two)

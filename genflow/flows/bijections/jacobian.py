@@ -47,7 +47,7 @@ def check_plain(what: str) -> None:
     """Raises UserError under a transform of torch.func, where autograd cannot be asked."""
     if transformed():
         raise UserError(
-            f"{what} is differentiated by autograd, not by torch.func; take torch.autograd.functional instead"
+            f"{what} is differentiated by autograd, not by torch.func; take torch.autograd.functional's jacobian or vjp"
         )
 
 
