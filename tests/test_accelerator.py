@@ -13,6 +13,8 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.test_float8 import emulated
+
 pytest.importorskip("torch.utils.backend_registration")
 if not hasattr(torch.utils.backend_registration, "_setup_privateuseone_for_python_backend"):
     pytest.skip("this torch takes no device written in Python", allow_module_level=True)
@@ -235,6 +237,7 @@ def test_normal_numbers_made_on_the_device_are_box_s_and_muller_s(tmp_path):
     assert abs(x.pow(4).mean() - 3) < 4 * 96**0.5 * error and abs((x[1:] * x[:-1]).mean()) < 4 * error
 
 
+@emulated
 def test_what_a_card_is_tested_for_is_tried_on_a_pretended_one():
     """Else nothing would tell that a test of a card is wrong where there is none."""
     words = [sys.executable, "-m", "pytest", "-p", "tests.pretend_cuda", "-p", "no:cacheprovider", "-m", "gpu", "-q"]
