@@ -264,7 +264,7 @@ def _build_dataclass(schema: Any, node: _Node, path: str) -> Any:
         if key not in known:
             place = f" in {path}" if path else ""
             word = f".{ALSO_CALLED.get(key, key)}"
-            inside = [place for place in _places(schema, node, path) if f".{place}".endswith(word)]
+            inside = [at for at in _places(schema, node, path) if f".{at}".endswith(word)]
             near = f" Did you mean {' or '.join(map(repr, inside))}?" if inside else nearest(key, known)
             raise UserError(f"{child.where}: unknown key {key!r}{place}.{near}")
     owned = {key: marker for key in given if (marker := _owner(hints[key])) is not None}
